@@ -1,0 +1,1 @@
+"""How theta is made: meta-training of update rules by truncated backprop through unrolled training runs."""

@@ -1,0 +1,72 @@
+"""The contract of a task: something to train, of which many members run side by side.
+
+A task fixes an architecture and a data set. Its *members* differ in what tensors can express (initial parameters,
+permutation of the labels, reparametrisation, the order of the data), so that they are trained together under `vmap`.
+A distribution draws tasks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from nfn_optim.symmetry import Symmetry
+
+Params = dict[str, Tensor]
+"""Parameter name -> value."""
+Tensors = dict[str, Tensor]
+"""What distinguishes a member, or one batch of data, by name."""
+
+
+class Task(ABC):
+    """One architecture on one data set.
+
+    Attributes:
+        name: A short text for logs.
+        symmetry: The axes of its parameters.
+    """
+
+    name: str
+    symmetry: Symmetry
+
+    @abstractmethod
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
+        """Draw members.
+
+        Args:
+            count: How many.
+            generator: The only source of randomness.
+
+        Returns:
+            Initial parameters `(count, *shape)` and what else distinguishes the members, `(count, ...)` each.
+        """
+
+    @abstractmethod
+    def batch(self, count: int, generator: torch.Generator) -> Tensors:
+        """Draw a batch of training data for each of `count` members, `(count, ...)` each."""
+
+    @abstractmethod
+    def loss(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
+        """The training loss of one member, 0-d; called under `vmap`, so without a leading dimension."""
+
+
+T = TypeVar("T", bound=Task)
+
+
+class TaskDistribution(ABC, Generic[T]):
+    """Draws tasks, and makes one again from its description."""
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator) -> T:
+        """Draw a task."""
+
+    @abstractmethod
+    def describe(self, task: T) -> dict[str, Any]:
+        """What `rebuild` needs to make the task again: plain numbers, texts and lists."""
+
+    @abstractmethod
+    def rebuild(self, description: dict[str, Any]) -> T:
+        """The inverse of `describe`."""

@@ -1,0 +1,294 @@
+"""Finding the module that owns the parameters, and what it is called with.
+
+Nobody hands their module to an optimizer: trainers pass bare parameters or groups. So the optimizer listens, from its
+construction to its first step, to the forward calls of all modules, and keeps those that no other one contains:
+
+    calls heard, in this order          kept
+    encoder.0, encoder.1, encoder       encoder                  a call ends after the calls inside it
+    decoder.0, decoder                  encoder, decoder         two outermost calls: both are traced
+
+Of a call the shapes, dtypes and devices of its tensors are kept, never the tensors; of a module a weak reference.
+Nothing is looked up by parameter before the first step, for wrappers may exchange the parameters until then.
+
+References:
+    torch.nn.modules.module.register_module_forward_hook: it alone sees keyword arguments, the pre-hook does not.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+from nfn_optim.rule import UpdateRule
+from nfn_optim.symmetry import Symmetry, dim_of, factors_of
+from nfn_optim.trace import symmetry_of
+
+Axis = tuple[int, str]  # number of the call, name of the axis there
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is remembered of an input tensor.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+        device: Where it was.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self) -> Tensor:
+        """A tensor that can stand in for the input while a module is traced."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One outermost call of a module.
+
+    Args:
+        module: The module that was called, without wrappers.
+        args: Its positional arguments, a `TensorSpec` in place of every tensor.
+        kwargs: Its keyword arguments, likewise.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def symmetry(self) -> Symmetry:
+        """Trace the call."""
+        args, kwargs = tree_map_only(TensorSpec, TensorSpec.zeros, (self.args, self.kwargs))
+        symmetry: Symmetry = symmetry_of(self.module, *args, **kwargs)
+        return symmetry
+
+
+class Discovery:
+    """Listens to the forward calls of modules until it is closed or garbage collected.
+
+    Args:
+        model: The model if it is known. A compiled one is then listened to from outside of its graph; all others are
+            found by a global hook, because what is called may be a wrapper or a part of the model.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._calls: dict[int, tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]]] = {}
+        hook = _hook_of(weakref.ref(self))
+        if model is not None and "_orig_mod" in model._modules:
+            handle = model.register_forward_hook(hook, with_kwargs=True)
+        else:
+            # A compiled model would warn about the hook, which is gone before it could do any harm.
+            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
+            handle = torch_module.register_module_forward_hook(hook, with_kwargs=True)
+        self._finalizer = weakref.finalize(self, _remove, handle)
+        self._finalizer.atexit = False
+
+    def close(self) -> None:
+        """Remove the hook and forget the calls."""
+        self._finalizer()
+        self._calls.clear()
+
+    def calls_that_own(self, params: Iterable[Tensor]) -> list[Call]:
+        """The outermost calls heard, in the order in which they were last made, of modules that own some of `params`.
+
+        Other calls are forgotten.
+        """
+        wanted = {id(p) for p in params}
+        heard = [(module(), args, kwargs) for module, args, kwargs in list(self._calls.values())]
+        self._calls.clear()
+        return [
+            Call(unwrap(module), args, kwargs)
+            for module, args, kwargs in heard
+            if module is not None and any(id(p) in wanted for p in module.parameters())
+        ]
+
+    def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take note of a call that has ended; the calls inside it are not outermost any more."""
+        if next(module.parameters(), None) is None:
+            return
+        if self._calls:
+            for inner in module.modules():
+                self._calls.pop(id(inner), None)
+        if isinstance(module, UpdateRule):
+            return
+        args, kwargs = tree_map_only(Tensor, _spec_of, (args, kwargs))
+        key, calls = id(module), self._calls
+        calls[key] = (weakref.ref(module, lambda _: calls.pop(key, None)), args, kwargs)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DistributedDataParallel and DataParallel, which take the same arguments."""
+    while True:
+        if (compiled := module._modules.get("_orig_mod")) is not None:
+            module = compiled
+        elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        else:
+            return module
+
+
+def names_of(groups: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module], before: Sequence[str]) -> list[str]:
+    """Name every parameter of an optimizer, each differently.
+
+    Args:
+        groups: The optimizer's groups.
+        modules: Modules that own parameters of it; of several, the number comes before the name.
+        before: The names so far. They hold by position: wrappers exchange the parameters of a group for others.
+
+    Returns:
+        In the order of the groups: the name that was given with the parameter, or its name in a module, or the one
+        before, or "group.index".
+    """
+    params = [p for group in groups for p in group["params"]]
+    unnamed = [""] * len(params)
+    given = [name for group in groups for name in group.get("param_names", [""] * len(group["params"]))]
+    owned = {
+        id(p): name if len(modules) == 1 else f"{k}.{name}"
+        for k, module in enumerate(modules)
+        for name, p in module.named_parameters()
+    }
+    places = [f"{k}.{i}" for k, group in enumerate(groups) for i in range(len(group["params"]))]
+    earlier = before if len(before) == len(params) else unnamed
+    names: dict[str, None] = {}
+    for p, first, old, place in zip(params, given, earlier, places, strict=True):
+        choices = (first, owned.get(id(p), ""), old, place, f"group{place}")
+        names[next(name for name in choices if name and name not in names)] = None
+    return list(names)
+
+
+def symmetry_of_calls(calls: Sequence[Call], params: Mapping[str, Tensor]) -> Symmetry:
+    """Trace calls and say what they tell about some parameters.
+
+    Args:
+        calls: Outermost calls of modules.
+        params: The optimizer's name -> parameter; names may differ from those in the modules.
+
+    Returns:
+        A symmetry of exactly `params`; parameters that no call uses have fixed axes of their own.
+    """
+    parts = []
+    for call in calls:
+        owned: dict[int, list[str]] = {}
+        for name, p in call.module.named_parameters(remove_duplicate=False):
+            owned.setdefault(id(p), []).append(name)
+        traced = call.symmetry()
+        names = {
+            there: name
+            for name, p in params.items()
+            for there in [n for n in owned.get(id(p), []) if n in traced.dims][:1]
+            if traced.shape_of(there) == tuple(p.shape)
+        }
+        parts.append(traced.restrict(names).rename(names))
+    return complete(merge(parts), params)
+
+
+def complete(symmetry: Symmetry, params: Mapping[str, Tensor]) -> Symmetry:
+    """The symmetry of exactly `params`, in their order.
+
+    Args:
+        symmetry: Of some of them, and perhaps of others.
+        params: Name -> tensor; those that `symmetry` does not name get fixed axes of their own.
+    """
+    rest = Symmetry.separate({name: p.shape for name, p in params.items() if name not in symmetry.dims})
+    dims = {name: rest.dims[name] if name in rest.dims else symmetry.dims[name] for name in params}
+    return Symmetry({**symmetry.dims, **dims}, {**symmetry.sizes, **rest.sizes}, symmetry.fixed | rest.fixed).restrict(
+        params
+    )
+
+
+def merge(parts: Sequence[Symmetry]) -> Symmetry:
+    """Put the symmetries of several calls side by side.
+
+    Axes of different parts stay apart, except where a tensor is used by both: its dimensions are then the same axes,
+    and fixed if they are fixed in one of them. A part in which a tensor shares no axis and has no free one says
+    nothing about it.
+
+    Args:
+        parts: One symmetry for each call; the same name is the same tensor.
+
+    Returns:
+        A symmetry of all the tensors that they name. The axes of several parts are called `number.axis`.
+    """
+    parent: dict[Axis, Axis] = {}
+    fixed: set[Axis] = {(k, axis) for k, part in enumerate(parts) for axis in part.fixed}
+
+    def root(axis: Axis) -> Axis:
+        while axis in parent:
+            axis = parent[axis]
+        return axis
+
+    linked = [_linked(part) for part in parts]
+    factored: dict[str, list[tuple[Axis, ...]]] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.dims):
+        uses = [k for k, part in enumerate(parts) if name in part.dims]
+        uses = [k for k in uses if name in linked[k]] or uses[:1]
+        views = [[tuple((k, axis) for axis in factors_of(dim)) for dim in parts[k].dims[name]] for k in uses]
+        factored[name] = views[0]
+        for view in views[1:]:
+            pairs = list(zip(views[0], view, strict=True))
+            if all([parts[k].sizes[a] for k, a in x] == [parts[k].sizes[a] for k, a in y] for x, y in pairs):
+                for one, other in ((root(a), root(b)) for x, y in pairs for a, b in zip(x, y, strict=True)):
+                    if one != other:
+                        parent[other] = one
+                        fixed |= {one} if other in fixed else set()
+            else:  # two factorizations of one dimension: nothing moves
+                fixed |= {root(axis) for x, y in pairs for axis in (*x, *y)}
+    fixed_roots = {root(axis) for axis in fixed}
+
+    def name_of(axis: Axis) -> str:
+        return axis[1] if len(parts) == 1 else f"{axis[0]}.{axis[1]}"
+
+    dims: dict[str, tuple[str, ...]] = {}
+    sizes: dict[str, int] = {}
+    still: set[str] = set()
+    for name, chosen in factored.items():
+        rooted = [tuple(root(axis) for axis in factors) for factors in chosen]
+        dims[name] = tuple(dim_of(name_of(axis) for axis in factors) for factors in rooted)
+        for k, axis in (axis for factors in rooted for axis in factors):
+            sizes[name_of((k, axis))] = parts[k].sizes[axis]
+            still |= {name_of((k, axis))} if (k, axis) in fixed_roots else set()
+    return Symmetry(dims, sizes, frozenset(still))
+
+
+def _linked(symmetry: Symmetry) -> set[str]:
+    """The tensors that have a free axis or share one with another tensor."""
+    carried = {name: {axis for dim in dims for axis in factors_of(dim)} for name, dims in symmetry.dims.items()}
+    carriers = Counter(axis for axes in carried.values() for axis in axes)
+    return {name for name, axes in carried.items() if any(a not in symmetry.fixed or carriers[a] > 1 for a in axes)}
+
+
+def _hook_of(discovery: weakref.ref[Discovery]) -> Callable[..., None]:
+    """A forward hook that does not keep its listener alive, and does nothing while a graph is being compiled."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        listener = discovery()
+        if listener is not None:
+            listener.hear(module, args, kwargs)
+
+    return hook
+
+
+def _spec_of(tensor: Tensor) -> TensorSpec | Tensor:
+    """Describe a tensor; a nested one has no shape to describe and is kept."""
+    return tensor if tensor.is_nested else TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+def _remove(handle: RemovableHandle) -> None:
+    """Remove a hook; the flag that it wants keyword arguments is left behind by the handle of a global one."""
+    handle.remove()
+    torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)

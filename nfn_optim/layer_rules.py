@@ -1,0 +1,146 @@
+"""The rules of the ops that hold parameters: matrix products, attention, convolutions and normalisations.
+
+See `nfn_optim.op_rules` for what a rule is, and for the table of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nfn_optim.axes import TAP, Dim, Dims, fix, fresh, size_of, unify
+from nfn_optim.op_call import Call, broadcast
+
+# --------------------------------------------------------------------------------------------------------- contractions
+
+
+def matmul(call: Call) -> Sequence[Dims]:
+    """(batch) matrix products, with a summand or without: the contracted axis is shared and stays free."""
+    names = [name for name in ("mat1", "mat2", "batch1", "batch2", "mat", "vec", "vec2", "tensor") if name in call.args]
+    if "self" in call.args and len(names) == 1:
+        names = ["self", *names]
+    left, right = (call.dims(name) for name in names)
+    column = right[-2:-1] if len(right) > 1 else right
+    unify(left[-1], column[0])
+    batch = tuple(left[: max(len(left) - 2, 0)])
+    for a, b in zip(batch, right[:-2], strict=True):
+        unify(a, b)
+    product = (*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
+    if "self" in call.args and "self" not in names:
+        product = broadcast([product, call.dims("self")], call.shape())
+    return [product]
+
+
+def trilinear(call: Call) -> Sequence[Dims]:
+    """The product of three tensors, each with dimensions of size 1 put in, summed over `sumdim`."""
+    sides: list[Dims] = []
+    for number in (1, 2, 3):
+        dims = list(call.dims(f"i{number}"))
+        for place in sorted(call.args[f"expand{number}"]):
+            dims.insert(place, ())
+        sides.append(tuple(dims))
+    whole = broadcast(sides, [max(size_of(dim) for dim in dims) for dims in zip(*sides, strict=True)])
+    return [tuple(dim for d, dim in enumerate(whole) if d not in call.args["sumdim"])]
+
+
+def attention(call: Call) -> Sequence[Dims]:
+    """Fused attention; queries (B, H, L, E), keys (B, H, S, E), values (B, H, S, V) -> (B, H, L, V)."""
+    q, k, v = call.dims("query"), call.dims("key"), call.dims("value")
+    for a, b in ((q[0], k[0]), (q[0], v[0]), (k[1], v[1]), (q[-1], k[-1]), (k[2], v[2])):
+        unify(a, b)
+    if size_of(q[1]) == size_of(k[1]):
+        unify(q[1], k[1])
+    else:
+        fix(q[1], k[1])
+    if call.args.get("is_causal"):
+        fix(q[2], k[2])
+    for name in ("attn_mask", "attn_bias"):
+        if isinstance(call.args.get(name), Tensor):
+            scores = (*q[:3], k[2])
+            broadcast([scores, call.dims(name)], tuple(size_of(dim) for dim in scores))
+    for extra in call.outs[1:]:
+        call.fix_on_use(extra, [*q, *k, *v])
+    return [(*q[:3], v[3]), *(fresh(tuple(out.shape), fixed=True) for out in call.outs[1:])]
+
+
+def convolution(call: Call) -> Sequence[Dims]:
+    """Input (batch, in, *space), weight (out, in / groups, *taps), the first two swapped if transposed.
+
+    With one group, input channels are contracted. With as many groups as channels, each has its own filters.
+    """
+    source, weight, groups = call.dims("input"), call.dims("weight"), call.args["groups"]
+    channel, taps = source[1], weight[2:]
+    fix(*taps, role=TAP)
+    if groups == 1:
+        contracted, out = (weight[0], weight[1]) if call.args["transposed"] else (weight[1], weight[0])
+        unify(channel, contracted)
+    elif groups == size_of(channel):
+        per_channel = size_of(weight[1]) if call.args["transposed"] else size_of(weight[0]) // groups
+        if call.args["transposed"]:
+            unify(weight[0], channel)
+            out = (*channel, *weight[1]) if per_channel > 1 else channel
+        else:
+            unify(weight[0], (*channel, *fresh([per_channel])[0]))
+            out = weight[0]
+    else:
+        if call.args["transposed"]:
+            unify(channel, weight[0])
+        out = fresh([call.shape()[1]])[0] if call.args["transposed"] else weight[0]
+        fix(channel, out, weight[0], weight[1])
+    if isinstance(call.args.get("bias"), Tensor):
+        unify(call.dims("bias")[0], out)
+    space: list[Dim] = []
+    for d, dim in enumerate(source[2:]):
+        moves = [call.args[name][d % len(call.args[name])] for name in ("stride", "padding", "output_padding")]
+        if size_of(taps[d]) == 1 and moves == [1, 0, 0]:
+            space.append(dim)
+        else:
+            fix(dim)
+            space += fresh([call.shape()[2 + d]], fixed=True)
+    return [(source[0], out, *space)]
+
+
+# ------------------------------------------------------------------------------------------------------- normalisations
+
+
+def channel_norm(call: Call) -> Sequence[Dims]:
+    """Batch norm over all but dimension 1; weight, bias and running statistics belong to the channels."""
+    source = call.dims("input")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(call.args.get(name), Tensor):
+            unify(call.dims(name)[0], source[1])
+    shapes = [tuple(out.shape) for out in call.outs[1:]]
+    return [source, *((source[1],) if shape == (size_of(source[1]),) else fresh(shape, fixed=True) for shape in shapes)]
+
+
+def trailing_norm(call: Call) -> Sequence[Dims]:
+    """Layer and RMS norm over the last dimensions, each of which stays free."""
+    source, count = call.dims("input"), len(call.args["normalized_shape"])
+    for name in ("weight", "bias"):
+        if isinstance(call.args.get(name), Tensor):
+            for a, b in zip(call.dims(name), source[-count:], strict=True):
+                unify(a, b)
+    statistics = source[:-count] + ((),) * count
+    return [source, *(statistics for _ in call.outs[1:])]
+
+
+def group_norm(call: Call) -> Sequence[Dims]:
+    """One group, or as many as channels, keep the channels free."""
+    source, groups = call.dims("input"), call.args["group"]
+    for name in ("weight", "bias"):
+        if isinstance(call.args.get(name), Tensor):
+            unify(call.dims(name)[0], source[1])
+    if groups not in (1, size_of(source[1])):
+        fix(source[1])
+    statistics = (source[0], source[1] if groups > 1 and groups == size_of(source[1]) else fresh([groups], True)[0])
+    return [source, *(statistics for _ in call.outs[1:])]
+
+
+def weight_norm(call: Call) -> Sequence[Dims]:
+    """`g * v / |v|` for each entry of dimension `dim`."""
+    v, g = call.dims("v"), call.dims("g")
+    for a, b in zip(g, v, strict=False):
+        if size_of(a) == size_of(b):
+            unify(a, b)
+    return [v, *(g for _ in call.outs[1:])]

@@ -1,0 +1,169 @@
+"""Which pooled rows belong to which neuron: a `Symmetry` laid out for gather and scatter.
+
+Pooling a tensor over all its dimensions but one gives one feature vector for every entry of that dimension, a *row*.
+The rows of all dimensions of all tensors are concatenated, grouped by *role* (the dimension's place in its tensor),
+
+    rows       N x channels    one for every entry of every dimension of every tensor
+    neurons    A x channels    one for every entry of every axis
+    tensors    T x channels    one for every tensor
+
+and two index lists say how they meet: a row of a plain dimension is one neuron; a row of a product `(c h w)` meets one
+neuron of every factor. Sums over these lists are all the communication that an equivariant map between axes needs: it
+costs O(neurons), however many weights there are.
+
+References:
+    Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nfn_optim.symmetry import Symmetry, factors_of
+
+ROLES = ("vector", "row", "column", "tap")
+"""What a dimension is in its tensor: the only one, the first (outputs), the second (inputs), or a later one (taps)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows `start ... start + length` that belong to dimension `dim` of tensor number `tensor`."""
+
+    tensor: int
+    dim: int
+    role: str
+    start: int
+    length: int
+
+
+class Incidence:
+    """Index lists between rows, neurons and tensors.
+
+    Args:
+        symmetry: The axes of every tensor.
+
+    Attributes:
+        names: Tensor names, in order.
+        ndims: Number of dimensions of each tensor.
+        segments: The segments of every tensor, `segments[t][d]`.
+        role_spans: Role -> (first row, one past the last row); rows of one role are contiguous.
+        static: What never changes about a tensor, `(T, STATIC)`: its order, log sizes, log number of entries.
+    """
+
+    STATIC = 6
+
+    def __init__(self, symmetry: Symmetry) -> None:
+        self.names = tuple(symmetry.dims)
+        shapes = [symmetry.shape_of(name) for name in self.names]
+        self.ndims = tuple(len(shape) for shape in shapes)
+        self.segments: list[list[Segment]] = [[] for _ in self.names]
+        self.role_spans: dict[str, tuple[int, int]] = {}
+        start = 0
+        for role in ROLES:
+            first = start
+            for t, shape in enumerate(shapes):
+                for d, length in enumerate(shape):
+                    if role_of(d, len(shape)) == role:
+                        self.segments[t].append(Segment(t, d, role, start, length))
+                        start += length
+            self.role_spans[role] = (first, start)
+        self.rows = start
+        for segments in self.segments:
+            segments.sort(key=lambda segment: segment.dim)
+
+        offsets, total = {}, 0
+        for axis, size in symmetry.sizes.items():
+            offsets[axis], total = total, total + size
+        self.neurons = total
+        carriers = Counter(a for dims in symmetry.dims.values() for dim in dims for a in factors_of(dim))
+        row, neuron, share = [], [], []
+        tensor_of_row, row_share = torch.zeros(self.rows, dtype=torch.int64), torch.zeros(self.rows)
+        for segment in (s for segments in self.segments for s in segments):
+            span = torch.arange(segment.start, segment.start + segment.length)
+            tensor_of_row[span] = segment.tensor
+            row_share[span] = 1.0 / max(segment.length * self.ndims[segment.tensor], 1)
+            inner = segment.length
+            for axis in factors_of(symmetry.dims[self.names[segment.tensor]][segment.dim]):
+                size = symmetry.sizes[axis]
+                inner //= max(size, 1)
+                row.append(span)
+                neuron.append(offsets[axis] + torch.arange(segment.length) // max(inner, 1) % max(size, 1))
+                share.append(torch.full((segment.length,), size / max(segment.length, 1) / carriers[axis]))
+        empty = torch.zeros(0, dtype=torch.int64)
+        self.indices = {
+            "row": torch.cat([empty, *row]),
+            "neuron": torch.cat([empty, *neuron]),
+            "share": torch.cat([torch.zeros(0), *share])[:, None],
+            "tensor_of_row": tensor_of_row,
+            "row_share": row_share[:, None],
+            "kin": _kinship(symmetry, shapes),
+            "static": torch.tensor([_static(shape) for shape in shapes]).reshape(len(shapes), self.STATIC),
+        }
+        self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    def at(self, like: Tensor) -> dict[str, Tensor]:
+        """The index lists on the device of `like`, real-valued ones in its dtype; made once for each."""
+        key = (like.device, like.dtype)
+        if key not in self._placed:
+            self._placed[key] = {
+                name: value.to(like.device, like.dtype if value.is_floating_point() else None)
+                for name, value in self.indices.items()
+            }
+        return self._placed[key]
+
+    def rows_to_neurons(self, rows: Tensor) -> Tensor:
+        """Mean over all the rows of a neuron. `(*batch, N, C) -> (*batch, A, C)`."""
+        index = self.at(rows)
+        messages = rows.index_select(-2, index["row"]) * index["share"]  # (*batch, pairs, C)
+        zeros = rows.new_zeros((*rows.shape[:-2], self.neurons, rows.shape[-1]))
+        return zeros.index_add(-2, index["neuron"], messages)
+
+    def neurons_to_rows(self, neurons: Tensor) -> Tensor:
+        """Sum over the factors of a row's dimension. `(*batch, A, C) -> (*batch, N, C)`."""
+        index = self.at(neurons)
+        messages = neurons.index_select(-2, index["neuron"])  # (*batch, pairs, C)
+        zeros = neurons.new_zeros((*neurons.shape[:-2], self.rows, neurons.shape[-1]))
+        return zeros.index_add(-2, index["row"], messages)
+
+    def rows_to_tensors(self, rows: Tensor) -> Tensor:
+        """Mean over the rows of a tensor, each dimension weighing the same. `(*batch, N, C) -> (*batch, T, C)`."""
+        index = self.at(rows)
+        zeros = rows.new_zeros((*rows.shape[:-2], len(self.names), rows.shape[-1]))
+        return zeros.index_add(-2, index["tensor_of_row"], rows * index["row_share"])
+
+    def tensors_to_rows(self, tensors: Tensor) -> Tensor:
+        """Copy to every row of a tensor. `(*batch, T, C) -> (*batch, N, C)`."""
+        return tensors.index_select(-2, self.at(tensors)["tensor_of_row"])
+
+
+def role_of(dim: int, ndim: int) -> str:
+    """The role of dimension `dim` in a tensor of `ndim` dimensions."""
+    return "vector" if ndim == 1 else ROLES[min(dim, 2) + 1]
+
+
+def _static(shape: tuple[int, ...]) -> list[float]:
+    logs = torch.tensor([max(length, 1) for length in (*shape, 1, 1)], dtype=torch.float64).log()
+    order = len(shape)
+    return [
+        float(order <= 1),
+        float(order == 2),  # noqa: PLR2004 - the number of dimensions of a matrix
+        float(order > 2),  # noqa: PLR2004
+        float(logs[0]) / 5,
+        float(logs[1]) / 5,
+        float(logs.sum()) / 10,
+    ]
+
+
+def _kinship(symmetry: Symmetry, shapes: list[tuple[int, ...]]) -> Tensor:
+    """`(T, T)`: row t averages over the matrices (two dimensions or more), other than t, that share an axis with t."""
+    axes = [{a for dim in dims for a in factors_of(dim)} for dims in symmetry.dims.values()]
+    kin = torch.zeros(len(axes), len(axes))
+    for t, own in enumerate(axes):
+        for other, theirs in enumerate(axes):
+            if other != t and len(shapes[other]) > 1 and own & theirs:
+                kin[t, other] = 1.0
+    return kin

@@ -1,0 +1,82 @@
+"""NF-layers tied by role: neurons talk, weights listen.
+
+The coefficients of this stack belong to *roles* (the only dimension of a vector; the rows, the columns, the taps of a
+matrix or kernel), never to layer numbers, so that one set of them serves every architecture, depth and width.
+
+    h0     = R_role(pooled rows) + T(tensor features)          one embedding for every row
+    h      = tanh(h0 + U neurons + V tensors)                  a row hears its neurons and its tensor ...
+    neurons = mean of h over the rows of the neuron            ... which hear all the rows that they have
+    tensors = tanh(z0 + W mean of h + G mean of tensors)       ... in every tensor of the network
+
+after `rounds` of which a readout per role gives every row and every tensor its coefficients. A weight then listens to
+the sum of what its row, its column, its taps and its tensor say: the cheap form of a stack of equivariant layers, since
+messages cost O(neurons) and not O(weights). It commutes with permuting any axis, free or fixed.
+
+References:
+    Permutation Equivariant Neural Functionals (Zhou et al., 2023), Sec. 2, arXiv:2302.14040
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nfn_optim.layers.incidence import ROLES, Incidence
+
+
+class TiedStack(nn.Module):
+    """From pooled rows and tensor features to coefficients for rows and tensors.
+
+    Args:
+        row_channels: Channels of the pooled rows.
+        tensor_channels: Channels of the tensor features.
+        hidden: Channels of the embeddings.
+        out_channels: Coefficients that every row and every tensor gets.
+        rounds: Rounds of messages. With 0 rounds no neuron hears of another tensor.
+    """
+
+    def __init__(self, row_channels: int, tensor_channels: int, hidden: int, out_channels: int, rounds: int) -> None:
+        super().__init__()
+        self.embed_rows = nn.ModuleDict({role: nn.Linear(row_channels, hidden) for role in ROLES})
+        self.embed_tensors = nn.Linear(tensor_channels, hidden)
+        self.hear_neurons = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(rounds))
+        self.hear_tensors = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(rounds))
+        self.gather_rows = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(rounds + 1))
+        self.gather_all = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(rounds + 1))
+        self.read_rows = nn.ModuleDict({role: nn.Linear(hidden, out_channels, bias=False) for role in ROLES})
+        self.read_tensors = nn.Linear(hidden, out_channels)
+        for readout in (*self.read_rows.values(), self.read_tensors):
+            assert isinstance(readout, nn.Linear)
+            nn.init.zeros_(readout.weight)
+        nn.init.zeros_(self.read_tensors.bias)
+
+    def forward(self, rows: Tensor, tensors: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:
+        """Exchange messages and read the coefficients out.
+
+        Args:
+            rows: Pooled features, `(*batch, N, row_channels)`, rows of one role contiguous as in `incidence`.
+            tensors: `(*batch, T, tensor_channels)`.
+            incidence: Where rows, neurons and tensors meet.
+
+        Returns:
+            Coefficients of the rows `(*batch, N, out_channels)` and of the tensors `(*batch, T, out_channels)`.
+        """
+        z0 = self.embed_tensors(tensors)  # (*batch, T, hidden)
+        h0 = self._by_role(self.embed_rows, rows, incidence) + incidence.tensors_to_rows(z0)  # (*batch, N, hidden)
+        h, z = torch.tanh(h0), torch.tanh(z0)
+        for number in range(len(self.gather_rows)):
+            if number > 0:
+                neurons = incidence.neurons_to_rows(incidence.rows_to_neurons(h))
+                heard = self.hear_neurons[number - 1](neurons)
+                heard = heard + incidence.tensors_to_rows(self.hear_tensors[number - 1](z))
+                h = torch.tanh(h0 + heard)
+            everyone = self.gather_all[number](z.mean(-2, keepdim=True))  # (*batch, 1, hidden)
+            z = torch.tanh(z0 + self.gather_rows[number](incidence.rows_to_tensors(h)) + everyone)
+        return self._by_role(self.read_rows, h, incidence), self.read_tensors(z)
+
+    @staticmethod
+    def _by_role(linears: nn.ModuleDict, rows: Tensor, incidence: Incidence) -> Tensor:
+        """Apply to every row the map of its role. `(*batch, N, C) -> (*batch, N, D)`."""
+        spans = [(role, span) for role, span in incidence.role_spans.items() if span[1] > span[0]]
+        spans = spans or [("vector", (0, 0))]  # a network of scalars only
+        return torch.cat([linears[role](rows[..., first:last, :]) for role, (first, last) in spans], -2)

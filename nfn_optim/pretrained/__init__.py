@@ -1,0 +1,117 @@
+"""Update rules as files: safetensors, loaded without pickle, checked against a hash, never fetched.
+
+A rule file holds theta as tensors and, as text metadata, the `RuleConfig` and a SHA-256 over both. Beside a shipped
+rule `NAME.safetensors` stands its card `NAME.md`: how it was made, what it was measured to do, where it is bad.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nfn_optim.rule import RuleConfig, UpdateRule
+
+FORMAT = "nfn_optim.rule.1"
+_FOLDER = Path(__file__).parent
+
+
+def names() -> tuple[str, ...]:
+    """The rules inside the package; `"adamw"`, the nominal part alone, needs no file."""
+    return ("adamw", *sorted(path.stem for path in _FOLDER.glob("*.safetensors")))
+
+
+def card(name: str = "default") -> str:
+    """The card of a rule inside the package, Markdown.
+
+    Raises:
+        ValueError: There is no such rule.
+    """
+    path = _FOLDER / f"{name}.md"
+    if not path.is_file():
+        raise ValueError(f"expected the name of a shipped rule, one of {names()[1:]}, found {name!r}")
+    return path.read_text(encoding="utf-8")
+
+
+def save(rule: UpdateRule, path: str | os.PathLike[str]) -> str:
+    """Write a rule; an existing file is replaced at once or not at all.
+
+    Args:
+        rule: The rule.
+        path: Where to; by convention `*.safetensors`.
+
+    Returns:
+        The SHA-256 of configuration and theta, hexadecimal.
+    """
+    path = Path(path)
+    theta = {name: value.detach().cpu().contiguous() for name, value in rule.state_dict().items()}
+    config = json.dumps(asdict(rule.config), sort_keys=True)
+    digest = _digest(config, theta)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(theta, partial, metadata={"format": FORMAT, "config": config, "sha256": digest})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
+    """Read a rule.
+
+    Args:
+        name_or_path: A name in `names()`, or the path of a rule file.
+
+    Returns:
+        The rule, in evaluation mode, its theta not requiring gradients, on the CPU.
+
+    Raises:
+        FileNotFoundError: Neither a shipped rule nor a file.
+        ValueError: The file is truncated, was changed, or is not a rule.
+    """
+    if name_or_path == "adamw":
+        return UpdateRule.nominal().eval()
+    path = _FOLDER / f"{name_or_path}.safetensors"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a shipped rule, one of {names()}, or the path of a rule file, found {str(name_or_path)!r}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or install it again") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"expected {path} to be a rule of format {FORMAT!r}, found {metadata.get('format')!r}; "
+            f"write rules with nfn_optim.pretrained.save"
+        )
+    found = _digest(metadata.get("config", ""), theta)
+    if found != metadata.get("sha256"):
+        raise ValueError(
+            f"{path} was changed after it was written: expected SHA-256 {metadata.get('sha256')}, found {found}; "
+            f"copy or install it again"
+        )
+    rule = UpdateRule(RuleConfig(**json.loads(metadata["config"])))
+    rule.load_state_dict(theta)
+    return rule.requires_grad_(False).eval()
+
+
+def _digest(config: str, theta: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(config.encode())
+    for name in sorted(theta):
+        value = theta[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

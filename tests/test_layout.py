@@ -1,0 +1,124 @@
+"""The house stays in order: imports point down the floors, files are nouns and short, importing has no side effects."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Bottom to top; a module may import those of lower lines only. Subpackages are entered through their own name.
+FLOORS = """
+nfn_optim.symmetry
+nfn_optim.axes
+nfn_optim.op_call
+nfn_optim.layer_rules
+nfn_optim.op_rules
+nfn_optim.layers.incidence
+nfn_optim.layers.tied
+nfn_optim.layers
+nfn_optim.features
+nfn_optim.network
+nfn_optim.certificate
+nfn_optim.trace
+nfn_optim.rule
+nfn_optim.pretrained
+nfn_optim.discovery
+nfn_optim.optimizer
+nfn_optim
+meta_train.tasks.task
+meta_train.tasks.images
+meta_train.tasks.mlp
+meta_train.tasks
+meta_train.objective
+meta_train.unroll
+meta_train.meta_gradient
+meta_train.checkpoint
+meta_train.trainer
+meta_train.recipes
+meta_train
+meta_train.__main__
+""".split()  # noqa: SIM905 - one a line
+NO_NOUNS = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
+LONGEST = 480  # lines; a file that comes near has two nouns
+
+
+def modules() -> dict[str, Path]:
+    """Every module of both packages, by its dotted name."""
+    found = {}
+    for package in ("nfn_optim", "meta_train"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(source: str, known: set[str]) -> set[str]:
+    """The modules of the two packages that a source text imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the floor"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else str(node.module))
+    return {name for name in found if name.split(".")[0] in ("nfn_optim", "meta_train")}
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    """Every import that does not point down."""
+    floor = {name: number for number, name in enumerate(FLOORS)}
+    return [
+        f"{name} imports {other}"
+        for name, source in sources.items()
+        for other in sorted(imports_of(source, set(sources)))
+        if floor[other] >= floor[name]
+    ]
+
+
+def test_every_module_has_a_floor() -> None:
+    assert sorted(modules()) == sorted(FLOORS)
+
+
+def test_imports_point_down() -> None:
+    assert violations({name: path.read_text() for name, path in modules().items()}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("nfn_optim.symmetry", "from nfn_optim.rule import UpdateRule"),
+        ("nfn_optim.rule", "import nfn_optim.optimizer"),
+        ("nfn_optim.optimizer", "from meta_train import trainer"),
+        ("nfn_optim.rule", "def late():\n    from nfn_optim import pretrained"),
+    ],
+)
+def test_a_planted_violation_is_found(name: str, line: str) -> None:
+    sources = dict.fromkeys(FLOORS, "") | {name: line}
+    assert len(violations(sources)) == 1
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_files_are_nouns_and_short(name: str) -> None:
+    path = modules()[name]
+    assert path.stem not in NO_NOUNS
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_importing_loads_no_extra_and_opens_no_connection() -> None:
+    script = """
+import socket, sys
+def refuse(*args, **kwargs): raise AssertionError("a connection was opened")
+socket.socket.connect = refuse
+import nfn_optim
+heavy = {"tensorboard", "sklearn", "higher", "mlxtend", "matplotlib", "tyro", "meta_train"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,153 @@
+"""The symmetry value: what it says, how it is written, how it acts, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import properties
+import pytest
+import torch
+import zoo
+
+from nfn_optim.symmetry import Symmetry, dim_of, factors_of
+
+DIMS = {"0.weight": "h in", "0.bias": "h", "2.weight": "out (h y x)", "gain": ""}
+TENSORS = {
+    "0.weight": torch.arange(6.0).reshape(3, 2),
+    "0.bias": torch.arange(3.0),
+    "2.weight": torch.arange(24.0).reshape(2, 12),
+    "gain": torch.tensor(1.0),
+}
+FIXED = ("in", "out", "y", "x")
+
+
+def _symmetry() -> Symmetry:
+    return Symmetry.spec(DIMS, TENSORS, FIXED, {"y": 2})
+
+
+@pytest.mark.parametrize("network", zoo.ZOO, ids=lambda network: network.name)
+@pytest.mark.parametrize("holds", properties.VALUE, ids=lambda holds: holds.__name__)
+def test_property(holds: Callable[[zoo.Network], None], network: zoo.Network) -> None:
+    holds(network)
+
+
+def test_says_what_it_is() -> None:
+    symmetry = _symmetry()
+    assert symmetry.axes == ("h", "in", "out", "y", "x")
+    assert symmetry.free == ("h",)
+    assert dict(symmetry.sizes) == {"h": 3, "in": 2, "out": 2, "y": 2, "x": 2}
+    assert symmetry.shape_of("2.weight") == (2, 12)
+    assert symmetry.shape_of("gain") == ()
+    assert symmetry.size_of("(h y x)") == 12
+    symmetry.check(TENSORS)
+
+
+def test_prints_as_a_table() -> None:
+    assert str(_symmetry()).splitlines() == [
+        "0.weight  h in",
+        "0.bias    h",
+        "2.weight  out (h y x)",
+        "gain",
+        "",
+        "free      h=3",
+        "fixed     in=2 out=2 y=2 x=2",
+    ]
+
+
+def test_parse_takes_comments_and_any_spacing() -> None:
+    text = "# by hand\n w   h   in  # rows are neurons\nb h\nfree h=3\nfixed in=2"
+    expected = Symmetry({"w": ("h", "in"), "b": ("h",)}, {"h": 3, "in": 2}, frozenset({"in"}))
+    assert Symmetry.parse(text) == expected
+
+
+@pytest.mark.parametrize("name", ["free", "fixed"])
+def test_parameters_may_be_called_like_the_sections(name: str) -> None:
+    symmetry = Symmetry({name: ("h",)}, {"h": 3})
+    assert Symmetry.parse(str(symmetry)) == symmetry
+
+
+def test_survives_json() -> None:
+    assert Symmetry.from_dict(json.loads(json.dumps(_symmetry().to_dict()))) == _symmetry()
+
+
+def test_factors() -> None:
+    assert factors_of("h") == ("h",)
+    assert factors_of("(c)") == ("c",)
+    assert dim_of(factors_of("(c y x)")) == "(c y x)"
+
+
+def test_canonical_forgets_names_only() -> None:
+    renamed = {name: dims.replace("h", "neurons").replace("out", "o") for name, dims in DIMS.items()}
+    other = Symmetry.spec(renamed, TENSORS, ("in", "o", "y", "x"), {"y": 2})
+    assert other != _symmetry()
+    assert other.canonical() == _symmetry().canonical()
+    assert other.canonical() != Symmetry.spec(DIMS, TENSORS, (), {"y": 2}).canonical()
+
+
+def test_separate_has_no_free_axis() -> None:
+    symmetry = Symmetry.separate({name: tuple(t.shape) for name, t in TENSORS.items()})
+    assert not symmetry.free
+    assert len(symmetry.axes) == 5
+    symmetry.check(TENSORS)
+
+
+def test_restrict_and_rename() -> None:
+    part = _symmetry().restrict(["0.bias"])
+    assert (part.axes, part.fixed) == (("h",), frozenset())
+    assert list(_symmetry().rename({"gain": "g"}).dims) == ["0.weight", "0.bias", "2.weight", "g"]
+
+
+def test_permutes_every_dimension_that_carries_the_axis() -> None:
+    order = torch.tensor([2, 0, 1])
+    permuted = _symmetry().permute(TENSORS, {"h": order})
+    assert torch.equal(permuted["0.weight"], TENSORS["0.weight"][order])
+    assert torch.equal(permuted["0.bias"], TENSORS["0.bias"][order])
+    blocks = TENSORS["2.weight"].reshape(2, 3, 2, 2)[:, order]  # (out, h, y, x)
+    assert torch.equal(permuted["2.weight"], blocks.reshape(2, 12))
+    assert permuted["gain"] is TENSORS["gain"]
+
+
+def test_permutes_both_sides_of_a_square() -> None:
+    symmetry, order, value = Symmetry({"w": ("h", "h")}, {"h": 3}), torch.tensor([2, 0, 1]), torch.randn(3, 3)
+    assert torch.equal(symmetry.permute({"w": value}, {"h": order})["w"], value[order][:, order])
+
+
+def test_permutes_behind_batch_dimensions() -> None:
+    order = torch.tensor([2, 0, 1])
+    batch = {name: torch.stack([t, -t]) for name, t in TENSORS.items()}
+    permuted = _symmetry().permute(batch, {"h": order}, batch_dims=1)
+    single = _symmetry().permute(TENSORS, {"h": order})
+    assert all(torch.equal(permuted[name], torch.stack([t, -t])) for name, t in single.items())
+
+
+def test_index_of_a_product_varies_its_last_factor_fastest() -> None:
+    symmetry = Symmetry({"w": ("(a b)",)}, {"a": 2, "b": 3})
+    found = symmetry.index_of("(a b)", {"a": torch.tensor([1, 0]), "b": torch.tensor([2, 0, 1])})
+    assert found.tolist() == [5, 3, 4, 2, 0, 1]
+
+
+ERRORS: dict[str, tuple[Callable[[], object], str]] = {
+    "no_size": (lambda: Symmetry({"w": ("h",)}, {}), "expected a size for every axis"),
+    "negative": (lambda: Symmetry({"w": ("h",)}, {"h": -1}), "expected sizes of at least 0"),
+    "unused_fixed": (lambda: Symmetry({"w": ("h",)}, {"h": 1}, frozenset({"i"})), "do not; known"),
+    "bad_name": (lambda: factors_of("a b"), "expected an axis name"),
+    "empty_product": (lambda: factors_of("()"), "expected an axis name"),
+    "bad_brackets": (lambda: Symmetry.spec({"w": "(h"}, {"w": torch.ones(2)}), "expected dimensions such as"),
+    "rank": (lambda: Symmetry.spec({"w": "h i"}, {"w": torch.ones(2)}), "expected 2 dimensions"),
+    "disagree": (lambda: Symmetry.spec({"w": "h h"}, {"w": torch.ones(2, 3)}), "has 2 entries elsewhere, found 3"),
+    "unknown_sizes": (lambda: Symmetry.spec({"w": "(a b)"}, {"w": torch.ones(6)}), "cannot tell the sizes"),
+    "not_divisible": (lambda: Symmetry.spec({"w": "a (a b)"}, {"w": torch.ones(2, 5)}), "has 2 entries elsewhere"),
+    "bad_size": (lambda: Symmetry.parse("w h\nfree h=many"), "expected 'free axis=size"),
+    "missing": (lambda: _symmetry().check({}), "missing"),
+    "shape": (lambda: _symmetry().check({**TENSORS, "0.bias": torch.ones(4)}), "expected '0.bias' of shape"),
+    "fixed_axis": (lambda: _symmetry().permute(TENSORS, {"in": torch.arange(2)}), "expected a free axis"),
+    "not_a_permutation": (lambda: _symmetry().permute(TENSORS, {"h": torch.zeros(3).long()}), "expected a permutation"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_refuses(name: str) -> None:
+    call, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        call()

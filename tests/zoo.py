@@ -1,0 +1,477 @@
+"""Tiny networks, each with example inputs and its symmetry written by hand.
+
+Axes called `h`, `c`, `e` and the like are free; `fixed` names the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import glu, linear
+from torch.nn.utils.parametrizations import weight_norm
+
+from nfn_optim.symmetry import Symmetry
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what is true of it.
+
+    Args:
+        name: For test ids.
+        build: Makes the module.
+        inputs: Makes its positional arguments.
+        symmetry: Name of a parameter or buffer -> its dimensions, in the order in which the module has them.
+        fixed: The axes that must not be permuted.
+        sizes: Of axes that occur only within products.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    symmetry: Mapping[str, str]
+    fixed: tuple[str, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def module(self) -> nn.Module:
+        """A module with reproducible weights."""
+        torch.manual_seed(0)
+        return self.build()
+
+    def expected(self) -> Symmetry:
+        """The symmetry written by hand, as a value."""
+        module = self.module()
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return Symmetry.spec(self.symmetry, tensors, self.fixed, self.sizes)
+
+
+class Residual(nn.Module):
+    """`x + body(x)`."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return x + y
+
+
+class Reused(nn.Module):
+    """The same hidden layer twice, so that its rows and columns are the same neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        for _ in range(2):
+            x = self.hidden(x).tanh()
+        y: Tensor = self.last(x)
+        return y
+
+
+class TiedAutoencoder(nn.Module):
+    """W and its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias).relu() @ self.weight
+
+
+class LayerScale(nn.Module):
+    """Parameters used directly: a position added to tokens, a scale per channel, one number for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 3, 6))
+        self.scale = nn.Parameter(torch.randn(6))
+        self.gain = nn.Parameter(torch.randn(()))
+        self.embed, self.mix, self.head = nn.Linear(4, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position  # (batch, token, channel)
+        x = x + self.scale * self.gain * self.mix(x).relu()
+        y: Tensor = self.head(x.mean(1))
+        return y
+
+
+class Gated(nn.Module):
+    """Both halves of a gated linear unit are indexed by the same neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 10), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(glu(self.up(x)))
+        return y
+
+
+class Attention(nn.Module):
+    """One head, queries and keys of a width of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.q, self.k, self.v, self.o = nn.Linear(6, 4), nn.Linear(6, 4, bias=False), nn.Linear(6, 5), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)  # (batch, token, channel)
+        weights = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        y: Tensor = self.head(x + self.o(weights @ self.v(x)))
+        return y
+
+
+class SkipStatistics(nn.Module):
+    """A running mean written in place, a buffer that nobody reads and a parameter that nobody uses."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.unused = nn.Linear(3, 5), nn.Linear(5, 2), nn.Parameter(torch.randn(5))
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("idle", torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        y: Tensor = self.last((x - self.mean).relu_())
+        return y
+
+
+def _normal(*shape: int) -> Callable[[], tuple[Tensor]]:
+    """One input of standard normal entries."""
+    return lambda: (torch.randn(*shape, generator=torch.Generator().manual_seed(1)),)
+
+
+ZOO = (
+    Network(
+        "mlp",
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)),
+        _normal(4, 3),
+        {"0.weight": "h in", "0.bias": "h", "2.weight": "out h", "2.bias": "out"},
+        ("in", "out"),
+    ),
+    Network(
+        "deep_mlp",
+        lambda: nn.Sequential(
+            *(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 6), nn.LeakyReLU()),
+            *(nn.Dropout(), nn.Linear(6, 2), nn.LogSoftmax(-1)),
+        ),
+        _normal(4, 3),
+        {
+            "0.weight": "h0 in",
+            "0.bias": "h0",
+            "2.weight": "h1 h0",
+            "2.bias": "h1",
+            "4.weight": "h2 h1",
+            "4.bias": "h2",
+            "7.weight": "out h2",
+            "7.bias": "out",
+        },
+        ("in", "out"),
+    ),
+    Network(
+        "bias_free_mlp_on_images",
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.Tanh(), nn.Linear(5, 1, bias=False)),
+        _normal(4, 2, 2, 3),
+        {"1.weight": "h in", "3.weight": "out h"},
+        ("in", "out"),
+    ),
+    Network(
+        "mlp_batch_norm",
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Sigmoid(), nn.Linear(5, 2)),
+        _normal(4, 3),
+        {
+            "0.weight": "h in",
+            "0.bias": "h",
+            "1.weight": "h",
+            "1.bias": "h",
+            "3.weight": "out h",
+            "3.bias": "out",
+            "1.running_mean": "h",
+            "1.running_var": "h",
+            "1.num_batches_tracked": "",
+        },
+        ("in", "out"),
+    ),
+    Network(
+        "token_mlp_layer_norm",
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.ReLU(), nn.RMSNorm(5), nn.Linear(5, 2)),
+        _normal(2, 4, 3),
+        {
+            "0.weight": "h in",
+            "0.bias": "h",
+            "1.weight": "h",
+            "1.bias": "h",
+            "3.weight": "h",
+            "4.weight": "out h",
+            "4.bias": "out",
+        },
+        ("in", "out"),
+    ),
+    Network(
+        "residual_mlp",
+        lambda: nn.Sequential(
+            *(nn.Linear(3, 5), Residual(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5))),
+            *(Residual(nn.LayerNorm(5), nn.Linear(5, 5)), nn.Linear(5, 2)),
+        ),
+        _normal(4, 3),
+        {
+            "0.weight": "h in",
+            "0.bias": "h",
+            "1.body.0.weight": "m h",
+            "1.body.0.bias": "m",
+            "1.body.2.weight": "h m",
+            "1.body.2.bias": "h",
+            "2.body.0.weight": "h",
+            "2.body.0.bias": "h",
+            "2.body.1.weight": "h h",
+            "2.body.1.bias": "h",
+            "3.weight": "out h",
+            "3.bias": "out",
+        },
+        ("in", "out"),
+    ),
+    Network(
+        "cnn_flatten",
+        lambda: nn.Sequential(
+            *(
+                nn.Conv2d(1, 3, 3),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Conv2d(3, 4, 3, padding=1),
+                nn.Tanh(),
+                nn.AvgPool2d(2),
+            ),
+            *(nn.Flatten(), nn.Linear(24, 5), nn.ReLU(), nn.Linear(5, 2)),
+        ),
+        _normal(2, 1, 10, 14),
+        {
+            "0.weight": "c in i j",
+            "0.bias": "c",
+            "3.weight": "d c k l",
+            "3.bias": "d",
+            "7.weight": "h (d y x)",
+            "7.bias": "h",
+            "9.weight": "out h",
+            "9.bias": "out",
+        },
+        ("in", "out", "i", "j", "k", "l", "y", "x"),
+        {"y": 2, "x": 3},
+    ),
+    Network(
+        "cnn_batch_norm",
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU6(), nn.Dropout2d(), nn.Conv2d(3, 4, 1)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+        ),
+        _normal(2, 2, 6, 6),
+        {
+            "0.weight": "c in i j",
+            "1.weight": "c",
+            "1.bias": "c",
+            "4.weight": "d c k l",
+            "4.bias": "d",
+            "7.weight": "out d",
+            "7.bias": "out",
+            "1.running_mean": "c",
+            "1.running_var": "c",
+            "1.num_batches_tracked": "",
+        },
+        ("in", "out", "i", "j", "k", "l"),
+    ),
+    Network(
+        "residual_cnn",
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, affine=False)),
+            *(Residual(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3, padding=1)),),
+            *(nn.AdaptiveMaxPool2d(2), nn.Conv2d(3, 2, 2), nn.Flatten()),
+        ),
+        _normal(2, 2, 6, 6),
+        {
+            "0.weight": "c in i j",
+            "0.bias": "c",
+            "2.body.0.weight": "d c k l",
+            "2.body.0.bias": "d",
+            "2.body.2.weight": "c d m n",
+            "2.body.2.bias": "c",
+            "4.weight": "out c p q",
+            "4.bias": "out",
+            "1.running_mean": "c",
+            "1.running_var": "c",
+            "1.num_batches_tracked": "",
+        },
+        ("in", "out", "i", "j", "k", "l", "m", "n", "p", "q"),
+    ),
+    Network(
+        "depthwise_separable",
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 5, 1), nn.ReLU()),
+            *(nn.InstanceNorm2d(5, affine=True), nn.Conv2d(5, 2, 1)),
+        ),
+        _normal(2, 1, 6, 6),
+        {
+            "0.weight": "c in i j",
+            "0.bias": "c",
+            "1.weight": "c one k l",
+            "1.bias": "c",
+            "2.weight": "d c m n",
+            "2.bias": "d",
+            "4.weight": "d",
+            "4.bias": "d",
+            "5.weight": "out d p q",
+            "5.bias": "out",
+        },
+        ("in", "out", "one", "i", "j", "k", "l", "m", "n", "p", "q"),
+    ),
+    Network(
+        "group_norm",
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 4, 3), nn.GroupNorm(1, 4), nn.Mish(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.GroupNorm(4, 4)),
+            *(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)),
+        ),
+        _normal(2, 2, 6, 6),
+        {
+            "0.weight": "c in i j",
+            "0.bias": "c",
+            "1.weight": "c",
+            "1.bias": "c",
+            "3.weight": "d c k l",
+            "3.bias": "d",
+            "5.weight": "d",
+            "5.bias": "d",
+            "6.weight": "g d m n",
+            "6.bias": "g",
+            "7.weight": "g",
+            "7.bias": "g",
+            "8.weight": "out g p q",
+            "8.bias": "out",
+        },
+        ("in", "out", "g", "i", "j", "k", "l", "m", "n", "p", "q"),
+    ),
+    Network(
+        "conv1d",
+        lambda: nn.Sequential(
+            *(nn.Conv1d(2, 3, 3), nn.ELU(), nn.MaxPool1d(2), nn.ConvTranspose1d(3, 4, 2, stride=2)),
+            *(nn.Conv1d(4, 4, 3, groups=2), nn.Conv1d(4, 2, 1)),
+        ),
+        _normal(2, 2, 10),
+        {
+            "0.weight": "c in i",
+            "0.bias": "c",
+            "3.weight": "c d j",
+            "3.bias": "d",
+            "4.weight": "g one k",
+            "4.bias": "g",
+            "5.weight": "out g l",
+            "5.bias": "out",
+        },
+        ("in", "out", "one", "d", "g", "i", "j", "k", "l"),
+    ),
+    Network(
+        "conv3d",
+        lambda: nn.Sequential(nn.Conv3d(1, 3, 2), nn.ReLU(), nn.AvgPool3d(2), nn.Flatten(), nn.Linear(3, 2)),
+        _normal(2, 1, 3, 3, 3),
+        {"0.weight": "c in i j k", "0.bias": "c", "4.weight": "out c", "4.bias": "out"},
+        ("in", "out", "i", "j", "k"),
+    ),
+    Network(
+        "embedding_bag",
+        lambda: nn.Sequential(nn.Embedding(7, 4), weight_norm(nn.Linear(4, 5)), nn.PReLU(), nn.Linear(5, 2)),
+        lambda: (torch.tensor([[0, 6, 1], [2, 3, 4]]),),
+        {
+            "0.weight": "vocabulary e",
+            "1.bias": "h",
+            "1.parametrizations.weight.original0": "h one",
+            "1.parametrizations.weight.original1": "h e",
+            "2.weight": "slope",
+            "3.weight": "out h",
+            "3.bias": "out",
+        },
+        ("vocabulary", "out", "one", "slope"),
+    ),
+    Network(
+        "reused",
+        Reused,
+        _normal(4, 3),
+        {
+            "first.weight": "h in",
+            "first.bias": "h",
+            "hidden.weight": "h h",
+            "hidden.bias": "h",
+            "last.weight": "out h",
+            "last.bias": "out",
+        },
+        ("in", "out"),
+    ),
+    Network("tied_autoencoder", TiedAutoencoder, _normal(3, 4), {"weight": "h in", "bias": "h"}, ("in",)),
+    Network(
+        "layer_scale",
+        LayerScale,
+        _normal(2, 3, 4),
+        {
+            "position": "one token e",
+            "scale": "e",
+            "gain": "",
+            "embed.weight": "e in",
+            "embed.bias": "e",
+            "mix.weight": "e e",
+            "head.weight": "out e",
+            "head.bias": "out",
+        },
+        ("one", "token", "in", "out"),
+    ),
+    Network(
+        "gated",
+        Gated,
+        _normal(4, 3),
+        {"up.weight": "(half h) in", "up.bias": "(half h)", "down.weight": "out h", "down.bias": "out"},
+        ("half", "in", "out"),
+        {"half": 2},
+    ),
+    Network(
+        "attention",
+        Attention,
+        _normal(2, 4, 3),
+        {
+            "embed.weight": "e in",
+            "embed.bias": "e",
+            "head.weight": "out e",
+            "head.bias": "out",
+            "q.weight": "a e",
+            "q.bias": "a",
+            "k.weight": "a e",
+            "v.weight": "b e",
+            "v.bias": "b",
+            "o.weight": "e b",
+            "o.bias": "e",
+        },
+        ("in", "out"),
+    ),
+    Network(
+        "statistics",
+        SkipStatistics,
+        _normal(4, 3),
+        {
+            "unused": "x",
+            "first.weight": "h in",
+            "first.bias": "h",
+            "last.weight": "out h",
+            "last.bias": "out",
+            "mean": "h",
+            "idle": "y",
+        },
+        ("in", "out", "x", "y"),
+    ),
+)
