@@ -137,7 +137,7 @@ def meta_throughput(repetitions: int) -> dict[str, float]:
                     truncated_backprop(rule, task, carry, window, generator, second_order=True)
                 elif differentiable:  # the same unroll under differentiable AdamW, to the initial parameters
                     carry.params["0.weight"].requires_grad_()
-                    losses, _ = unroll(rule, task, carry, window, generator)
+                    losses, _, _ = unroll(rule, task, carry, window, generator)
                     losses.mean().backward()
                 else:
                     with torch.no_grad():

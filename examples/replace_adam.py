@@ -107,7 +107,7 @@ class Choice:
     cosine: bool = False
 
 
-NFN, NFN_TOLD = Choice("NFNOptimizer"), Choice("NFNOptimizer, told the horizon")
+NFN, NFN_TOLD = Choice("NFNOptimizer"), Choice("NFNOptimizer, total_steps")
 GRID = [Choice("AdamW", lr, cosine) for lr in LEARNING_RATES for cosine in (False, True)]
 
 
@@ -247,6 +247,7 @@ def report(rows: list[dict[str, Any]], out: Path) -> None:
     """Print the table; write it as Markdown and JSON, and the curves as a picture."""
     head = ["task", "optimizer", "final loss", "accuracy, %", "reduction", "seconds"]
     table = Table(*head, title="on the same initial parameters and batches")
+    table.columns[1].min_width = len("NFNOptimizer,")
     for number, row in enumerate(rows):
         table.add_row(*cells(row), end_section=number + 1 == len(rows) or rows[number + 1]["task"] != row["task"])
     Console().print(table)

@@ -35,6 +35,7 @@ class Changes:
         window: Steps differentiated at once.
         lr: Peak learning rate of theta, per iteration.
         second_order: Whether inner gradients are differentiated too.
+        averaged: Share of the objective that is measured at the average of a window's parameters, 0 to 1.
         seed: Of everything random.
     """
 
@@ -43,6 +44,7 @@ class Changes:
     window: int | None = None
     lr: float | None = None
     second_order: bool | None = None
+    averaged: float | None = None
     seed: int | None = None
 
 

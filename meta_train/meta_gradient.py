@@ -17,8 +17,10 @@ from torch import Tensor
 
 from meta_train.objective import log_mean_loss
 from meta_train.tasks import Task
-from meta_train.unroll import Carry, unroll
+from meta_train.unroll import Carry, losses_of, unroll
 from nfn_optim.rule import UpdateRule
+
+AVERAGE_BATCHES = 4  # on which the loss of averaged parameters is measured
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,14 @@ class MetaGradient:
 
 
 def truncated_backprop(
-    rule: UpdateRule, task: Task, carry: Carry, window: int, generator: torch.Generator, *, second_order: bool
+    rule: UpdateRule,
+    task: Task,
+    carry: Carry,
+    window: int,
+    generator: torch.Generator,
+    *,
+    second_order: bool = True,
+    averaged: float = 0.0,
 ) -> MetaGradient:
     """Differentiate one window.
 
@@ -55,9 +64,15 @@ def truncated_backprop(
         window: Steps differentiated at once.
         generator: For the batches.
         second_order: Whether the inner gradient is differentiated too.
+        averaged: Share of the objective that is measured at the average of the window's parameters, 0 to 1. There the
+            noise of single steps does not count, so that it does not pay to stop moving.
     """
-    losses, end = unroll(rule, task, carry, window, generator, second_order=second_order)
+    losses, end, mean = unroll(rule, task, carry, window, generator, second_order=second_order)
     objective = log_mean_loss(losses)
+    if averaged > 0:
+        members = len(carry.total_steps)
+        at_mean = [losses_of(task, mean, carry.member, task.batch(members, generator)) for _ in range(AVERAGE_BATCHES)]
+        objective = (1 - averaged) * objective + averaged * log_mean_loss(torch.stack(at_mean))
     theta = list(rule.parameters())
     found = torch.autograd.grad(objective, theta, allow_unused=True)
     grads = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(theta, found, strict=True))

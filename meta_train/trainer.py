@@ -49,6 +49,7 @@ class Config:
         clip: Meta-gradients of larger norm are scaled down to it.
         average: Decay of the exponential moving average of theta that is exported, per iteration.
         second_order: Whether inner gradients are differentiated too.
+        averaged: Share of the objective that is measured at the average of a window's parameters, 0 to 1.
         seed: Of everything random.
         checkpoint_every: Iterations between checkpoints.
     """
@@ -65,6 +66,7 @@ class Config:
     clip: float = 1.0
     average: float = 0.99
     second_order: bool = True
+    averaged: float = 0.0
     seed: int = 0
     checkpoint_every: int = 100
 
@@ -170,7 +172,15 @@ def iterate(run: Run, config: Config) -> dict[str, float]:
     """
     place = run.iteration % config.slots
     task, carry = run.slots[place]
-    found = truncated_backprop(run.rule, task, carry, config.window, run.generator, second_order=config.second_order)
+    found = truncated_backprop(
+        run.rule,
+        task,
+        carry,
+        config.window,
+        run.generator,
+        second_order=config.second_order,
+        averaged=config.averaged,
+    )
     run.iteration += 1
     norm = torch.cat([g.flatten() for g in found.grads]).norm()
     rate = learning_rate(config, run.iteration)

@@ -71,7 +71,7 @@ def losses_of(task: Task, params: Params, member: Tensors, batch: Tensors) -> Te
 
 def unroll(
     rule: UpdateRule, task: Task, carry: Carry, steps: int, generator: torch.Generator, *, second_order: bool = True
-) -> tuple[Tensor, Carry]:
+) -> tuple[Tensor, Carry, Params]:
     """Train for some steps; with gradients enabled, losses and carry depend on theta.
 
     Args:
@@ -84,12 +84,14 @@ def unroll(
 
     Returns:
         Losses `(steps, members)`: after the first step, ..., after the last, each on the batch that comes next; the
-        carry after the last step.
+        carry after the last step; and the mean of the parameters after the steps of the second half.
     """
     differentiable = torch.is_grad_enabled()
     params, state = carry.params, carry.state
     members = len(carry.total_steps)
     losses = []
+    tail = steps - steps // 2
+    mean: Params = {}
     for step in range(steps + 1):
         batch = task.batch(members, generator)
         if step == steps:
@@ -117,4 +119,6 @@ def unroll(
             batch_dims=1,
         )
         params = {name: p + update[name] for name, p in params.items()}
-    return torch.stack(losses), replace(carry, params=params, state=state, steps=carry.steps + steps)
+        if step >= steps - tail:
+            mean = {name: mean[name] + p / tail if mean else p / tail for name, p in params.items()}
+    return torch.stack(losses), replace(carry, params=params, state=state, steps=carry.steps + steps), mean

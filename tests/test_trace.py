@@ -200,7 +200,7 @@ def test_op_without_rule_is_named_once(name: str) -> None:
     assert not _free_factors(symmetry)
 
 
-# ----------------------------------------------------------------------------------------------- everything else at once
+# ---------------------------------------------------------------------------------------------- everything else at once
 
 MLP = zoo.ZOO[0]
 

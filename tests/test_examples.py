@@ -1,0 +1,56 @@
+"""The examples run as a newcomer would run them, shortened."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def replace_adam() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("replace_adam", ROOT / "examples" / "replace_adam.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["replace_adam"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_replace_adam_writes_what_it_says(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/replace_adam.py", "--steps", "3", "--seeds", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "replace_adam.json").read_text())["rows"]
+    assert len(rows) == 3 * 4  # tasks x optimizers
+    assert all(len(row["final"]) == 2 for row in rows)
+    assert len({tuple(row["final"]) for row in rows if row["task"] == "digits, MLP"}) >= 3  # they do differ
+    assert (tmp_path / "replace_adam.md").read_text().count("\n") == 2 + len(rows)
+    assert (tmp_path / "replace_adam.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "events").rglob("events.out.*"))) >= 3 * (12 + 2) + 3 * 2
+    assert "NFNOptimizer" in done.stdout
+
+
+def test_steps_to_a_loss_are_counted_on_the_running_mean(replace_adam: ModuleType) -> None:
+    slow = [10.0] * 100 + [1.0] * 100
+    fast = [10.0] * 20 + [1.0] * 180
+    assert replace_adam.reduction(fast, slow) == pytest.approx(200 / 50)  # 30 batches of 1 after the first 20
+    assert replace_adam.reduction(slow, [0.5] * 200) is None
+
+
+def test_the_data_is_cut_once_and_standardised(replace_adam: ModuleType) -> None:
+    for load, train in ((replace_adam.digits, 1500), (replace_adam.mnist, 4000)):
+        x, y, held_x, held_y = load()
+        assert (len(x), len(y)) == (train, train)
+        assert len(held_x) == len(held_y) > 0
+        assert abs(x.mean().item()) < 1e-3
+        assert abs(x.std().item() - 1) < 1e-3
+        assert set(y.tolist()) == set(held_y.tolist()) == set(range(10))
