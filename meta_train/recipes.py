@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from meta_train.tasks import MLPDistribution
+from meta_train.tasks import Augment, MLPDistribution
 from meta_train.trainer import Config
 from nfn_optim.rule import RuleConfig
 
 
 def digits() -> Config:
     """MLPs of many shapes on scikit-learn's 8x8 digits; the recipe of the first shipped rule."""
-    return Config(rule=RuleConfig(power=1.0), iterations=5000)
+    return Config(rule=RuleConfig(power=1.0), iterations=2000, window=40, averaged=0.5)
 
 
 def smoke() -> Config:
     """A minute's worth: tiny MLPs, few iterations; shows that everything runs."""
     return Config(
         rule=RuleConfig(hidden=4, power=1.0),
-        distribution=MLPDistribution(width=(4, 8), batch_size=(8, 16), zooms=(1,)),
+        distribution=MLPDistribution(width=(4, 8), batch_size=(8, 16), zooms=(1,), augment=Augment(0.5, 0.0, 0.0)),
         iterations=60,
+        lr=4e-3,
         members=2,
         slots=3,
         window=5,

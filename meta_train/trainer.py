@@ -122,7 +122,7 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
     run = restore(config, checkpoint.load(out)) if resume else begin(config)
     if not resume:
         save(run, config, out, describe)
-    writer = SummaryWriter(str(out), purge_step=run.iteration)
+    writer = SummaryWriter(str(out), purge_step=run.iteration + 1)
     progress = tqdm(total=config.iterations, initial=run.iteration, desc="meta-training", dynamic_ncols=True)
     begun = time.monotonic() - run.seconds
     try:

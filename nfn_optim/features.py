@@ -137,7 +137,7 @@ def scales_of(params: Sequence[Tensor], incidence: Incidence, batch_dims: int) -
         Scales and root mean squares, `(*batch, T)` each.
     """
     index = incidence.at(params[0])
-    mean_squares = torch.stack([p.flatten(batch_dims).square().mean(-1) for p in params], -1)
+    mean_squares = torch.stack([_mean_square(p, batch_dims).reshape(p.shape[:batch_dims]) for p in params], -1)
     rms = (torch.nan_to_num(mean_squares) + TINY).sqrt()
     alive = (rms > 1e-8).to(rms.dtype)  # noqa: PLR2004 - a tensor of zeros has no scale to give
     weight = alive @ index["kin"].T
@@ -217,7 +217,8 @@ def time_features(steps: Tensor, total_steps: Tensor | float | None) -> Tensor:
     total = torch.as_tensor(total_steps, dtype=steps.dtype, device=steps.device).expand_as(steps)
     known = (total > 0).to(steps.dtype)
     done = (steps / total.clamp(min=1)).clamp(max=1.0) * known
-    return torch.stack([*age, known, done, torch.log(1 + FLOOR - done) / 3], -1)
+    left = known * torch.log(1 + FLOOR - done) / 3
+    return torch.stack([*age, known, done, left], -1)
 
 
 def tensor_features(pooled: Sequence[Tensor], scale: Tensor, rms: Tensor, time: Tensor, incidence: Incidence) -> Tensor:

@@ -249,7 +249,7 @@ def test_calls_inside_others_are_dropped() -> None:
     assert call.module is model
     assert call.args == ()
     assert call.kwargs["batch"]["x"].shape == (7, 4)
-    assert call.kwargs["scale"] == 3.0  # noqa: PLR2004
+    assert call.kwargs["scale"] == 3.0
     discovery.close()
 
 

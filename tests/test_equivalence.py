@@ -116,7 +116,7 @@ def test_renamed_neurons_are_trained_the_same(name: str, form: str) -> None:
     expected, found = renamed(model, symmetry, permutations), twin.state_dict()
     for where, value in expected.items():
         torch.testing.assert_close(found[where], value, rtol=1e-8, atol=1e-8)
-    assert all((p - before[name]).abs().max() > 1e-4 for name, p in model.named_parameters())  # noqa: PLR2004
+    assert all((p - before[name]).abs().max() > 1e-4 for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -164,4 +164,4 @@ def test_the_symmetry_makes_a_difference() -> None:
     train(first, NFNOptimizer(first, rule=rule), data)
     separate = Symmetry.separate({name: p.shape for name, p in second.named_parameters()})
     train(second, NFNOptimizer(second, rule=rule, symmetry=separate), data)
-    assert any((p - q).abs().max() > 1e-6 for p, q in zip(first.parameters(), second.parameters(), strict=True))  # noqa: PLR2004
+    assert any((p - q).abs().max() > 1e-6 for p, q in zip(first.parameters(), second.parameters(), strict=True))

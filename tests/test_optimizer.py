@@ -189,10 +189,10 @@ def test_a_bad_gradient_skips_the_step(poison: str, earlier: int) -> None:
         assert optimizer.skipped_steps == count
     assert same(snapshot(optimizer), before)
     train(model, optimizer, 1)
-    assert optimizer.skipped_steps == 2  # noqa: PLR2004
+    assert optimizer.skipped_steps == 2
     assert all(value.isfinite().all() for value in snapshot(optimizer)[0])
     assert not same(snapshot(optimizer), before)
-    assert optimizer.state_dict()["param_groups"][0]["skipped_steps"] == 2  # noqa: PLR2004
+    assert optimizer.state_dict()["param_groups"][0]["skipped_steps"] == 2
 
 
 def test_large_gradients_are_not_skipped() -> None:
@@ -273,7 +273,7 @@ def test_closure_is_called_once_with_gradients() -> None:
         return 0.5
 
     with torch.no_grad():
-        assert optimizer.step(closure) == 0.5  # noqa: PLR2004
+        assert optimizer.step(closure) == 0.5
     assert calls == [True]
     assert len(optimizer.state) == len(list(model.parameters()))
 
@@ -338,7 +338,7 @@ def test_add_param_group_traces_again() -> None:
     assert steps == [6, 6, 3, 3]
     with pytest.raises(ValueError, match="lr >= 0"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -1.0})
-    assert len(optimizer.param_groups) == 2  # noqa: PLR2004
+    assert len(optimizer.param_groups) == 2
 
 
 def test_parameters_may_be_exchanged_behind_the_back() -> None:
@@ -382,7 +382,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 def test_schedulers(scheduler: str, as_tensor: bool) -> None:
     ours, theirs = net(), net()
 
-    def lr() -> Any:  # noqa: ANN401
+    def lr() -> Any:
         return torch.tensor(3e-3) if as_tensor else 3e-3
 
     rates: list[float] = []
@@ -405,7 +405,7 @@ def test_schedulers(scheduler: str, as_tensor: bool) -> None:
 # ------------------------------------------------------------------------------------------------- saving and copying
 
 
-def through_file(value: Any) -> Any:  # noqa: ANN401
+def through_file(value: Any) -> Any:
     """Saved and loaded as a checkpoint is, without pickle."""
     buffer = io.BytesIO()
     torch.save(value, buffer)

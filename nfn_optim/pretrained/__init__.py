@@ -57,7 +57,8 @@ def save(rule: UpdateRule, path: str | os.PathLike[str]) -> str:
     digest = _digest(config, theta)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(theta, partial, metadata={"format": FORMAT, "config": config, "sha256": digest})
+        # one entry, since the order of several is not the same from file to file
+        save_file(theta, partial, metadata={FORMAT: json.dumps({"config": config, "sha256": digest})})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -92,18 +93,19 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
             theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or install it again") from error
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise ValueError(
-            f"expected {path} to be a rule of format {FORMAT!r}, found {metadata.get('format')!r}; "
+            f"expected {path} to be a rule, with metadata {FORMAT!r}, found {sorted(metadata)}; "
             f"write rules with nfn_optim.pretrained.save"
         )
-    found = _digest(metadata.get("config", ""), theta)
-    if found != metadata.get("sha256"):
+    stated = json.loads(metadata[FORMAT])
+    found = _digest(stated["config"], theta)
+    if found != stated["sha256"]:
         raise ValueError(
-            f"{path} was changed after it was written: expected SHA-256 {metadata.get('sha256')}, found {found}; "
+            f"{path} was changed after it was written: expected SHA-256 {stated['sha256']}, found {found}; "
             f"copy or install it again"
         )
-    rule = UpdateRule(RuleConfig(**json.loads(metadata["config"])))
+    rule = UpdateRule(RuleConfig(**json.loads(stated["config"])))
     rule.load_state_dict(theta)
     return rule.requires_grad_(False).eval()
 

@@ -1,0 +1,141 @@
+"""What the rule sees: nothing that depends on units, everything defined at zero."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from nfn_optim import features
+from nfn_optim.layers import Incidence
+from nfn_optim.symmetry import Symmetry
+
+SYMMETRY = Symmetry(
+    {"k": ("c", "in", "tap"), "w": ("h", "(c tap)"), "b": ("h",), "s": ()},
+    {"c": 3, "in": 2, "tap": 2, "h": 4},
+    frozenset({"in", "tap"}),
+)
+NAMES = tuple(SYMMETRY.dims)
+
+
+def draw(seed: int, batch: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {n: torch.randn((*batch, *SYMMETRY.shape_of(n)), dtype=torch.float64) for n in NAMES}
+
+
+def see(params: dict[str, Tensor], history: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Features of every tensor, and the tensor features, after a list of gradients."""
+    state = features.init_state(params, 0, learned=True)
+    for grads in history:
+        moments = features.advance(grads, state)
+        state = moments.state
+    incidence = Incidence(SYMMETRY)
+    scale, rms = features.scales_of(list(params.values()), incidence, 0)
+    seen, pooled = {}, []
+    for i, n in enumerate(NAMES):
+        seen[n] = features.weight_features(params[n], history[-1][n], moments, scale[i], n, i, 0)
+        pooled.append(features.pool(seen[n], 0)[1])
+    time = features.time_features(moments.steps, None)
+    return seen, features.tensor_features(pooled, scale, rms, time, incidence)
+
+
+@pytest.mark.parametrize("factor", [1e-2, 1e3])
+def test_the_unit_of_the_loss_does_not_matter(factor: float) -> None:
+    params, history = draw(0), [draw(1), draw(2), draw(3)]
+    seen, tensors = see(params, history)
+    again, tensors_again = see(params, [{n: factor * g for n, g in grads.items()} for grads in history])
+    for n in NAMES:
+        torch.testing.assert_close(again[n], seen[n], rtol=1e-4, atol=1e-5)  # Adam's epsilon
+    torch.testing.assert_close(tensors_again, tensors, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["k", "w"])
+def test_the_unit_of_a_matrix_does_not_matter(name: str) -> None:
+    """P = c w has gradients g / c; vectors without a scale of their own see their neighbours', so b is left out."""
+    params, history = draw(0), [draw(1), draw(2), draw(3)]
+    seen, _ = see(params, history)
+    changed = params | {name: 7 * params[name]}
+    again, _ = see(changed, [grads | {name: grads[name] / 7} for grads in history])
+    for n in ("k", "w"):
+        torch.testing.assert_close(again[n], seen[n], rtol=1e-4, atol=1e-5)
+
+
+def test_channel_zero_is_adam() -> None:
+    history = [draw(1), draw(2), draw(3)]
+    seen, _ = see(draw(0), history)
+    for n in NAMES:
+        expected = oracle.adam_direction([grads[n] for grads in history])
+        torch.testing.assert_close(seen[n][0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_seen_where_nothing_happens() -> None:
+    zero = {n: torch.zeros_like(p) for n, p in draw(0).items()}
+    seen, tensors = see(draw(0), [zero, zero])
+    assert all(not f.abs().max() > 1e-12 for f in seen.values())
+    assert torch.isfinite(tensors).all()
+
+
+def test_gradients_of_features_are_finite_at_zero() -> None:
+    """Second derivatives of the loss go through the features; dead units give exact zeros."""
+    params = {n: p.requires_grad_() for n, p in draw(0).items()}
+    grads = {n: torch.zeros_like(p).requires_grad_() for n, p in params.items()}
+    seen, tensors = see(params, [grads])
+    total = sum((f.sum() for f in seen.values()), tensors.sum())
+    found = torch.autograd.grad(total, [*params.values(), *grads.values()])
+    assert all(torch.isfinite(g).all() for g in found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_the_state_is_precise_and_small(dtype: torch.dtype, expected: torch.dtype) -> None:
+    params = {"w": torch.ones(2, 3, 4, dtype=dtype)}
+    state = features.init_state(params, 1, learned=True)["w"]
+    assert {value.dtype for value in state.values()} == {expected}
+    assert state["step"].shape == (2,)
+    assert sum(value[0].numel() for value in state.values() if value.dim() == 3) <= 4 * 12  # floats a parameter
+
+
+def test_scales() -> None:
+    """A matrix has its own; a vector at least its neighbours'; zeros without neighbours a constant."""
+    symmetry = Symmetry(
+        {"w": ("h", "in"), "b": ("h",), "u": ("out", "h"), "gain": ("h",), "lonely": ("x",), "zero": ("h", "y")},
+        {"h": 2, "in": 2, "out": 2, "x": 2, "y": 2},
+    )
+    params = {
+        "w": torch.full((2, 2), 0.1),
+        "b": torch.zeros(2),
+        "u": torch.full((2, 2), 0.4),
+        "gain": torch.ones(2),
+        "lonely": torch.zeros(2),
+        "zero": torch.zeros(2, 2),
+    }
+    scale, rms = features.scales_of(list(params.values()), Incidence(symmetry), 0)
+    found = dict(zip(params, scale.tolist(), strict=True))
+    expected = {"w": 0.1, "b": 0.2, "u": 0.4, "gain": 1.0, "lonely": features.NO_SCALE, "zero": 0.02}
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert rms[0].item() == pytest.approx(0.1)
+
+
+def test_time() -> None:
+    steps = torch.tensor([[1.0, 50.0], [100.0, 1000.0]])
+    unknown = features.time_features(steps, None)
+    assert unknown.shape == (2, 2, features.TIME_CHANNELS)
+    assert torch.equal(unknown, features.time_features(steps, 0.0))
+    known = features.time_features(steps, torch.tensor([[100.0], [200.0]]))
+    assert torch.equal(known[..., :5], unknown[..., :5])  # age
+    assert torch.equal(known[..., 5], torch.ones(2, 2))
+    torch.testing.assert_close(known[..., 6], torch.tensor([[0.01, 0.5], [0.5, 1.0]]))  # never beyond the horizon
+    assert torch.isfinite(known).all()
+
+
+def test_rows_are_pooled_over_all_other_dimensions() -> None:
+    f = torch.rand(features.CHANNELS, 3, 2, 4, dtype=torch.float64) + 0.5
+    by_dim, whole = features.pool(f, 0)
+    assert [tuple(rows.shape) for rows in by_dim] == [(n, features.ROW_CHANNELS) for n in (3, 2, 4)]
+    expected = torch.log(f[1, :, 1].square().mean().sqrt() + features.FLOOR)
+    torch.testing.assert_close(by_dim[1][1, 1], expected)
+    torch.testing.assert_close(by_dim[0][2, -1], (f[1, 2] * f[2, 2]).mean())
+    torch.testing.assert_close(whole[0], torch.log(f[0].square().mean().sqrt() + features.FLOOR))

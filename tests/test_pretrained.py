@@ -1,0 +1,111 @@
+"""Rule files: what is written comes back, and what was damaged is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from nfn_optim import RuleConfig, UpdateRule, pretrained
+
+
+@pytest.fixture
+def rule() -> UpdateRule:
+    torch.manual_seed(0)
+    return UpdateRule(RuleConfig(hidden=4, form="network", power=1.0))
+
+
+def test_a_rule_comes_back_bit_for_bit(rule: UpdateRule, tmp_path: Path) -> None:
+    digest = pretrained.save(rule, tmp_path / "one.safetensors")
+    back = pretrained.load(tmp_path / "one.safetensors")
+    assert back.config == rule.config
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in rule.state_dict().items())
+    assert not any(p.requires_grad for p in back.parameters())
+    assert pretrained.save(back, tmp_path / "two.safetensors") == digest
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def rewritten(path: Path, change: Callable[[dict[str, str]], None]) -> None:
+    """Write the file again with changed metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    change(metadata)
+    save_file(theta, path, metadata=metadata)
+
+
+def other_config(metadata: dict[str, str]) -> None:
+    stated = json.loads(metadata[pretrained.FORMAT])
+    config = json.loads(stated["config"]) | {"weight_hidden": 9}
+    metadata[pretrained.FORMAT] = json.dumps(stated | {"config": json.dumps(config)})
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-10]), "not a whole safetensors file"),
+    "empty": (lambda path: path.write_bytes(b""), "not a whole safetensors file"),
+    "not safetensors": (lambda path: path.write_bytes(b"\x80\x04N." * 99), "not a whole safetensors file"),
+    "flipped bit": (flipped, "was changed after it was written"),
+    "other config": (lambda path: rewritten(path, other_config), "was changed after it was written"),
+    "other tensors": (lambda path: rewritten(path, lambda metadata: metadata.clear()), "expected .* to be a rule"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_with_advice(rule: UpdateRule, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "rule.safetensors"
+    pretrained.save(rule, path)
+    do, says = DAMAGES[damage]
+    do(path)
+    with pytest.raises(ValueError, match=says):
+        pretrained.load(path)
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(FileNotFoundError, match=r"adamw.*nonsense"):
+        pretrained.load("nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        pretrained.card("nonsense")
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(
+    rule: UpdateRule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rule.safetensors"
+    pretrained.save(rule, path)
+    before = path.read_bytes()
+
+    def full(*args: object, **kwargs: object) -> None:
+        Path(str(args[1])).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrained, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        pretrained.save(UpdateRule(), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", pretrained.names()[1:])
+def test_shipped_rules_load_and_their_cards_name_them(name: str) -> None:
+    rule = pretrained.load(name)
+    assert rule.learns
+    folder = Path(pretrained.__file__).parent
+    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
+        digest = json.loads(file.metadata()[pretrained.FORMAT])["sha256"]
+    assert digest in pretrained.card(name)
+    assert sum(p.numel() for p in rule.parameters()) < 10_000
+
+
+def test_adamw_needs_no_file() -> None:
+    assert not pretrained.load("adamw").learns

@@ -1,0 +1,181 @@
+"""The update rule: AdamW where it has learned nothing, equivariant whatever it has learned, and pure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nfn_optim import RuleConfig, Symmetry, UpdateRule
+from nfn_optim.rule import FALLBACK_RMS
+
+SYMMETRY = Symmetry(
+    {"k": ("c", "in", "ky", "kx"), "kb": ("c",), "w": ("h", "(c y)"), "b": ("h",), "v": ("out", "h"), "s": ()},
+    {"c": 3, "in": 2, "ky": 2, "kx": 1, "h": 4, "y": 2, "out": 2},
+    frozenset({"in", "ky", "kx", "y", "out"}),
+)
+FORMS = ("linear", "network")
+
+
+def draw(seed: int, *batch: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {n: torch.randn((*batch, *SYMMETRY.shape_of(n)), dtype=torch.float64) for n in SYMMETRY.dims}
+
+
+def random_rule(form: str, spread: float = 0.2) -> UpdateRule:
+    torch.manual_seed(0)
+    rule = UpdateRule(RuleConfig(hidden=6, form=form, power=1.0)).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in rule.parameters():
+            p.add_(torch.randn_like(p) * spread)
+    return rule
+
+
+def train(rule: UpdateRule, params: dict[str, Tensor], steps: int = 4, **kwargs: object) -> dict[str, Tensor]:
+    """Parameters after some steps on gradients that depend on them."""
+    batch_dims = int(kwargs.get("batch_dims", 0))  # type: ignore[call-overload]
+    state = rule.init(params, batch_dims)
+    for step in range(steps):
+        grads = {n: p - g for (n, p), g in zip(params.items(), draw(step + 10).values(), strict=True)}
+        with torch.no_grad():
+            update, state = rule(params, grads, state, SYMMETRY, **{"lr": 0.01, **kwargs})  # type: ignore[arg-type]
+        params = {n: params[n] + update[n] for n in params}
+    return params
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        UpdateRule.nominal(),
+        UpdateRule(),
+        UpdateRule(RuleConfig(form="network")),
+        random_rule("linear").zero_(),
+        random_rule("network").zero_(),
+    ],
+    ids=["nominal", "new", "new network", "zeroed", "zeroed network"],
+)
+def test_what_has_learned_nothing_is_adamw(rule: UpdateRule) -> None:
+    params = draw(0)
+    leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=0.01, weight_decay=0.1)
+    for step in range(6):
+        for (_, p), g in zip(leaves.items(), draw(step + 10).values(), strict=True):
+            p.grad = p.detach() - g
+        optimizer.step()
+    for n, p in train(rule.double(), params, 6, weight_decay=0.1).items():
+        torch.testing.assert_close(p, leaves[n].detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_is_equivariant(form: str) -> None:
+    """Permuted parameters and gradients give the permuted result, under the free axes and under the fixed."""
+    rule, params = random_rule(form), draw(0)
+    loose = Symmetry(SYMMETRY.dims, SYMMETRY.sizes)  # every axis free
+    permutations = {axis: torch.randperm(n) for axis, n in SYMMETRY.sizes.items()}
+    state = rule.init(params)
+    moved = loose.permute(params, permutations)
+    moved_state = rule.init(moved)
+    with torch.no_grad():
+        for step in range(4):
+            grads = draw(step + 10)
+            update, state = rule(params, grads, state, SYMMETRY, lr=0.01)
+            moved_grads = loose.permute(grads, permutations)
+            moved_update, moved_state = rule(moved, moved_grads, moved_state, SYMMETRY, lr=0.01)
+            params = {n: params[n] + update[n] for n in params}
+            moved = {n: moved[n] + moved_update[n] for n in moved}
+    for n, p in loose.permute(params, permutations).items():
+        torch.testing.assert_close(moved[n], p, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_rule_knows_more_than_single_weights(form: str) -> None:
+    """The zero map is equivariant too: permuting one tensor alone must not just permute its update."""
+    rule, params, grads = random_rule(form), draw(0), draw(1)
+    index = torch.tensor([1, 2, 3, 0])
+    update, _ = rule(params, grads, rule.init(params), SYMMETRY, lr=0.01)
+    alone = {**params, "w": params["w"][index]}
+    other, _ = rule(alone, {**grads, "w": grads["w"][index]}, rule.init(params), SYMMETRY, lr=0.01)
+    assert not torch.allclose(other["w"], update["w"][index], rtol=1e-6)
+    assert not torch.allclose(other["b"], update["b"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_is_its_members(form: str) -> None:
+    rule, params, grads = random_rule(form), draw(0, 3), draw(1, 3)
+    total = torch.tensor([0.0, 10.0, 20.0])
+    update, state = rule(params, grads, rule.init(params, 1), SYMMETRY, lr=0.01, total_steps=total, batch_dims=1)
+    for i in range(3):
+        one = {n: p[i] for n, p in params.items()}
+        alone, alone_state = rule(
+            one, {n: g[i] for n, g in grads.items()}, rule.init(one), SYMMETRY, lr=0.01, total_steps=float(total[i])
+        )
+        for n in params:
+            torch.testing.assert_close(update[n][i], alone[n], rtol=1e-10, atol=1e-14)
+            torch.testing.assert_close(state[n]["exp_avg_slow"][i], alone_state[n]["exp_avg_slow"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_moves_without_learning_rate_or_gradient(form: str) -> None:
+    rule, params = random_rule(form), draw(0)
+    zero = {n: torch.zeros_like(p) for n, p in params.items()}
+    update, _ = rule(params, draw(1), rule.init(params), SYMMETRY, lr=0.0, weight_decay=0.1)
+    assert all(not u.any() for u in update.values())
+    update, _ = rule(params, zero, rule.init(params), SYMMETRY, lr=0.1)
+    assert all(u.abs().max() < 1e-12 for u in update.values())
+
+
+def test_hyperparameters_by_name_by_member_and_as_tensors() -> None:
+    rule, params, grads = random_rule("linear"), draw(0), draw(1)
+
+    def step(lr: object, weight_decay: object = 0.0) -> dict[str, Tensor]:
+        return rule(params, grads, rule.init(params), SYMMETRY, lr=lr, weight_decay=weight_decay)[0]  # type: ignore[arg-type]
+
+    one, two = step(0.01), step(0.02)
+    torch.testing.assert_close(step(torch.tensor(0.01)), one)
+    torch.testing.assert_close(step(torch.tensor([0.01])), one)
+    mixed = step({n: 0.02 if n == "w" else torch.tensor(0.01) for n in params})
+    assert all(torch.allclose(mixed[n], (two if n == "w" else one)[n]) for n in params)
+    decayed = step(0.01, {n: float(n == "b") for n in params})
+    torch.testing.assert_close(decayed["b"], one["b"] - 0.01 * params["b"])
+    assert torch.equal(decayed["w"], one["w"])
+
+
+def test_the_order_of_names_does_not_matter_and_nothing_is_changed_in_place() -> None:
+    rule, params, grads = random_rule("linear"), draw(0), draw(1)
+    state = rule.init(params)
+    update, _ = rule(params, grads, state, SYMMETRY, lr=0.01)
+    backwards = dict(reversed(params.items()))
+    again, _ = rule(backwards, dict(reversed(grads.items())), state, SYMMETRY, lr=0.01)
+    assert all(torch.equal(again[n], update[n]) for n in params)
+    assert all(not value.any() for s in state.values() for value in s.values())
+    assert all(torch.equal(p, q) for p, q in zip(params.values(), draw(0).values(), strict=True))
+
+
+def test_a_direction_out_of_range_falls_back_to_adam_and_is_counted() -> None:
+    rule, params, grads = random_rule("linear"), draw(0), draw(1)
+    with torch.no_grad():
+        rule.stack.read_tensors.bias[0] = 100 * FALLBACK_RMS  # the coefficient of channel 0
+    update, state = rule(params, grads, rule.init(params), SYMMETRY, lr=0.01)
+    nominal, _ = UpdateRule.nominal()(params, grads, UpdateRule.nominal().init(params), SYMMETRY, lr=0.01)
+    for n in params:
+        torch.testing.assert_close(update[n], nominal[n])
+        assert state[n]["fallbacks"].item() == 1
+
+
+def test_a_broken_tensor_does_not_break_the_others() -> None:
+    rule, params, grads = random_rule("linear"), draw(0), draw(1)
+    grads["b"][0] = torch.nan
+    update, state = rule(params, grads, rule.init(params), SYMMETRY, lr=0.01)
+    assert all(torch.isfinite(update[n]).all() for n in params if n != "b")
+    assert state["b"]["fallbacks"].item() == 1
+
+
+@pytest.mark.parametrize("bad", [{"hidden": -1}, {"rounds": -1}, {"form": "cubic"}, {"weight_hidden": 0}])
+def test_impossible_rules_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(bad)))):
+        RuleConfig(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_theta_is_small(form: str) -> None:
+    assert sum(p.numel() for p in UpdateRule(RuleConfig(form=form)).parameters()) < 5000  # type: ignore[arg-type]
