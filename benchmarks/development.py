@@ -23,7 +23,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfn_optim import NFNOptimizer
+from nfn_optim import NFNOptimizer, pretrained
 
 LEARNING_RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SMOOTH = 30  # batches
@@ -160,17 +160,22 @@ def main() -> None:
     jobs = [(name, how, seed) for name in TASKS for how in adamw + rules for seed in range(given.seeds)]
     given.cache.mkdir(parents=True, exist_ok=True)
 
-    def place(job: tuple[str, tuple[str, float, bool], int]) -> Path:
-        rule = Path(job[1][0])
-        stamp = rule.read_bytes().hex() if rule.is_file() else ""
-        return given.cache / (hashlib.sha256(f"{job}{TASKS[job[0]].steps}{stamp}".encode()).hexdigest() + ".json")
+    shipped = Path(pretrained.__file__).parent
 
-    missing = [job for job in jobs if not place(job).exists() or job[1][0] == "default"]
+    def place(job: tuple[str, tuple[str, float, bool], int]) -> Path:
+        name, (rule, *rest), seed = job
+        file = next((f for f in (Path(rule), shipped / f"{rule}.safetensors") if f.is_file()), None)
+        what = hashlib.sha256(file.read_bytes()).hexdigest() if file else rule
+        stamp = f"{name} {TASKS[name].steps} {what} {rest} {seed} {torch.__version__}"
+        return given.cache / (hashlib.sha256(stamp.encode()).hexdigest() + ".json")
+
+    missing = [job for job in jobs if not place(job).exists()]
     with ProcessPoolExecutor(given.workers) as pool:
-        futures = {job: pool.submit(losses, *job, given.data) for job in missing}
-        for number, (job, future) in enumerate(futures.items(), 1):
+        futures = {pool.submit(losses, *job, given.data): job for job in missing}
+        for number, future in enumerate(as_completed(futures), 1):
+            job = futures[future]
             place(job).write_text(json.dumps(future.result()))
-            print(f"\r{number}/{len(missing)} {job}", end="", flush=True)
+            print(f"{number}/{len(missing)} {job}", flush=True)
     curves = {job: json.loads(place(job).read_text()) for job in jobs}
 
     lines = [
@@ -196,7 +201,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "development.json").write_text(json.dumps(table, indent=1))
     (given.out / "development.md").write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

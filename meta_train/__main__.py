@@ -89,7 +89,9 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "resume": resume, "recipes": recipes}, prog="python -m meta_train", description=__doc__
+            {"train": train, "resume": resume, "recipes": recipes},
+            prog="python -m meta_train",
+            description=(__doc__ or "").splitlines()[0],
         )
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ from nfn_optim.rule import RuleConfig
 
 def digits() -> Config:
     """MLPs of many shapes on scikit-learn's 8x8 digits; the recipe of the first shipped rule."""
-    return Config(rule=RuleConfig(power=1.0), iterations=2000, window=40, averaged=0.5)
+    return Config(rule=RuleConfig(power=1.0), iterations=500, window=40, averaged=0.5)
 
 
 def smoke() -> Config:

@@ -35,7 +35,7 @@ def test_replace_adam_writes_what_it_says(tmp_path: Path) -> None:
     assert len({tuple(row["final"]) for row in rows if row["task"] == "digits, MLP"}) >= 3  # they do differ
     assert (tmp_path / "replace_adam.md").read_text().count("\n") == 2 + len(rows)
     assert (tmp_path / "replace_adam.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list((tmp_path / "events").rglob("events.out.*"))) >= 3 * (12 + 2) + 3 * 2
+    assert len(list((tmp_path / "events").rglob("events.out.*"))) >= 3 * (14 + 2) + 3 * 2
     assert "NFNOptimizer" in done.stdout
 
 
