@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from nfn_optim import NFNOptimizer, pretrained
 
-LEARNING_RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 SMOOTH = 30  # batches
 Images = tuple[Tensor, Tensor]
 

@@ -2,7 +2,7 @@
 
     python examples/replace_adam.py
 
-Three networks are trained with AdamW at its default learning rate, with AdamW tuned over seven learning rates and two
+Three networks are trained with AdamW at its default learning rate, with AdamW tuned over eight learning rates and two
 schedules, and with NFNOptimizer as it ships, on the same initial parameters and batches. What differs is one line, in
 `optimizer_for`. The best AdamW is the one with the lowest final training loss on seed 0.
 
@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nfn_optim import NFNOptimizer
 
-LEARNING_RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 BATCH_SIZE = 64
 SMOOTH = 30  # batches in the running mean of the training loss
 Data = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -30,7 +30,8 @@ class Changes:
     """What to change in the recipe.
 
     Args:
-        iterations: Updates of theta.
+        iterations: Updates of theta that the learning rate is scheduled for.
+        until: Updates of theta after which to stop, if earlier.
         members: Members of a task trained side by side.
         window: Steps differentiated at once.
         lr: Peak learning rate of theta, per iteration.
@@ -40,6 +41,7 @@ class Changes:
     """
 
     iterations: int | None = None
+    until: int | None = None
     members: int | None = None
     window: int | None = None
     lr: float | None = None

@@ -39,7 +39,8 @@ class Config:
     Args:
         rule: The architecture of the rule.
         distribution: What it is trained on.
-        iterations: Updates of theta.
+        iterations: Updates of theta that the learning rate is scheduled for.
+        until: Updates of theta after which to stop, if earlier.
         members: Members of a task that are trained side by side.
         slots: Tasks that are under way at once.
         window: Steps differentiated at once.
@@ -57,6 +58,7 @@ class Config:
     rule: RuleConfig = field(default_factory=RuleConfig)
     distribution: TaskDistribution[Any] = field(default_factory=MLPDistribution)
     iterations: int = 5000
+    until: int | None = None
     members: int = 8
     slots: int = 16
     window: int = 20
@@ -69,6 +71,11 @@ class Config:
     averaged: float = 0.0
     seed: int = 0
     checkpoint_every: int = 100
+
+    @property
+    def last(self) -> int:
+        """The iteration after which the run is over."""
+        return self.iterations if self.until is None else min(self.until, self.iterations)
 
 
 @dataclass
@@ -123,11 +130,11 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
     if not resume:
         save(run, config, out, describe)
     writer = SummaryWriter(str(out), purge_step=run.iteration + 1)
-    progress = tqdm(total=config.iterations, initial=run.iteration, desc="meta-training", dynamic_ncols=True)
+    progress = tqdm(total=config.last, initial=run.iteration, desc="meta-training", dynamic_ncols=True)
     begun = time.monotonic() - run.seconds
     try:
         with deferred_interrupt() as interrupted:
-            while run.iteration < config.iterations and not interrupted.is_set():
+            while run.iteration < config.last and not interrupted.is_set():
                 report = iterate(run, config)
                 run.seconds = time.monotonic() - begun
                 for tag, value in report.items():

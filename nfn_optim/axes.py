@@ -1,9 +1,13 @@
-"""Axes that are found to be the same: a union-find whose members can be cut into products.
+"""Axes that are found to be the same: a union-find whose members can be cut into products and sums.
 
 An `Axis` is a set of neurons that has not been told apart from others yet. `unify` records that two dimensions are
-the same one; where one of them is the flattened product of several axes, the other is cut into as many factors. `fix`
-records that the order of an axis has a meaning. Both only ever take freedom away: whatever is unified, cut or fixed
-in vain costs symmetry, never soundness.
+the same one; where one of them is the flattened product of several axes, or is laid together from several, the other is
+cut the same way. `fix` records that the order of an axis has a meaning. All of them only ever take freedom away:
+whatever is unified, cut or fixed in vain costs symmetry, never soundness.
+
+Cutting the slow factor X of a product (X F) into parts X_0 + X_1 + ... leaves open whether F is the same in every part.
+It is taken to be another one in each, `F.each`, as long as F never occurs without X (`nfn_optim.naming` looks after
+the fact and `collapse`s it where it does): the rows of a fused projection (3 head dim) are three times other neurons.
 
 Legend: a `Dim` is one dimension of a tensor, the product of its axes, the first varying slowest; axes of size 1 may
 be left out, so `()` is a dimension of size 1. A `Dims` has one `Dim` per dimension of a tensor.
@@ -11,8 +15,10 @@ be left out, so `()` is a dimension of size 1. A `Dims` has one `Dim` per dimens
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 IN, OUT, TAP, PLAIN = range(4)
@@ -26,9 +32,15 @@ class Axis:
         size: Number of entries.
         fixed: Whether the order of the entries has a meaning.
         role: `IN`, `OUT`, `TAP` or `PLAIN`, for its name.
+
+    Attributes:
+        factors: The slow and the fast one, once it is known to be a product.
+        parts: What it is laid together from, once it is known to be a sum.
+        tails: The fast factors of the products in which it is the slow one.
+        each: Itself as it is in every part of another axis.
     """
 
-    __slots__ = ("factors", "fixed", "parent", "role", "size")
+    __slots__ = ("each", "factors", "fixed", "parent", "parts", "role", "size", "tails")
 
     def __init__(self, size: int, fixed: bool = False, role: int = PLAIN) -> None:
         """See the class."""
@@ -37,10 +49,43 @@ class Axis:
         self.role = role
         self.parent: Axis | None = None
         self.factors: tuple[Axis, Axis] | None = None
+        self.parts: tuple[Dim, ...] | None = None
+        self.tails: list[Axis] = []
+        self.each: Each | None = None
 
 
 Dim: TypeAlias = tuple[Axis, ...]
 Dims: TypeAlias = tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Each:
+    """What an axis is in every part of its owner.
+
+    Args:
+        owner: The axis that has parts.
+        instances: One axis for each part.
+    """
+
+    owner: Axis
+    instances: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a dimension.
+
+    Args:
+        dim: What it is made of.
+        path: The parts in which it lies: (axis with parts, number of the part), the largest first.
+    """
+
+    dim: Dim
+    path: tuple[tuple[Axis, int], ...] = ()
+
+    def others(self, dims: Dims) -> Dims:
+        """The other dimensions of a tensor of which only this piece is left."""
+        return tuple(localise(dim, self.path) for dim in dims)
 
 
 def fresh(shape: Sequence[int], fixed: bool = False, role: int = PLAIN) -> Dims:
@@ -58,7 +103,7 @@ def shape_of(dims: Dims) -> tuple[int, ...]:
     return tuple(size_of(dim) for dim in dims)
 
 
-def _root(axis: Axis) -> Axis:
+def root_of(axis: Axis) -> Axis:
     """The representative of everything that is unified with an axis."""
     while axis.parent is not None:
         if axis.parent.parent is not None:
@@ -68,11 +113,11 @@ def _root(axis: Axis) -> Axis:
 
 
 def atoms_of(*dims: Dim) -> Dim:
-    """The axes whose product the dimensions are by now, cut as far as known."""
+    """The axes whose product the dimensions are by now, cut as far as known; a sum is one of them."""
     atoms: list[Axis] = []
     pending = [axis for dim in reversed(dims) for axis in reversed(dim)]
     while pending:
-        axis = _root(pending.pop())
+        axis = root_of(pending.pop())
         if axis.factors is None:
             atoms.append(axis)
         else:
@@ -80,11 +125,21 @@ def atoms_of(*dims: Dim) -> Dim:
     return tuple(atoms)
 
 
+def owner_of(axis: Axis) -> Axis | None:
+    """The axis whose parts tell the instances of this one apart."""
+    return None if axis.each is None else root_of(axis.each.owner)
+
+
 def fix(*dims: Dim, role: int = PLAIN) -> None:
     """Record that the order of these dimensions has a meaning."""
     for atom in atoms_of(*dims):
+        if atom.fixed and atom.role <= role:
+            continue
         atom.fixed = True
         atom.role = min(atom.role, role)
+        fix(*(atom.parts or ()), role=role)
+        if atom.each is not None:
+            fix(atom.each.instances, role=role)
 
 
 def unify(left: Dim, right: Dim) -> None:
@@ -100,20 +155,43 @@ def unify(left: Dim, right: Dim) -> None:
     if size_of(left) <= 1:
         ones = [atom for atom in atoms_of(left, right) if atom.size == 1]
         for atom in ones[1:]:
-            _join(_root(ones[0]), _root(atom))
+            _join(root_of(ones[0]), root_of(atom))
         return
-    while True:
-        pairs = zip(_long_atoms_of(left), _long_atoms_of(right), strict=False)
-        a, b = next(((a, b) for a, b in pairs if a is not b), (None, None))
-        if a is None or b is None:
-            return
+    one, other = list(_long_atoms_of(left)), list(_long_atoms_of(right))
+    while one and other:
+        if one[0].size < other[0].size:
+            one, other = other, one
+        a, b = one[0], other[0]
         if a.size == b.size:
             _join(a, b)
-        elif max(a.size, b.size) % min(a.size, b.size) == 0:
-            _cut(max(a, b, key=lambda axis: axis.size), min(a.size, b.size))
+            one, other = one[1:], other[1:]
+        elif a.parts is None and a.size % b.size == 0:
+            _cut(a, b.size)
+        elif a.parts is not None and (count := _count(other, a.size)) is not None:
+            _lay(a, tuple(other[:count]))
+            one, other = one[1:], other[count:]
         else:
-            fix(left, right)
+            fix(tuple(one), tuple(other))
             return
+        one, other = list(_long_atoms_of(tuple(one))), list(_long_atoms_of(tuple(other)))
+
+
+def _count(atoms: Sequence[Axis], size: int) -> int | None:
+    """How many of the first atoms have this size together; None if no number of them does."""
+    sizes = [math.prod(atom.size for atom in atoms[: count + 1]) for count in range(len(atoms))]
+    return sizes.index(size) + 1 if size in sizes else None
+
+
+def _lay(axis: Axis, product: Dim) -> None:
+    """Unify a sum with a product."""
+    start = 0
+    for part in axis.parts or ():
+        piece = take(product, start, start + size_of(part))
+        start += size_of(part)
+        if piece is None:
+            fix((axis,), product)
+            return
+        unify(piece.dim, part)
 
 
 def regroup(dims: Dims, shape: Sequence[int]) -> Dims:
@@ -130,10 +208,10 @@ def regroup(dims: Dims, shape: Sequence[int]) -> Dims:
     """
     if math.prod(shape_of(dims)) != math.prod(shape):
         raise ValueError(f"expected a view of {shape_of(dims)}, found {tuple(shape)}")
-    rest = list(_long_atoms_of(*dims))
     if 0 in shape:
         fix(*dims)
         return fresh(shape, fixed=True)
+    rest = list(_long_atoms_of(*dims))
     grouped: list[Dim] = []
     for number, size in enumerate(shape):
         taken: list[Axis] = []
@@ -141,16 +219,129 @@ def regroup(dims: Dims, shape: Sequence[int]) -> Dims:
         while need > 1:
             axis = rest.pop(0)
             if need % axis.size != 0:
-                if axis.size % need != 0:
+                cut = _divided(axis, need) if axis.size % need == 0 else None
+                if cut is None:
                     fix(tuple(taken), (axis,), tuple(rest))
                     return (*grouped, *fresh(shape[number:], fixed=True))
-                _cut(axis, need)
-                rest = list(_long_atoms_of((axis, *rest)))
+                rest = [*_long_atoms_of(cut), *rest]
                 axis = rest.pop(0)
             taken.append(axis)
             need //= axis.size
         grouped.append(tuple(taken))
     return tuple(grouped)
+
+
+def _divided(axis: Axis, size: int) -> Dim | None:
+    """An atom as the product of a slow dimension of `size` entries and a fast one; None if that cannot be."""
+    if axis.parts is None:
+        _cut(axis, size)
+        return (axis,)
+    length = axis.size // size
+    pieces = [take((axis,), start, start + length) for start in range(0, axis.size, length)]
+    if any(piece is None for piece in pieces):
+        return None
+    which, blocks = side_by_side([(piece.dim,) for piece in pieces if piece is not None])
+    return (which, *blocks[0])
+
+
+def side_by_side(parts: Sequence[Dims]) -> tuple[Axis, Dims]:
+    """Tensors of one shape as parts of a larger one.
+
+    Returns:
+        The axis that counts them, and dimensions that may be others in each of them.
+    """
+    which, dims = Axis(len(parts)), fresh(shape_of(parts[0]))
+    which.tails = [axis for (axis,) in dims]
+    _cut_in_parts(which, [1] * len(parts))
+    for number, part in enumerate(parts):
+        for own, dim in zip(dims, part, strict=True):
+            unify(localise(own, [(which, number)]), dim)
+    return which, dims
+
+
+def take(dim: Dim, start: int, stop: int) -> Piece | None:
+    """The entries `start` to `stop` of a dimension, which cuts it there.
+
+    Returns:
+        The piece; None if the cut runs across factors, or the order of the dimension has a meaning already and it is
+        not known to be a sum.
+    """
+    pieces = _pieces(dim, start, stop)
+    if pieces is None:
+        return None
+    if len(pieces) == 1:
+        return pieces[0]
+    whole = Axis(stop - start)
+    whole.parts = tuple(piece.dim for piece in pieces)
+    return Piece((whole,))
+
+
+def cut(dim: Dim, sizes: Sequence[int]) -> list[Piece] | None:
+    """Cut a dimension into pieces of these sizes, which add up to its own; None as for `take`."""
+    sizes = [size for size in sizes if size]
+    head, *rest = _long_atoms_of(dim) or (Axis(1),)
+    inner = size_of(tuple(rest))
+    if head.parts is None and not head.fixed and len(sizes) > 1 and all(size % inner == 0 for size in sizes):
+        _cut_in_parts(head, [size // inner for size in sizes])
+    stops = list(itertools.accumulate(sizes))
+    pieces = [take(dim, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+    return [piece for piece in pieces if piece is not None] if None not in pieces else None
+
+
+def _pieces(dim: Dim, start: int, stop: int) -> list[Piece] | None:
+    """What lies between two places of a dimension, one piece for each part that is touched."""
+    if start == 0 and stop == size_of(dim):
+        return [Piece(dim)]
+    head, *rest = _long_atoms_of(dim)
+    inner = size_of(tuple(rest))
+    if head.parts is None:
+        if head.fixed or start % inner or stop % inner:
+            return None
+        bounds = (start // inner, stop // inner, head.size)
+        lengths = [high - low for low, high in zip((0, *bounds), bounds, strict=False)]
+        _cut_in_parts(head, [length for length in lengths if length])
+    found: list[Piece] = []
+    first = 0
+    for number, part in enumerate(head.parts or ()):
+        last = first + size_of(part) * inner
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            step = ((head, number),)
+            within = _pieces(part + localise(tuple(rest), step), low - first, high - first)
+            if within is None:
+                return None
+            found += [Piece(piece.dim, step + piece.path) for piece in within]
+        first = last
+    return found
+
+
+def localise(dim: Dim, path: Sequence[tuple[Axis, int]]) -> Dim:
+    """A dimension as it is within parts of other axes."""
+    for axis, number in path:
+        owner = root_of(axis)
+        atoms = atoms_of(dim)
+        if any(owner_of(atom) is owner for atom in atoms):
+            dim = tuple(a.each.instances[number] if a.each and owner_of(a) is owner else a for a in atoms)
+    return dim
+
+
+def collapse(axis: Axis) -> None:
+    """Record that an axis is the same in every part of its owner after all."""
+    axis = root_of(axis)
+    if axis.each is None:
+        return
+    owner, instances = owner_of(axis), axis.each.instances
+    axis.each = None
+    for instance in instances:
+        unify((axis,), (instance,))
+    for inner in _below(axis):
+        if owner_of(root_of(inner)) is owner:
+            collapse(inner)
+
+
+def _below(axis: Axis) -> Dim:
+    """What an axis is cut into."""
+    return (*(axis.factors or ()), *(atom for part in axis.parts or () for atom in part))
 
 
 def _long_atoms_of(*dims: Dim) -> Dim:
@@ -159,12 +350,90 @@ def _long_atoms_of(*dims: Dim) -> Dim:
 
 def _join(a: Axis, b: Axis) -> None:
     """Make two atoms of one size one."""
-    if a is not b:
-        b.parent = a
-        a.fixed = a.fixed or b.fixed
-        a.role = min(a.role, b.role)
+    a, b = root_of(a), root_of(b)
+    if a is b:
+        return
+    if b.parts is not None and a.parts is None:
+        a, b = b, a
+    both = b.parts
+    if (
+        a.each is not None
+        and b.each is not None
+        and not (owner_of(a) is owner_of(b) and len(a.each.instances) == len(b.each.instances))
+    ):
+        collapse(b)
+        _join(a, b)
+        return
+    pairs = list(zip(a.each.instances, b.each.instances, strict=True)) if a.each and b.each else []
+    if a.fixed != b.fixed or a.role != b.role:
+        role = min(a.role, b.role)
+        if a.fixed or b.fixed:
+            fix((a,), (b,), role=role)
+        a.role = role
+    b.parent = a
+    a.each = a.each or b.each
+    a.tails += b.tails
+    for x, y in pairs:
+        unify((x,), (y,))
+    if both is not None:
+        start = 0
+        for part in both:
+            piece = take((a,), start, start + size_of(part))
+            start += size_of(part)
+            if piece is None:
+                fix((a,), *both)
+                return
+            unify(piece.dim, part)
 
 
 def _cut(axis: Axis, size: int) -> None:
     """Write an atom as the product of a slow axis of `size` entries and a fast one."""
-    axis.factors = (Axis(size, axis.fixed, axis.role), Axis(axis.size // size, axis.fixed, axis.role))
+    collapse(axis)
+    axis = root_of(axis)
+    if axis.factors is not None or axis.parts is not None:
+        return
+    slow, fast = Axis(size, axis.fixed, axis.role), Axis(axis.size // size, axis.fixed, axis.role)
+    axis.factors = (slow, fast)
+    slow.tails, fast.tails = [fast, *axis.tails], list(axis.tails)
+
+
+def _cut_in_parts(axis: Axis, sizes: Sequence[int]) -> None:
+    """Write an atom as the sum of new axes, and let what it is the slow factor of be another in each."""
+    collapse(axis)
+    axis = root_of(axis)
+    parts = [Axis(size, axis.fixed, axis.role) for size in sizes]
+    axis.parts = tuple((part,) for part in parts)
+    for tail in axis.tails:
+        _instantiate(tail, axis)
+    for number, part in enumerate(parts):
+        for tail in map(root_of, axis.tails):
+            if tail.each is not None and owner_of(tail) is axis:
+                part.tails.append(tail.each.instances[number])
+
+
+def _instantiate(axis: Axis, owner: Axis) -> bool:
+    """Let an axis, and all that it is cut into, be another one in every part of `owner`; returns whether it is."""
+    axis = root_of(axis)
+    if axis.each is not None:
+        return owner_of(axis) is owner
+    if axis is owner:
+        return False
+    if not all(_instantiate(inner, owner) for inner in _below(axis)):
+        return False
+    count = len(owner.parts or ())
+    axis.each = Each(owner, tuple(Axis(axis.size, axis.fixed, axis.role) for _ in range(count)))
+
+    def within(inner: Axis, number: int) -> Axis:
+        each = root_of(inner).each
+        assert each is not None
+        return each.instances[number]
+
+    for number, instance in enumerate(axis.each.instances):
+        if axis.factors is not None:
+            instance.factors = (within(axis.factors[0], number), within(axis.factors[1], number))
+        if axis.parts is not None:
+            instance.parts = tuple(tuple(within(inner, number) for inner in part) for part in axis.parts)
+        for tail in map(root_of, axis.tails):
+            if tail.each is not None and owner_of(tail) is owner:
+                instance.tails.append(tail.each.instances[number])
+    return True

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
 
-from nfn_optim.network import find_tensors, tensors_of, untouched, unwrap
+from nfn_optim.network import find_tensors, minimised, tensors_of, untouched, unwrap
 from nfn_optim.symmetry import Symmetry
 
 
@@ -77,6 +80,19 @@ def certify(module: nn.Module, symmetry: Symmetry, *inputs: Any, seed: int = 0, 
     return Certificate({}, 0.0, reasons[-1])
 
 
+class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives float64 to whatever asks for less, as normalisations that compute in float32 do."""
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        def widened(value: Any) -> Any:
+            return torch.float64 if value in (torch.float16, torch.bfloat16, torch.float32) else value
+
+        args, kwargs = tree_map_only(torch.dtype, widened, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
 def _errors(
     module: nn.Module, symmetry: Symmetry, call: tuple[Any, Any], dtype: torch.dtype | None, seed: int
 ) -> dict[str, float]:
@@ -90,7 +106,8 @@ def _errors(
     tensors = {name: t for name, t in tensors_of(network).items() if prefix + name in symmetry.dims}
     claimed = symmetry.restrict(prefix + name for name in tensors).rename({prefix + name: name for name in tensors})
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), torch.random.fork_rng(), untouched(network):
+    wide = contextlib.nullcontext() if dtype is None else _Wide()  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.random.fork_rng(), untouched(network), wide:
         for tensor in tensors.values():
             if tensor.is_floating_point():
                 noise = torch.rand(tensor.shape, generator=generator).to(tensor)
@@ -101,21 +118,28 @@ def _errors(
         def outputs() -> list[Tensor]:
             torch.manual_seed(seed)
             random.seed(seed)
-            found = find_tensors(network(*args, **kwargs))
+            found = find_tensors(minimised(network(*args, **kwargs)))
             return [(torch.view_as_real(out) if out.is_complex() else out).double().clone() for out in found]
 
         expected, errors = outputs(), {}
         for axis in claimed.free:
-            size = claimed.sizes[axis]
-            shuffled = torch.randperm(size, generator=generator)
-            if torch.equal(shuffled, torch.arange(size)):
-                shuffled = shuffled.roll(1)
-            for name, value in claimed.permute(values, {axis: shuffled}).items():
+            for name, value in claimed.permute(values, {axis: _shuffled(claimed, axis, generator)}).items():
                 tensors[name].copy_(value)
             errors[axis] = max(_distance(a, b) for a, b in zip(outputs(), expected, strict=True))
             for name, value in values.items():
                 tensors[name].copy_(value)
     return errors
+
+
+def _shuffled(symmetry: Symmetry, axis: str, generator: torch.Generator) -> Tensor:
+    """A permutation of an axis for every entry of what it is nested in, none of which leaves all in its place."""
+    size = symmetry.sizes[axis]
+    copies = []
+    for _ in range(symmetry.copies_of(axis)):
+        order = torch.randperm(size, generator=generator)
+        copies.append(order.roll(1) if torch.equal(order, torch.arange(size)) else order)
+    outer = [symmetry.sizes[parent] for parent in symmetry.nested.get(axis, ())]
+    return torch.stack(copies).reshape(*outer, size)
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

@@ -29,8 +29,10 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from nfn_optim import dimension
+from nfn_optim.dimension import Expression
 from nfn_optim.rule import UpdateRule
-from nfn_optim.symmetry import Symmetry, dim_of, factors_of
+from nfn_optim.symmetry import Symmetry
 from nfn_optim.trace import symmetry_of
 
 Axis = tuple[int, str]  # number of the call, name of the axis there
@@ -204,9 +206,8 @@ def complete(symmetry: Symmetry, params: Mapping[str, Tensor]) -> Symmetry:
     """
     rest = Symmetry.separate({name: p.shape for name, p in params.items() if name not in symmetry.dims})
     dims = {name: rest.dims[name] if name in rest.dims else symmetry.dims[name] for name in params}
-    return Symmetry({**symmetry.dims, **dims}, {**symmetry.sizes, **rest.sizes}, symmetry.fixed | rest.fixed).restrict(
-        params
-    )
+    sizes, fixed = {**symmetry.sizes, **rest.sizes}, symmetry.fixed | rest.fixed
+    return Symmetry({**symmetry.dims, **dims}, sizes, fixed, symmetry.nested).restrict(params)
 
 
 def merge(parts: Sequence[Symmetry]) -> Symmetry:
@@ -231,41 +232,57 @@ def merge(parts: Sequence[Symmetry]) -> Symmetry:
         return axis
 
     linked = [_linked(part) for part in parts]
-    factored: dict[str, list[tuple[Axis, ...]]] = {}
+    chosen: dict[str, int] = {}
     for name in dict.fromkeys(name for part in parts for name in part.dims):
         uses = [k for k, part in enumerate(parts) if name in part.dims]
         uses = [k for k in uses if name in linked[k]] or uses[:1]
-        views = [[tuple((k, axis) for axis in factors_of(dim)) for dim in parts[k].dims[name]] for k in uses]
-        factored[name] = views[0]
-        for view in views[1:]:
-            pairs = list(zip(views[0], view, strict=True))
-            if all([parts[k].sizes[a] for k, a in x] == [parts[k].sizes[a] for k, a in y] for x, y in pairs):
-                for one, other in ((root(a), root(b)) for x, y in pairs for a, b in zip(x, y, strict=True)):
+        first = chosen[name] = uses[0]
+        for k in uses[1:]:
+            pairs = list(zip(parts[first].axes_of(name), parts[k].axes_of(name), strict=False))
+            if _shape(parts[first], name) == _shape(parts[k], name):
+                for one, other in ((root((first, a)), root((k, b))) for a, b in pairs):
                     if one != other:
                         parent[other] = one
                         fixed |= {one} if other in fixed else set()
             else:  # two factorizations of one dimension: nothing moves
-                fixed |= {root(axis) for x, y in pairs for axis in (*x, *y)}
+                fixed |= {root((use, axis)) for use in (first, k) for axis in parts[use].axes_of(name)}
     fixed_roots = {root(axis) for axis in fixed}
+    nested: dict[Axis, set[Axis]] = {}
+    for k, part in enumerate(parts):
+        for axis in part.axes:
+            found = {root((k, above)) for above in part.nested.get(axis, ())}
+            nested[root((k, axis))] = nested.get(root((k, axis)), found) & found
 
     def name_of(axis: Axis) -> str:
         return axis[1] if len(parts) == 1 else f"{axis[0]}.{axis[1]}"
 
     dims: dict[str, tuple[str, ...]] = {}
     sizes: dict[str, int] = {}
-    still: set[str] = set()
-    for name, chosen in factored.items():
-        rooted = [tuple(root(axis) for axis in factors) for factors in chosen]
-        dims[name] = tuple(dim_of(name_of(axis) for axis in factors) for factors in rooted)
-        for k, axis in (axis for factors in rooted for axis in factors):
-            sizes[name_of((k, axis))] = parts[k].sizes[axis]
-            still |= {name_of((k, axis))} if (k, axis) in fixed_roots else set()
-    return Symmetry(dims, sizes, frozenset(still))
+    for name, k in chosen.items():
+
+        def renamed(axis: str, use: int = k) -> str:
+            return name_of(root((use, axis)))
+
+        expressions = [dimension.rename(expression, renamed) for expression in parts[k].expressions_of(name)]
+        dims[name] = tuple(dimension.write(expression, {}) for expression in expressions)
+        sizes |= {renamed(axis): parts[k].sizes[axis] for axis in parts[k].axes_of(name)}
+    fixed_names = {name_of(axis) for axis in fixed_roots} & sizes.keys()
+    kept = {
+        name_of(axis): tuple(name_of(above) for above in found)
+        for axis, found in nested.items()
+        if found and name_of(axis) in sizes.keys() - fixed_names
+    }
+    return Symmetry(dims, sizes, frozenset(fixed_names), kept)
+
+
+def _shape(symmetry: Symmetry, name: str) -> list[Expression]:
+    """The dimensions of a parameter with sizes in the place of names."""
+    return [dimension.rename(e, lambda axis: str(symmetry.sizes[axis])) for e in symmetry.expressions_of(name)]
 
 
 def _linked(symmetry: Symmetry) -> set[str]:
     """The tensors that have a free axis or share one with another tensor."""
-    carried = {name: {axis for dim in dims for axis in factors_of(dim)} for name, dims in symmetry.dims.items()}
+    carried = {name: set(symmetry.axes_of(name)) for name in symmetry.dims}
     carriers = Counter(axis for axes in carried.values() for axis in axes)
     return {name for name, axes in carried.items() if any(a not in symmetry.fixed or carriers[a] > 1 for a in axes)}
 

@@ -27,9 +27,19 @@ def matmul(call: Call) -> Sequence[Dims]:
     for a, b in zip(batch, right[:-2], strict=True):
         unify(a, b)
     product = (*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
+    call.joint((*product, left[-1]))
     if "self" in call.args and "self" not in names:
         product = broadcast([product, call.dims("self")], call.shape())
     return [product]
+
+
+def grouped_matmul(call: Call) -> Sequence[Dims]:
+    """Rows (S, K), cut into groups by their number, times a matrix (K, N) of each group: (G, K, N)."""
+    rows, matrices = call.dims("self"), call.dims("mat2")
+    fix(rows[0], matrices[0])
+    unify(rows[1], matrices[1])
+    call.joint((rows[0], *matrices))
+    return [(rows[0], matrices[2])]
 
 
 def trilinear(call: Call) -> Sequence[Dims]:
@@ -41,6 +51,7 @@ def trilinear(call: Call) -> Sequence[Dims]:
             dims.insert(place, ())
         sides.append(tuple(dims))
     whole = broadcast(sides, [max(size_of(dim) for dim in dims) for dims in zip(*sides, strict=True)])
+    call.joint(whole)
     return [tuple(dim for d, dim in enumerate(whole) if d not in call.args["sumdim"])]
 
 
@@ -49,10 +60,9 @@ def attention(call: Call) -> Sequence[Dims]:
     q, k, v = call.dims("query"), call.dims("key"), call.dims("value")
     for a, b in ((q[0], k[0]), (q[0], v[0]), (k[1], v[1]), (q[-1], k[-1]), (k[2], v[2])):
         unify(a, b)
-    if size_of(q[1]) == size_of(k[1]):
-        unify(q[1], k[1])
-    else:
-        fix(q[1], k[1])
+    unify(q[1], (*k[1], *fresh([size_of(q[1]) // size_of(k[1])])[0]))  # a group of queries for each key
+    for summed in (q[3], v[3]):
+        call.joint((q[0], q[1], q[2], k[2], summed))
     if call.args.get("is_causal"):
         fix(q[2], k[2])
     for name in ("attn_mask", "attn_bias"):
@@ -67,27 +77,24 @@ def attention(call: Call) -> Sequence[Dims]:
 def convolution(call: Call) -> Sequence[Dims]:
     """Input (batch, in, *space), weight (out, in / groups, *taps), the first two swapped if transposed.
 
-    With one group, input channels are contracted. With as many groups as channels, each has its own filters.
+    Channels are (group in) and (group out), and one group's inputs are contracted.
     """
     source, weight, groups = call.dims("input"), call.dims("weight"), call.args["groups"]
-    channel, taps = source[1], weight[2:]
+    taps, (group,) = weight[2:], fresh([groups])
     fix(*taps, role=TAP)
-    if groups == 1:
-        contracted, out = (weight[0], weight[1]) if call.args["transposed"] else (weight[1], weight[0])
-        unify(channel, contracted)
-    elif groups == size_of(channel):
-        per_channel = size_of(weight[1]) if call.args["transposed"] else size_of(weight[0]) // groups
-        if call.args["transposed"]:
-            unify(weight[0], channel)
-            out = (*channel, *weight[1]) if per_channel > 1 else channel
-        else:
-            unify(weight[0], (*channel, *fresh([per_channel])[0]))
-            out = weight[0]
+    made = fresh([call.shape()[1] // groups])[0]
+    inner, outer = (weight[0], weight[1]) if call.args["transposed"] else (weight[1], weight[0])
+    if call.args["transposed"]:
+        unify(inner, source[1])
+        unify(outer, made)
+        contracted = fresh([size_of(inner) // groups])[0]
+        unify(inner, group + contracted)
+        out = group + made
     else:
-        if call.args["transposed"]:
-            unify(channel, weight[0])
-        out = fresh([call.shape()[1]])[0] if call.args["transposed"] else weight[0]
-        fix(channel, out, weight[0], weight[1])
+        contracted, out = inner, outer
+        unify(out, group + made)
+        unify(source[1], group + contracted)
+    call.joint((source[0], group, made, contracted, *taps))
     if isinstance(call.args.get("bias"), Tensor):
         unify(call.dims("bias")[0], out)
     space: list[Dim] = []
@@ -126,15 +133,14 @@ def trailing_norm(call: Call) -> Sequence[Dims]:
 
 
 def group_norm(call: Call) -> Sequence[Dims]:
-    """One group, or as many as channels, keep the channels free."""
+    """Channels are (group channel); each group is normalised by itself."""
     source, groups = call.dims("input"), call.args["group"]
     for name in ("weight", "bias"):
         if isinstance(call.args.get(name), Tensor):
             unify(call.dims(name)[0], source[1])
-    if groups not in (1, size_of(source[1])):
-        fix(source[1])
-    statistics = (source[0], source[1] if groups > 1 and groups == size_of(source[1]) else fresh([groups], True)[0])
-    return [source, *(statistics for _ in call.outs[1:])]
+    group, within = fresh([groups])[0], fresh([size_of(source[1]) // groups])[0]
+    unify(source[1], group + within)
+    return [source, *((source[0], group) for _ in call.outs[1:])]
 
 
 def weight_norm(call: Call) -> Sequence[Dims]:

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+CACHES = frozenset({"past_key_values", "cache_params", "mems", "state"})
+"""Outputs that a model hands to its own next call."""
+
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that a symmetry lists, by name."""
@@ -63,6 +66,21 @@ def find_tensors(value: Any, strict: bool = False, seen: set[int] | None = None)
         if dataclasses.is_dataclass(value) and not parts:
             parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
     return [tensor for part in parts for tensor in find_tensors(part, strict, seen)]
+
+
+def minimised(output: Any) -> Any:
+    """The part of an output that training looks at.
+
+    A mapping or dataclass with a scalar `loss`, as the models of transformers return them when they are given labels,
+    stands for that loss and its `logits`. What a model keeps for the next call (`CACHES`) counts for nothing.
+    """
+    fields = dict(output) if isinstance(output, Mapping) else vars(output) if dataclasses.is_dataclass(output) else None
+    if fields is None:
+        return output
+    loss = fields.get("loss")
+    if isinstance(loss, Tensor) and not loss.dim() and loss.is_floating_point():
+        return {name: fields[name] for name in ("loss", "logits") if name in fields}
+    return {name: value for name, value in fields.items() if name not in CACHES}
 
 
 @contextlib.contextmanager

@@ -24,6 +24,8 @@ class Call:
         outs: The tensors that it returned.
         lookup: Tensor -> its dimensions.
         fix_on_use: Fixes dimensions as soon as a tensor is read: indices into an axis give its order a meaning.
+        joint: Records the index set that the op computes over, where it is more than an input's or an output's.
+        before: Shape and strides of the first tensor before the op, which may have changed them in place.
     """
 
     overload: str
@@ -31,6 +33,8 @@ class Call:
     outs: tuple[Tensor, ...]
     lookup: Callable[[Tensor], Dims]
     fix_on_use: Callable[[Tensor, Sequence[Dim]], None]
+    joint: Callable[[Dims], None]
+    before: tuple[tuple[int, ...], tuple[int, ...]]
 
     def dims(self, name: str) -> Dims:
         """The dimensions of a tensor argument; `()` for a scalar."""
@@ -61,7 +65,9 @@ class Call:
         return [number % total for number in numbers] if total else []
 
 
-Rule: TypeAlias = Callable[[Call], Sequence[Dims]]
+Result: TypeAlias = Dims | Callable[[], Dims]
+"""The dimensions of an output, or what gives them once somebody reads it."""
+Rule: TypeAlias = Callable[[Call], Sequence[Result]]
 
 
 def broadcast(inputs: Sequence[Dims], shape: Sequence[int]) -> Dims:

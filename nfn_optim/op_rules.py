@@ -19,18 +19,38 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nfn_optim.axes import IN, Dims, fix, fresh, regroup, size_of, unify
+from nfn_optim.axes import IN, Dims, fix, fresh, size_of, unify
 from nfn_optim.layer_rules import (
     attention,
     channel_norm,
     convolution,
     group_norm,
+    grouped_matmul,
     matmul,
     trailing_norm,
     trilinear,
     weight_norm,
 )
 from nfn_optim.op_call import Call, Rule, broadcast
+from nfn_optim.shape_rules import (
+    cat,
+    expand,
+    from_pairs,
+    halves,
+    pad,
+    permute,
+    repeat,
+    select,
+    slicing,
+    split,
+    squeeze,
+    stack,
+    strided,
+    to_pairs,
+    unsqueeze,
+    view,
+    windows,
+)
 
 # ------------------------------------------------------------------------------------------------ pointwise, constant
 
@@ -52,7 +72,7 @@ def copy(call: Call) -> Sequence[Dims]:
     return [broadcast([own, call.dims("src")], call.shape())]
 
 
-def invariant(call: Call) -> Sequence[Dims]:
+def uniform(call: Call) -> Sequence[Dims]:
     """A tensor of one repeated value looks the same in any order."""
     return [fresh(call.shape(out)) for out in range(len(call.outs))]
 
@@ -135,125 +155,10 @@ def _resized(dims: Dims, shape: Sequence[int], ordered: Sequence[int]) -> Dims:
     )
 
 
-def pad(call: Call) -> Sequence[Dims]:
-    """A constant around the dimensions that grow."""
-    dims, widths = call.first, call.args["pad"]
-    ordered = [len(dims) - 1 - k // 2 for k, width in enumerate(widths) if width]
-    fix(*(dims[d] for d in ordered))
-    return [_resized(dims, call.shape(), ordered)]
-
-
 def triangle(call: Call) -> Sequence[Dims]:
     """Depends on the row and the column."""
     fix(*call.first[-2:])
     return [call.first]
-
-
-def halves(call: Call) -> Sequence[Dims]:
-    """GLU: entry i of the first half meets entry i of the second."""
-    d = call.axes_of("dim")[0]
-    pair, half = fresh([2], fixed=True)[0], fresh([size_of(call.first[d]) // 2])[0]
-    unify(call.first[d], pair + half)
-    return [(*call.first[:d], half, *call.first[d + 1 :])]
-
-
-# ------------------------------------------------------------------------------------------------------ shape and order
-
-
-def view(call: Call) -> Sequence[Dims]:
-    """Factors are regrouped."""
-    return [regroup(call.first, call.shape())]
-
-
-def permute(call: Call) -> Sequence[Dims]:
-    """Dimensions change places."""
-    dims = call.first
-    if "dim0" in call.args:
-        order = list(range(len(dims)))
-        a, b = call.args["dim0"], call.args["dim1"]
-        order[a], order[b] = order[b], order[a]
-    else:
-        order = call.axes_of("dims") if "dims" in call.args else list(range(len(dims)))[::-1]
-    return [tuple(dims[d] for d in order)]
-
-
-def squeeze(call: Call) -> Sequence[Dims]:
-    """Dimensions of size 1 go."""
-    gone = set(call.axes_of("dim"))
-    return [tuple(dim for d, dim in enumerate(call.first) if d not in gone or size_of(dim) != 1)]
-
-
-def unsqueeze(call: Call) -> Sequence[Dims]:
-    """A dimension of size 1 comes."""
-    dims = list(call.first)
-    dims.insert(call.args["dim"] % (len(dims) + 1), ())
-    return [tuple(dims)]
-
-
-def expand(call: Call) -> Sequence[Dims]:
-    """Repeats entries along dimensions of size 1, which makes axes that look the same in any order."""
-    return [broadcast([call.first, fresh(call.shape())], call.shape())]
-
-
-def repeat(call: Call) -> Sequence[Dims]:
-    """Tiles: copies by entries, the copies looking the same in any order."""
-    times = call.args["repeats"]
-    padded = ((),) * (len(times) - len(call.first)) + tuple(call.first)
-    return [tuple(fresh([count])[0] + dim if count != 1 else dim for count, dim in zip(times, padded, strict=True))]
-
-
-def slicing(call: Call) -> Sequence[Dims]:
-    """A part of a dimension; the whole of it is no more than a view."""
-    d = call.axes_of("dim")[0]
-    if call.shape()[d] == size_of(call.first[d]) and call.args["step"] == 1:
-        return [call.first]
-    fix(call.first[d])
-    return [(*call.first[:d], *fresh([call.shape()[d]], fixed=True), *call.first[d + 1 :])]
-
-
-def windows(call: Call) -> Sequence[Dims]:
-    """Overlapping windows of one dimension become a new last dimension (`unfold`)."""
-    d = call.args["dimension"] % len(call.first)
-    fix(call.first[d])
-    moved, size = fresh([call.shape()[d], call.shape()[-1]], fixed=True)
-    return [(*call.first[:d], moved, *call.first[d + 1 :], size)]
-
-
-def select(call: Call) -> Sequence[Dims]:
-    """One or all entries of a dimension, each on its own (`select`, `unbind`)."""
-    d = call.axes_of("dim")[0]
-    fix(call.first[d])
-    return [(*call.first[:d], *call.first[d + 1 :]) for _ in call.outs]
-
-
-def split(call: Call) -> Sequence[Dims]:
-    """Equal parts are one axis, seen once in each part; unequal ones are fixed."""
-    d = call.axes_of("dim")[0]
-    sizes = [call.shape(out)[d] for out in range(len(call.outs))]
-    if len(set(sizes)) > 1:
-        fix(call.first[d])
-        return [(*call.first[:d], *fresh([size], fixed=True), *call.first[d + 1 :]) for size in sizes]
-    which, part = fresh([len(sizes)], fixed=True)[0], fresh(sizes[:1])[0]
-    unify(call.first[d], which + part)
-    return [(*call.first[:d], part, *call.first[d + 1 :]) for _ in sizes]
-
-
-def cat(call: Call) -> Sequence[Dims]:
-    """Laid end to end: the axis is fixed, the others are shared."""
-    whole = call.shape()
-    d = call.args["dim"] % len(whole)
-    parts = [call.lookup(tensor) for tensor in call.tensors if tuple(tensor.shape) != (0,)]
-    fix(*(dims[d] for dims in parts))
-    rest = broadcast([dims[:d] + dims[d + 1 :] for dims in parts], whole[:d] + whole[d + 1 :])
-    return [(*rest[:d], *fresh([whole[d]], fixed=True), *rest[d:])]
-
-
-def stack(call: Call) -> Sequence[Dims]:
-    """A new fixed dimension; the others are shared."""
-    whole = call.shape()
-    d = call.args["dim"] % len(whole)
-    rest = broadcast([call.lookup(tensor) for tensor in call.tensors], whole[:d] + whole[d + 1 :])
-    return [(*rest[:d], *fresh([whole[d]], fixed=True), *rest[d:])]
 
 
 # --------------------------------------------------------------------------------------------------------------- lookup
@@ -264,6 +169,7 @@ def index_select(call: Call) -> Sequence[Dims]:
     d = call.axes_of("dim")[0]
     fix(call.first[d])
     picked = call.dims("index") or ((),)
+    call.joint((*picked, *call.first))
     return [(*call.first[:d], picked[0], *call.first[d + 1 :])]
 
 
@@ -271,6 +177,7 @@ def embedding(call: Call) -> Sequence[Dims]:
     """Rows of a table, by number."""
     table = call.dims("weight")
     fix(table[0], role=IN)
+    call.joint((*call.dims("indices"), *table))
     return [(*call.dims("indices"), table[1])]
 
 
@@ -296,6 +203,7 @@ def index(call: Call) -> Sequence[Dims]:
     left = tuple(dim for d, dim in enumerate(dims) if d not in chosen)
     start = chosen[0] if chosen == list(range(chosen[0], chosen[0] + len(chosen))) else 0
     read = (*left[:start], *picked, *left[start:])
+    call.joint((*read, *(dims[d] for d in chosen)))
     if "values" not in call.args:
         return [read]
     fix(*picked)  # where to write has an order
@@ -316,6 +224,7 @@ def gather(call: Call) -> Sequence[Dims]:
                 fix(dim, other)
             elif writes:
                 fix(dim)
+    call.joint((*indices, call.first[d]))
     return [call.first if writes else indices]
 
 
@@ -337,11 +246,11 @@ RULES: Mapping[str, Rule] = _table(
         pointwise,
         "_prelu_kernel add sub mul div rsub lerp addcmul addcdiv hardswish hardsigmoid softplus elu relu6 clamp "
         "clamp_min clamp_max pow remainder fmod where masked_fill bitwise_and bitwise_or floor_divide bernoulli "
-        "rrelu_with_noise",
+        "rrelu_with_noise polar complex",
     ),
     copy=(copy, "copy"),
-    invariant=(
-        invariant,
+    uniform=(
+        uniform,
         "zeros ones full empty empty_strided zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
         "new_empty new_empty_strided scalar_tensor empty_permuted",
     ),
@@ -387,7 +296,10 @@ RULES: Mapping[str, Rule] = _table(
     expand=(expand, "expand expand_copy"),
     repeat=(repeat, "repeat"),
     slicing=(slicing, "slice slice_copy"),
+    strided=(strided, "as_strided as_strided_copy"),
     windows=(windows, "unfold unfold_copy"),
+    complex=(from_pairs, "view_as_complex"),
+    pairs=(to_pairs, "view_as_real"),
     select=(select, "select unbind select_copy unbind_copy"),
     split=(split, "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk split_copy"),
     cat=(cat, "cat concat"),
@@ -396,6 +308,7 @@ RULES: Mapping[str, Rule] = _table(
     embedding=(embedding, "embedding"),
     index=(index, "index index_put _unsafe_index _unsafe_index_put"),
     gather=(gather, "gather scatter scatter_add"),
+    grouped_matmul=(grouped_matmul, "_grouped_mm"),
     matmul=(matmul, "mm addmm bmm baddbmm mv addmv dot"),
     trilinear=(trilinear, "_trilinear"),
     attention=(
@@ -416,3 +329,8 @@ RULES: Mapping[str, Rule] = _table(
     weight_norm=(weight_norm, "_weight_norm_interface"),
 )
 """Op name without namespace, overload and the underscore of in-place -> its rule."""
+
+KEEP_UNIFORM = frozenset(
+    (uniform, same, pointwise, reduction, view, permute, squeeze, unsqueeze, expand, repeat, slicing, select, split)
+)
+"""Rules of ops that make tensors of one repeated value from such tensors, unless they are random."""

@@ -186,7 +186,8 @@ class UpdateRule(nn.Module):
         for i, (name, p) in enumerate(params.items()):
             seen[name] = features.weight_features(p, grads[name], moments, scale[..., i], name, i, batch_dims)
             by_dim, whole = features.pool(seen[name], batch_dims)
-            segments.update(zip([(s.start, s.length) for s in incidence.segments[i]], by_dim, strict=True))
+            for s, rows in zip(incidence.segments[i], by_dim, strict=True):
+                segments[s.start, s.length] = rows.mean(-2, keepdim=True).expand_as(rows) if s.mute else rows
             pooled.append(whole)
         total = None
         if total_steps is not None:
@@ -195,8 +196,8 @@ class UpdateRule(nn.Module):
             pooled, scale, rms, features.time_features(moments.steps, total), incidence
         )  # (*batch, T, TENSOR_CHANNELS)
         ordered = [segments[key] for key in sorted(segments)]
-        rows = torch.cat(ordered, -2) if ordered else tensors.new_zeros((*tensors.shape[:-2], 0, ROW_CHANNELS))
-        by_row, by_tensor = self.stack(rows, tensors, incidence)
+        everything = torch.cat(ordered, -2) if ordered else tensors.new_zeros((*tensors.shape[:-2], 0, ROW_CHANNELS))
+        by_row, by_tensor = self.stack(everything, tensors, incidence)
         gains = torch.exp(self.power * (scale / SCALE_UNIT).log())  # (*batch, T)
 
         by_tensor_gain = gains * _gain(by_tensor[..., -1])  # (*batch, T)

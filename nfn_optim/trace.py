@@ -21,9 +21,9 @@ References:
 from __future__ import annotations
 
 import contextlib
-import math
+import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,17 +37,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nfn_optim.axes import IN, OUT, PLAIN, TAP, Axis, Dim, Dims, atoms_of, fix, fresh, shape_of, unify
+from nfn_optim.axes import IN, OUT, Dim, Dims, atoms_of, fix, fresh, shape_of, unify
 from nfn_optim.certificate import Certificate, certify
 from nfn_optim.layer_rules import channel_norm
-from nfn_optim.network import find_tensors, tensors_of, untouched, unwrap
-from nfn_optim.op_call import Call, Rule
-from nfn_optim.op_rules import RULES, opaque, pointwise
-from nfn_optim.symmetry import Symmetry, dim_of
+from nfn_optim.naming import symmetry_from
+from nfn_optim.network import find_tensors, minimised, tensors_of, untouched, unwrap
+from nfn_optim.op_call import Call, Result, Rule
+from nfn_optim.op_rules import KEEP_UNIFORM, RULES, opaque, pointwise
+from nfn_optim.symmetry import Symmetry
 
 __all__ = ["Certificate", "certify", "symmetry_of"]
 
-_PREFIX = {IN: "in", OUT: "out", TAP: "k", PLAIN: "x"}
 _IGNORED = ("prim::", "profiler::", "aten::_assert", "aten::sym_", "aten::is_", "aten::_has_")
 
 
@@ -76,11 +76,12 @@ def symmetry_of(module: nn.Module, *inputs: Any, **kwargs: Any) -> Symmetry:
     try:
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                dims, unknown = _trace(inner, list(tensors.values()), inputs, kwargs)
+                dims, joints, unknown = _trace(inner, list(tensors.values()), inputs, kwargs)
         except Exception:
             if torch.is_grad_enabled():
                 raise
-            dims, unknown = _trace(inner, list(tensors.values()), inputs, kwargs)  # it may need to write to parameters
+            # it may need to write to parameters
+            dims, joints, unknown = _trace(inner, list(tensors.values()), inputs, kwargs)
     except Exception as error:  # whatever a stranger's forward raises; tracing never fails training
         reason = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:300]}"
         warnings.warn(
@@ -95,7 +96,7 @@ def symmetry_of(module: nn.Module, *inputs: Any, **kwargs: Any) -> Symmetry:
             f"The rest of the network is not affected",
             stacklevel=2,
         )
-    return _named(dict(zip(tensors, dims, strict=True)))
+    return symmetry_from(dict(zip(tensors, dims, strict=True)), joints)
 
 
 # --------------------------------------------------------------------------------------------------------- the one pass
@@ -103,11 +104,12 @@ def symmetry_of(module: nn.Module, *inputs: Any, **kwargs: Any) -> Symmetry:
 
 def _trace(
     module: nn.Module, tensors: Sequence[Tensor], inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Dims], dict[str, str]]:
+) -> tuple[list[Dims], list[Dims], dict[str, str]]:
     """Run the module once on fakes.
 
     Returns:
-        The dimensions of `tensors`, and the ops without a rule: name -> where it was called.
+        The dimensions of `tensors`; the joint spaces of all ops; and the ops without a rule: name -> where it was
+        called.
 
     Raises:
         Exception: Whatever the forward raises on fakes.
@@ -145,19 +147,23 @@ def _trace(
         for name, tensor in named:
             tracer.replace(fakes[id(tensor)], own[name])
     tracer.finish(output)
-    return [tracer.dims[fakes[id(tensor)]] for tensor in tensors], tracer.unknown
+    return [tracer.dims[fakes[id(tensor)]] for tensor in tensors], tracer.joints, tracer.unknown
 
 
 @contextlib.contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Run modules op by op: no compiled graphs, no fused kernels that hide many ops in one."""
     fastpath, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # says at length what a caught exception says
+    level = logger.level
     with torch.compiler.set_stance("force_eager"):
+        logger.setLevel(logging.CRITICAL)
         torch.backends.mha.set_fastpath_enabled(False)
         torch._C._set_mkldnn_enabled(False)
         try:
             yield
         finally:
+            logger.setLevel(level)
             torch.backends.mha.set_fastpath_enabled(fastpath)
             torch._C._set_mkldnn_enabled(onednn)
 
@@ -173,7 +179,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.dims: Any = WeakTensorKeyDictionary()  # Tensor -> Dims
         self.unknown: dict[str, str] = {}
+        self.joints: list[Dims] = []
         self._on_use: Any = WeakTensorKeyDictionary()  # Tensor -> Dim
+        self._later: Any = WeakTensorKeyDictionary()  # Tensor -> what gives its dimensions, once somebody reads it
+        self._uniform: Any = WeakTensorKeyDictionary()  # Tensor of one repeated value -> [True], shared with its views
         self._owned: dict[int, Dims] = {}  # parameters and buffers, by the ids of the real one and of the fake
         self._unused: dict[int, Dims] = {}  # of those that no op has read, by the ids of the dimensions
         self._storages: dict[int, list[Dims]] = {}  # of real parameters
@@ -217,7 +226,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def finish(self, output: Any) -> None:
         """Fix what the network returns, and what it never looked at."""
-        found = find_tensors(output, strict=True)
+        found = find_tensors(minimised(output), strict=True)
         if not found:
             raise RuntimeError(f"no tensor found in its output of type {type(output).__name__}")
         for tensor in found:
@@ -232,6 +241,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fix(watched)
         if not tensor.dim():
             return ()
+        if (later := self._later.pop(tensor, None)) is not None:
+            self.dims[tensor] = found = later()
+            self.joints.append(found)
         dims: Dims | None = self.dims.get(tensor)
         if dims is not None and shape_of(dims) == tuple(tensor.shape):
             return dims
@@ -241,6 +253,36 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fix(*shared)
         self.dims[tensor] = dims = fresh(tuple(tensor.shape), fixed=True)
         return dims
+
+    def _keep_uniform(
+        self, func: OpOverload, rule: Rule | None, args: Any, kwargs: Any, outs: Sequence[Tensor]
+    ) -> Callable[[Tensor], Dims]:
+        """Note whether an op makes tensors of one repeated value; returns how the op is to look its inputs up.
+
+        Such a tensor looks the same in any order, so that what meets it there need not be the same axes each time; only
+        ops among such tensors, views above all, keep track of its own.
+        """
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        uniform = [self._uniform.get(tensor, [False]) for tensor in tensors]
+        made = all(flag[0] for flag in uniform) and rule in KEEP_UNIFORM
+        made = made and torch.Tag.nondeterministic_seeded not in func.tags
+        for out in outs:
+            shared = [flag for t, flag in zip(tensors, uniform, strict=True) if _storage_of(t) == _storage_of(out)]
+            if made:
+                self._uniform[out] = shared[0] if shared else [True]
+            for flag in shared:
+                if not made and _writes(func):
+                    flag[0] = False
+                elif not made:
+                    self._uniform[out] = flag
+        if made:
+            return self._lookup
+        anew = {
+            id(t): fresh(tuple(t.shape))
+            for t, flag in zip(tensors, uniform, strict=True)
+            if flag[0] and all(t is not out for out in outs)
+        }
+        return lambda tensor: anew.get(id(tensor)) or self._lookup(tensor)
 
     def _watch(self, tensor: Tensor, dims: Sequence[Dim]) -> None:
         self._on_use[tensor] = atoms_of(*dims)
@@ -254,7 +296,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if full_name.startswith(_IGNORED):
             return func(*args, **options)
         space, name = full_name.split("::")
-        written = any(arg.alias_info is not None and arg.alias_info.is_write for arg in func._schema.arguments)
+        written = _writes(func)
         base = name.removesuffix("_") if written and not name.endswith("__") else name
         rule = RULES.get(base) if space in {"aten", "prims"} else None
         if rule is None and torch.Tag.pointwise in func.tags:
@@ -266,9 +308,19 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     parts = decomposition_table[func](*args, **options)
             if parts is not NotImplemented:
                 return parts
-        result = func(*args, **options)
+        turned = args[0] if written and torch.Tag.inplace_view in func.tags else None
+        first = next((value for value in tree_leaves((args, options)) if isinstance(value, Tensor)), None)
+        before = ((), ()) if first is None else (tuple(first.shape), first.stride())
+        known = () if turned is None else self._lookup(turned)
+        result = _grouped(*args, **options) if name == "_grouped_mm" else func(*args, **options)
         outs = tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        call = Call(func._overloadname, _bound(func, args, options), outs, self._lookup, self._watch)
+        read = self._keep_uniform(func, rule, args, options, outs)
+        if turned is not None:  # the tensor itself has another shape now
+            self.dims.pop(turned)
+            otherwise = read
+            read = lambda tensor: known if tensor is turned else otherwise(tensor)  # noqa: E731
+        bound = _bound(func, args, options)
+        call = Call(func._overloadname, bound, outs, read, self._watch, self.joints.append, before)
         try:
             ruled = None if rule is None or _writes_besides(call, func, rule) else rule(call)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError):
@@ -278,13 +330,21 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._assign(outs, opaque(call))
         return result
 
-    def _assign(self, outs: Sequence[Tensor], ruled: Sequence[Dims]) -> bool:
+    def _assign(self, outs: Sequence[Tensor], ruled: Sequence[Result]) -> bool:
         """Give outputs their dimensions; one that had some, because it was written in place, keeps them as well."""
-        ruled = [dims if out.numel() else fresh(tuple(out.shape), True) for out, dims in zip(outs, ruled, strict=False)]
-        if [shape_of(dims) for dims in ruled] != [tuple(out.shape) for out in outs]:
+        for out, later in zip(outs, ruled, strict=False):
+            if callable(later):
+                self._later[out] = later
+        found = [
+            (out, dims if out.numel() else fresh(tuple(out.shape), True))
+            for out, dims in zip(outs, ruled, strict=False)
+            if not callable(dims)
+        ]
+        if [shape_of(dims) for _, dims in found] != [tuple(out.shape) for out, _ in found] or len(ruled) < len(outs):
             return False
-        for out, dims in zip(outs, ruled, strict=True):
+        for out, dims in found:
             before: Dims | None = self.dims.get(out)
+            self.joints.append(dims)
             if before is None:
                 self.dims[out] = dims
                 continue
@@ -299,6 +359,16 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(not atom.fixed and atom.size > 1 for t in call.tensors for atom in atoms_of(*self._lookup(t))):
             path = next((f"submodule {name!r}" for name in reversed(self._stack) if name), "the module itself")
             self.unknown.setdefault(op, path)
+
+
+def _grouped(rows: Tensor, matrices: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What a grouped matrix product returns; its own fake kernel takes bfloat16 only."""
+    return rows.new_empty(*rows.shape[:-1], matrices.shape[-1])
+
+
+def _writes(func: OpOverload) -> bool:
+    """Whether an op writes to one of its arguments."""
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments)
 
 
 def _writes_besides(call: Call, func: OpOverload, rule: Rule) -> bool:
@@ -321,45 +391,3 @@ def _bound(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         default = argument.default_value if argument.has_default_value() else None
         bound[argument.name] = args[number] if number < len(args) else kwargs.get(argument.name, default)
     return bound
-
-
-# --------------------------------------------------------------------------------------------------------------- names
-
-
-def _named(tensors: Mapping[str, Dims]) -> Symmetry:
-    """Write the dimensions found as a symmetry with readable axis names."""
-    split = {name: [_factors(dim) for dim in dims] for name, dims in tensors.items()}
-    whole: dict[Axis, set[Dim]] = {}
-    for dims in split.values():
-        for factors in dims:
-            for atom in factors:
-                whole.setdefault(atom, set()).add(factors)
-    counts: dict[str, int] = {}
-    names: dict[Dim, str] = {}
-    sizes: dict[str, int] = {}
-    fixed: set[str] = set()
-
-    def name_of(factors: Dim) -> str:
-        if factors not in names:
-            free = not factors[0].fixed and factors[0].size > 1
-            prefix = "h" if free else _PREFIX[min(atom.role for atom in factors)]
-            names[factors] = name = f"{prefix}{counts.setdefault(prefix, 0)}"
-            counts[prefix] += 1
-            sizes[name] = math.prod(atom.size for atom in factors)
-            if not free:
-                fixed.add(name)
-        return names[factors]
-
-    def written(factors: Dim) -> str:
-        if all(atom.fixed and whole[atom] == {factors} for atom in factors) and len(set(factors)) == len(factors):
-            return name_of(factors)
-        return dim_of(name_of((atom,)) for atom in factors)
-
-    named = {name: tuple(written(factors) for factors in dims) for name, dims in split.items()}
-    return Symmetry(named, sizes, frozenset(fixed))
-
-
-def _factors(dim: Dim) -> Dim:
-    """The axes to write for a dimension: those of size 1 only if there is nothing else."""
-    atoms = atoms_of(dim)
-    return tuple(a for a in atoms if a.size != 1) or atoms[:1] or (Axis(1, fixed=True),)

@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from nfn_optim.layers import Incidence
-from nfn_optim.symmetry import Symmetry, factors_of
+from nfn_optim import dimension
+from nfn_optim.dimension import Expression, Product
+from nfn_optim.symmetry import Symmetry
 
 
-def rows_of_neurons(symmetry: Symmetry, incidence: Incidence) -> dict[tuple[str, int], list[tuple[int, float]]]:
-    """For every entry of every axis the rows that it meets, with their weight in the mean: index by index.
+Place = tuple[tuple[str, int, tuple[int, ...]], ...]
+"""For every axis that an entry of a dimension belongs to: the axis, its entry, and where in the expression it stands."""
 
-    Each dimension that carries the axis weighs the same, and within it each of its rows; an axis that occurs more than
-    once in a dimension meets it as often.
+
+def places_of(expression: Expression, sizes: Mapping[str, int], path: tuple[int, ...] = ()) -> list[Place]:
+    """Every entry of a dimension, in order."""
+    if isinstance(expression, str):
+        return [((expression, entry, path),) for entry in range(sizes[expression])]
+    if isinstance(expression, Product):
+        factors = [places_of(factor, sizes, (*path, n)) for n, factor in enumerate(expression.factors)]
+        return [sum(place, ()) for place in itertools.product(*factors)]
+    return [place for n, part in enumerate(expression.parts) for place in places_of(part, sizes, (*path, n))]
+
+
+Neuron = tuple[tuple[str, int], ...]
+"""An entry of an axis, after the entries of what it is nested in."""
+
+
+def rows_of_neurons(symmetry: Symmetry, incidence: Incidence) -> dict[Neuron, list[tuple[int, float]]]:
+    """For every neuron the rows that it meets, with their weight in the mean: index by index.
+
+    Each occurrence of the axis in a dimension weighs the same, and within it each of its rows. A dimension that lacks
+    what its axes are nested in is left out.
     """
-    found: dict[tuple[str, int], list[tuple[int, float]]] = {
-        (axis, entry): [] for axis, size in symmetry.sizes.items() for entry in range(size)
-    }
-    carriers = dict.fromkeys(symmetry.sizes, 0)
+    found: dict[Neuron, dict[object, list[int]]] = {}
+    for axis, size in symmetry.sizes.items():
+        outer = [[(above, entry) for entry in range(symmetry.sizes[above])] for above in symmetry.nested.get(axis, ())]
+        found |= {(*place, (axis, entry)): {} for place in itertools.product(*outer) for entry in range(size)}
     for t, name in enumerate(incidence.names):
         for segment in incidence.segments[t]:
-            axes = factors_of(symmetry.dims[name][segment.dim])
-            for axis in axes:
-                carriers[axis] += 1
-            places = itertools.product(*(range(symmetry.sizes[axis]) for axis in axes))
-            for row, place in enumerate(places):
-                for axis, entry in zip(axes, place, strict=True):
-                    found[axis, entry].append((segment.start + row, symmetry.sizes[axis] / segment.length))
-    return {key: [(row, share / carriers[key[0]]) for row, share in rows] for key, rows in found.items()}
+            expression = symmetry.expressions_of(name)[segment.dim]
+            axes = list(dimension.axes_of(expression))
+            if any(set(symmetry.nested.get(axis, ())) - set(axes) for axis in axes):
+                continue
+            for row, place in enumerate(places_of(expression, symmetry.sizes)):
+                entries = {axis: entry for axis, entry, _ in place}
+                for axis, entry, path in place:
+                    neuron = (*((above, entries[above]) for above in symmetry.nested.get(axis, ())), (axis, entry))
+                    found[neuron].setdefault((t, segment.dim, path), []).append(segment.start + row)
+    return {
+        neuron: [(row, 1 / len(rows) / len(carriers)) for rows in carriers.values() for row in rows]
+        for neuron, carriers in found.items()
+    }
 
 
 def rows_to_neurons(rows: Tensor, symmetry: Symmetry, incidence: Incidence) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from zoo import Network
 
-from nfn_optim.symmetry import Symmetry, factors_of
+from nfn_optim.symmetry import Symmetry
 from nfn_optim.trace import certify, symmetry_of
 
 ROUNDING = 1e-10
@@ -75,9 +75,10 @@ def not_over_symmetric(network: Network) -> None:
     tensors, function = _sharp(network)
     expected = function(tensors)
     for axis in symmetry.free:
-        shift = {axis: torch.arange(symmetry.sizes[axis]).roll(1)}
+        outer = [symmetry.sizes[parent] for parent in symmetry.nested.get(axis, ())]
+        shift = {axis: torch.arange(symmetry.sizes[axis]).roll(1).expand(*outer, -1)}
         permuted = symmetry.permute(_described(symmetry, tensors), shift)
-        carriers = [n for n, dims in symmetry.dims.items() if any(axis in factors_of(dim) for dim in dims)]
+        carriers = [name for name in symmetry.dims if axis in symmetry.axes_of(name)]
         for name in carriers:
             change = (function({**tensors, name: permuted[name]}) - expected).abs().max()
             assert change > 1e-6, f"{axis} of {name} may be permuted alone"
@@ -130,8 +131,8 @@ def permutations_compose(network: Network) -> None:
     generator = torch.Generator().manual_seed(3)
     p, q = symmetry.random_permutations(generator), symmetry.random_permutations(generator)
     both = symmetry.permute(symmetry.permute(params, p), q)
-    once = symmetry.permute(params, {axis: p[axis][q[axis]] for axis in p})
-    back = symmetry.permute(symmetry.permute(params, p), {axis: p[axis].argsort() for axis in p})
+    once = symmetry.permute(params, symmetry.compose(p, q))
+    back = symmetry.permute(symmetry.permute(params, p), symmetry.invert(p))
     assert all(torch.equal(both[name], once[name]) and torch.equal(back[name], params[name]) for name in params)
 
 

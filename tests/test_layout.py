@@ -13,16 +13,19 @@ ROOT = Path(__file__).parent.parent
 
 # Bottom to top; a module may import those of lower lines only. Subpackages are entered through their own name.
 FLOORS = """
+nfn_optim.dimension
 nfn_optim.symmetry
 nfn_optim.axes
 nfn_optim.op_call
 nfn_optim.layer_rules
+nfn_optim.shape_rules
 nfn_optim.op_rules
 nfn_optim.layers.incidence
 nfn_optim.layers.tied
 nfn_optim.layers
 nfn_optim.features
 nfn_optim.network
+nfn_optim.naming
 nfn_optim.certificate
 nfn_optim.trace
 nfn_optim.rule

@@ -10,7 +10,8 @@ import pytest
 import torch
 import zoo
 
-from nfn_optim.symmetry import Symmetry, dim_of, factors_of
+from nfn_optim import dimension
+from nfn_optim.symmetry import Symmetry
 
 DIMS = {"0.weight": "h in", "0.bias": "h", "2.weight": "out (h y x)", "gain": ""}
 TENSORS = {
@@ -71,10 +72,19 @@ def test_survives_json() -> None:
     assert Symmetry.from_dict(json.loads(json.dumps(_symmetry().to_dict()))) == _symmetry()
 
 
-def test_factors() -> None:
-    assert factors_of("h") == ("h",)
-    assert factors_of("(c)") == ("c",)
-    assert dim_of(factors_of("(c y x)")) == "(c y x)"
+@pytest.mark.parametrize(
+    "text", ["h", "(c y x)", "(h > d)", "((h > d) + (h > d) + e)", "(h > (d + e))", "(x (a + b) y)"]
+)
+def test_dimensions_are_read_and_written(text: str) -> None:
+    expression, nested = dimension.parse(text)
+    assert dimension.write(expression, nested) == text
+    assert dimension.parse(f" {text.replace(' ', '  ')} ")[0] == expression
+
+
+def test_brackets_that_say_nothing_go() -> None:
+    assert dimension.parse("(c)")[0] == "c"
+    assert dimension.parse("(a (b c))")[0] == dimension.parse("(a b c)")[0]
+    assert dimension.parse("(a + (b + c))")[0] == dimension.parse("(a + b + c)")[0]
 
 
 def test_canonical_forgets_names_only() -> None:
@@ -121,6 +131,45 @@ def test_permutes_behind_batch_dimensions() -> None:
     assert all(torch.equal(permuted[name], torch.stack([t, -t])) for name, t in single.items())
 
 
+HEADS = {"qkv": "((h > d) + (h > d) + (h > e)) in", "out": "in (h > e)", "slope": "h"}
+
+
+def _heads() -> Symmetry:
+    tensors = {"qkv": torch.randn(14, 3), "out": torch.randn(3, 6), "slope": torch.randn(2)}
+    return Symmetry.spec(HEADS, tensors, ["in"], {"d": 2})
+
+
+def test_nested_axes_are_listed_with_what_they_are_nested_in() -> None:
+    assert str(_heads()).splitlines()[-2:] == ["free   h=2 d[h]=2 e[h]=3", "fixed  in=3"]
+    assert dict(_heads().nested) == {"d": ("h",), "e": ("h",)}
+    assert Symmetry.parse(str(_heads())) == _heads()
+    assert _heads().restrict(["slope"]).nested == {}
+    assert _heads().canonical().dims["out"] == ("a3", "(a0 > a2)")
+
+
+def test_every_head_has_its_own_permutation() -> None:
+    symmetry, params = _heads(), {"out": torch.arange(18.0).reshape(3, 6), "slope": torch.arange(2.0)}
+    own = torch.tensor([[1, 0, 2], [2, 1, 0]])  # of e, in each head
+    permuted = symmetry.permute(params, {"h": torch.tensor([1, 0]), "e": own})
+    blocks = params["out"].reshape(3, 2, 3)
+    expected = torch.stack([blocks[:, 1][:, own[0]], blocks[:, 0][:, own[1]]], 1)
+    assert torch.equal(permuted["out"].reshape(3, 2, 3), expected)
+    assert permuted["slope"].tolist() == [1, 0]
+
+
+def test_an_axis_may_be_nested_in_one_of_another_dimension() -> None:
+    """The kernel of a grouped convolution: the inputs of a group are numbered group by group."""
+    symmetry = Symmetry({"w": ("(g > o)", "i"), "b": ("(g > o)",), "v": ("(g > i)",)}, {"g": 2, "o": 1, "i": 3})
+    assert symmetry.across == {"w"}
+    params = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.arange(2.0), "v": torch.arange(6.0)}
+    permuted = symmetry.permute(params, {"i": torch.tensor([[0, 1, 2], [2, 0, 1]]), "g": torch.tensor([1, 0])})
+    assert permuted["w"].tolist() == [[3, 4, 5], [2, 0, 1]]
+    assert permuted["v"].tolist() == [3, 4, 5, 2, 0, 1]
+    batch = {name: torch.stack([t, -t]) for name, t in params.items()}
+    again = symmetry.permute(batch, {"i": torch.tensor([[0, 1, 2], [2, 0, 1]]), "g": torch.tensor([1, 0])}, 1)
+    assert torch.equal(again["w"][0], permuted["w"])
+
+
 def test_index_of_a_product_varies_its_last_factor_fastest() -> None:
     symmetry = Symmetry({"w": ("(a b)",)}, {"a": 2, "b": 3})
     found = symmetry.index_of("(a b)", {"a": torch.tensor([1, 0]), "b": torch.tensor([2, 0, 1])})
@@ -131,13 +180,18 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "no_size": (lambda: Symmetry({"w": ("h",)}, {}), "expected a size for every axis"),
     "negative": (lambda: Symmetry({"w": ("h",)}, {"h": -1}), "expected sizes of at least 0"),
     "unused_fixed": (lambda: Symmetry({"w": ("h",)}, {"h": 1}, frozenset({"i"})), "do not; known"),
-    "bad_name": (lambda: factors_of("a b"), "expected an axis name"),
-    "empty_product": (lambda: factors_of("()"), "expected an axis name"),
-    "bad_brackets": (lambda: Symmetry.spec({"w": "(h"}, {"w": torch.ones(2)}), "expected dimensions such as"),
+    "bad_name": (lambda: dimension.parse("a b"), "expected one dimension"),
+    "empty_product": (lambda: dimension.parse("()"), "expected dimensions, an axis name"),
+    "mixed": (lambda: dimension.parse("(a b + c)"), "expected dimensions"),
+    "circle": (lambda: Symmetry({"w": ("(a > b)",)}, {"a": 1, "b": 1}, nested={"a": ("b",)}), "nested in itself"),
+    "unknown_nested": (lambda: Symmetry({"w": ("a",)}, {"a": 1}, nested={"a": ("b",)}), "do not; known"),
+    "one_copy": (lambda: _heads().permute({}, {"d": torch.arange(2)}), r"of shape \(2, 2\)"),
+    "apart": (lambda: _heads().index_of("d", {"d": torch.zeros(2, 2).long()}), "nested in, beside it"),
+    "bad_brackets": (lambda: Symmetry.spec({"w": "(h"}, {"w": torch.ones(2)}), "expected dimensions, an axis name"),
     "rank": (lambda: Symmetry.spec({"w": "h i"}, {"w": torch.ones(2)}), "expected 2 dimensions"),
     "disagree": (lambda: Symmetry.spec({"w": "h h"}, {"w": torch.ones(2, 3)}), "has 2 entries elsewhere, found 3"),
     "unknown_sizes": (lambda: Symmetry.spec({"w": "(a b)"}, {"w": torch.ones(6)}), "cannot tell the sizes"),
-    "not_divisible": (lambda: Symmetry.spec({"w": "a (a b)"}, {"w": torch.ones(2, 5)}), "has 2 entries elsewhere"),
+    "not_divisible": (lambda: Symmetry.spec({"w": "a (a b)"}, {"w": torch.ones(2, 5)}), "has 4 entries elsewhere"),
     "bad_size": (lambda: Symmetry.parse("w h\nfree h=many"), "expected 'free axis=size"),
     "missing": (lambda: _symmetry().check({}), "missing"),
     "shape": (lambda: _symmetry().check({**TENSORS, "0.bias": torch.ones(4)}), "expected '0.bias' of shape"),

@@ -8,8 +8,12 @@ The rows of all dimensions of all tensors are concatenated, grouped by *role* (t
     tensors    T x channels    one for every tensor
 
 and two index lists say how they meet: a row of a plain dimension is one neuron; a row of a product `(c h w)` meets one
-neuron of every factor. Sums over these lists are all the communication that an equivariant map between axes needs: it
-costs O(neurons), however many weights there are.
+neuron of every factor; a row of a sum one of its block. A nested axis has neurons for every entry of what it is nested
+in. Where a tensor carries a nested axis in one dimension and what it is nested in in another, pooling would add neurons
+that have nothing to do with each other; such a dimension is *mute*: all its rows say the same.
+
+Sums over these lists are all the communication that an equivariant map between axes needs: it costs O(neurons),
+however many weights there are.
 
 References:
     Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
@@ -23,7 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nfn_optim.symmetry import Symmetry, factors_of
+from nfn_optim.dimension import Expression, axes_of, entries_within
+from nfn_optim.symmetry import Symmetry
 
 ROLES = ("vector", "row", "column", "tap")
 """What a dimension is in its tensor: the only one, the first (outputs), the second (inputs), or a later one (taps)."""
@@ -38,6 +43,7 @@ class Segment:
     role: str
     start: int
     length: int
+    mute: bool
 
 
 class Incidence:
@@ -59,6 +65,7 @@ class Incidence:
     def __init__(self, symmetry: Symmetry) -> None:
         self.names = tuple(symmetry.dims)
         shapes = [symmetry.shape_of(name) for name in self.names]
+        expressions = [symmetry.expressions_of(name) for name in self.names]
         self.ndims = tuple(len(shape) for shape in shapes)
         self.segments: list[list[Segment]] = [[] for _ in self.names]
         self.role_spans: dict[str, tuple[int, int]] = {}
@@ -68,7 +75,8 @@ class Incidence:
             for t, shape in enumerate(shapes):
                 for d, length in enumerate(shape):
                     if role_of(d, len(shape)) == role:
-                        self.segments[t].append(Segment(t, d, role, start, length))
+                        mute = not _is_whole(symmetry, expressions[t][d])
+                        self.segments[t].append(Segment(t, d, role, start, length, mute))
                         start += length
             self.role_spans[role] = (first, start)
         self.rows = start
@@ -77,22 +85,26 @@ class Incidence:
 
         offsets, total = {}, 0
         for axis, size in symmetry.sizes.items():
-            offsets[axis], total = total, total + size
+            offsets[axis], total = total, total + symmetry.copies_of(axis) * size
         self.neurons = total
-        carriers = Counter(a for dims in symmetry.dims.values() for dim in dims for a in factors_of(dim))
+        spoken = [s for segments in self.segments for s in segments if not s.mute]
+        carriers = Counter(axis for s in spoken for axis in axes_of(expressions[s.tensor][s.dim]))
         row, neuron, share = [], [], []
         tensor_of_row, row_share = torch.zeros(self.rows, dtype=torch.int64), torch.zeros(self.rows)
         for segment in (s for segments in self.segments for s in segments):
-            span = torch.arange(segment.start, segment.start + segment.length)
+            span = slice(segment.start, segment.start + segment.length)
             tensor_of_row[span] = segment.tensor
             row_share[span] = 1.0 / max(segment.length * self.ndims[segment.tensor], 1)
-            inner = segment.length
-            for axis in factors_of(symmetry.dims[self.names[segment.tensor]][segment.dim]):
-                size = symmetry.sizes[axis]
-                inner //= max(size, 1)
-                row.append(span)
-                neuron.append(offsets[axis] + torch.arange(segment.length) // max(inner, 1) % max(size, 1))
-                share.append(torch.full((segment.length,), size / max(segment.length, 1) / carriers[axis]))
+        for segment in spoken:
+            occurrences = symmetry.occurrences_of(expressions[segment.tensor][segment.dim])
+            for o in occurrences:
+                size = symmetry.sizes[o.axis]
+                copy = entries_within(o, occurrences, symmetry.nested.get(o.axis, ()), symmetry.sizes)
+                assert copy is not None
+                entry = copy * size + o.entries
+                row.append(segment.start + o.rows)
+                neuron.append(offsets[o.axis] + entry)
+                share.append(1.0 / torch.bincount(entry)[entry] / carriers[o.axis])
         empty = torch.zeros(0, dtype=torch.int64)
         self.indices = {
             "row": torch.cat([empty, *row]),
@@ -140,6 +152,13 @@ class Incidence:
         return tensors.index_select(-2, self.at(tensors)["tensor_of_row"])
 
 
+def _is_whole(symmetry: Symmetry, expression: Expression) -> bool:
+    """Whether a dimension contains all that its axes are nested in."""
+    occurrences = symmetry.occurrences_of(expression)
+    nested = [(o, symmetry.nested.get(o.axis, ())) for o in occurrences]
+    return all(entries_within(o, occurrences, above, symmetry.sizes) is not None for o, above in nested)
+
+
 def role_of(dim: int, ndim: int) -> str:
     """The role of dimension `dim` in a tensor of `ndim` dimensions."""
     return "vector" if ndim == 1 else ROLES[min(dim, 2) + 1]
@@ -160,7 +179,7 @@ def _static(shape: tuple[int, ...]) -> list[float]:
 
 def _kinship(symmetry: Symmetry, shapes: list[tuple[int, ...]]) -> Tensor:
     """`(T, T)`: row t averages over the matrices (two dimensions or more), other than t, that share an axis with t."""
-    axes = [{a for dim in dims for a in factors_of(dim)} for dims in symmetry.dims.values()]
+    axes = [set(symmetry.axes_of(name)) for name in symmetry.dims]
     kin = torch.zeros(len(axes), len(axes))
     for t, own in enumerate(axes):
         for other, theirs in enumerate(axes):
