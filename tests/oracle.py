@@ -8,14 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nfn_optim.layers import Incidence
 from nfn_optim import dimension
 from nfn_optim.dimension import Expression, Product
+from nfn_optim.layers import Incidence
 from nfn_optim.symmetry import Symmetry
 
-
 Place = tuple[tuple[str, int, tuple[int, ...]], ...]
-"""For every axis that an entry of a dimension belongs to: the axis, its entry, and where in the expression it stands."""
+"""For every axis that an entry of a dimension belongs to: the axis, its entry, and where it stands."""
 
 
 def places_of(expression: Expression, sizes: Mapping[str, int], path: tuple[int, ...] = ()) -> list[Place]:

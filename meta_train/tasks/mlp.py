@@ -1,31 +1,24 @@
-"""Image classification by multilayer perceptrons of many shapes.
-
-A member's parameters are a reparametrisation p = c * w of the weights w of the network, one constant c for each tensor:
-the function at the start is the same, the scale on which the optimizer finds it is not.
-"""
+"""Image classification by multilayer perceptrons of many shapes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meta_train.tasks.images import ImageSet, digits
-from meta_train.tasks.task import Params, Task, TaskDistribution, Tensors
+from meta_train.tasks.activation import ACTIVATIONS
+from meta_train.tasks.augment import Augment
+from meta_train.tasks.data import Examples
+from meta_train.tasks.family import Draws, Family
+from meta_train.tasks.images import digits
+from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.supervised import SupervisedTask
+from meta_train.tasks.task import Params
 from nfn_optim.symmetry import Symmetry
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
 
 
 @dataclass(frozen=True)
@@ -49,23 +42,8 @@ class MLPShape:
     batch_size: int
 
 
-@dataclass(frozen=True)
-class Augment:
-    """How the members of a task differ, besides their initial parameters and the names of their classes.
-
-    Args:
-        reparametrise: Decades by which the scale of a tensor is moved at most, up or down.
-        label_noise: Largest fraction of labels that are drawn at random in every batch; none for half of the members.
-        pixel_noise: Largest standard deviation of noise on the inputs, in their own; none for half of the members.
-    """
-
-    reparametrise: float = 0.5
-    label_noise: float = 0.4
-    pixel_noise: float = 1.5
-
-
-class MLPTask(Task):
-    """An MLP on images.
+class MLPTask(SupervisedTask):
+    """An MLP on images. Its symmetry is written by hand, and all members are initialised at once.
 
     Args:
         shape: What it is made of.
@@ -73,11 +51,10 @@ class MLPTask(Task):
         augment: How its members differ.
     """
 
-    def __init__(self, shape: MLPShape, data: ImageSet, augment: Augment) -> None:
-        self.shape, self.augment, self.classes = shape, augment, data.classes
-        pixels = data.images.repeat_interleave(shape.zoom, -1).repeat_interleave(shape.zoom, -2).flatten(1)
-        self.inputs, self.labels = pixels, data.labels
-        sizes = (pixels.shape[1], *shape.widths, data.classes)
+    def __init__(self, shape: MLPShape, data: Examples, augment: Augment) -> None:
+        super().__init__(data.zoomed(shape.zoom), cross_entropy, shape.batch_size, augment)
+        self.shape = shape
+        sizes = (data.x[0].numel() * shape.zoom**2, *shape.widths, data.classes)
         self.layers = list(pairwise(sizes))
         axes = ("in", *(f"h{i}" for i in range(len(shape.widths))), "out")
         dims: dict[str, tuple[str, ...]] = {}
@@ -89,8 +66,8 @@ class MLPTask(Task):
         self.symmetry = Symmetry(dims, dict(zip(axes, sizes, strict=True)), frozenset({"in", "out"}))
         self.name = "mlp-" + "-".join(map(str, sizes))
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
-        """Initial parameters, a permutation of the labels and the constants of the reparametrisation."""
+    def init(self, count: int, generator: torch.Generator) -> Params:
+        """Weights, biases and the affine parts of the norms."""
         weights: Params = {}
         for i, (fan_in, fan_out) in enumerate(self.layers):
             if self.shape.zero_bias:
@@ -103,55 +80,22 @@ class MLPTask(Task):
             if f"{i}.norm.weight" in self.symmetry.dims:
                 weights[f"{i}.norm.weight"] = torch.ones(count, fan_out)
                 weights[f"{i}.norm.bias"] = torch.zeros(count, fan_out)
-        member: Tensors = {
-            "labels": torch.stack([torch.randperm(self.classes, generator=generator) for _ in range(count)])
-        }
-        for name, most in (("label_noise", self.augment.label_noise), ("pixel_noise", self.augment.pixel_noise)):
-            member[name] = (torch.rand(count, generator=generator) * 2 - 1).clamp(min=0) * most
-        params = {}
-        for name in self.symmetry.dims:  # in the order of the symmetry
-            decades = (torch.rand(count, generator=generator) * 2 - 1) * self.augment.reparametrise
-            member[name] = 10**-decades
-            params[name] = weights[name] * (10**decades).reshape(count, *(1,) * (weights[name].dim() - 1))
-        return params, member
+        return weights
 
-    def batch(self, count: int, generator: torch.Generator) -> Tensors:
-        """Images, drawn with replacement, their labels, and the noise that members may take.
-
-        Returns:
-            `x` and `noise` `(count, batch_size, pixels)`; `y`, `other` and `chance` `(count, batch_size)`: the label,
-            another one, and the number below which a member's label noise must be to keep the first.
-        """
-        size = (count, self.shape.batch_size)
-        index = torch.randint(len(self.labels), size, generator=generator)
-        return {
-            "x": self.inputs[index],
-            "y": self.labels[index],
-            "noise": torch.randn(*size, self.inputs.shape[1], generator=generator),
-            "other": torch.randint(self.classes, size, generator=generator),
-            "chance": torch.rand(size, generator=generator),
-        }
-
-    def loss(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
-        """Cross-entropy with the member's own names for the classes, in nats."""
-        x = batch["x"] + member["pixel_noise"] * batch["noise"]  # (batch_size, pixels)
-        y = torch.where(batch["chance"] < member["label_noise"], batch["other"], batch["y"])  # (batch_size,)
+    def output(self, weights: Params, x: Tensor) -> Tensor:
+        """Logits. `(batch_size, channels, height, width) -> (batch_size, classes)`."""
         act = ACTIVATIONS[self.shape.activation]
-
-        def weight(name: str) -> Tensor:
-            return params[name] * member[name]
-
+        x = x.flatten(1)  # (batch_size, pixels)
         for i in range(len(self.layers)):
-            x = F.linear(x, weight(f"{i}.weight"), weight(f"{i}.bias"))
-            if f"{i}.norm.weight" in params:
-                x = F.layer_norm(x, x.shape[-1:]) * weight(f"{i}.norm.weight") + weight(f"{i}.norm.bias")
+            x = F.linear(x, weights[f"{i}.weight"], weights[f"{i}.bias"])
+            if f"{i}.norm.weight" in weights:
+                x = F.layer_norm(x, x.shape[-1:]) * weights[f"{i}.norm.weight"] + weights[f"{i}.norm.bias"]
             x = act(x) if i + 1 < len(self.layers) else x
-        right = (x * F.one_hot(y, self.classes)[:, member["labels"]]).sum(-1)  # (batch_size,)
-        return (torch.logsumexp(x, -1) - right).mean()  # differentiates twice far faster than F.cross_entropy
+        return x
 
 
 @dataclass(frozen=True)
-class MLPDistribution(TaskDistribution[MLPTask]):
+class MLPDistribution(Family[MLPTask, MLPShape]):
     """MLPs on scikit-learn's digits, of one to three hidden layers.
 
     Args:
@@ -161,37 +105,24 @@ class MLPDistribution(TaskDistribution[MLPTask]):
         augment: How the members of a task differ.
     """
 
+    made_of = MLPShape
     width: tuple[int, int] = (8, 128)
     batch_size: tuple[int, int] = (16, 256)
     zooms: tuple[int, ...] = (1, 1, 1, 1, 2, 2, 3)
     augment: Augment = field(default_factory=Augment)
 
-    def sample(self, generator: torch.Generator) -> MLPTask:
+    def shape(self, draws: Draws) -> MLPShape:
         """Draw an architecture and a batch size."""
-
-        def pick(count: int) -> int:
-            return int(torch.randint(count, (), generator=generator))
-
-        def log_uniform(low: int, high: int) -> int:
-            unit = torch.rand((), generator=generator, dtype=torch.float64).item()
-            return round(low * (high / low) ** unit)
-
-        depth = 1 + pick(3)
-        shape = MLPShape(
-            zoom=self.zooms[pick(len(self.zooms))],
-            widths=tuple(log_uniform(*self.width) for _ in range(depth)),
-            activation=list(ACTIVATIONS)[pick(len(ACTIVATIONS))],
-            layer_norm=pick(4) == 0,
-            zero_bias=pick(2) == 0,
-            batch_size=log_uniform(*self.batch_size),
+        depth = draws.one_of((1, 2, 3))
+        return MLPShape(
+            zoom=draws.one_of(self.zooms),
+            widths=tuple(draws.log_uniform(*self.width) for _ in range(depth)),
+            activation=draws.one_of(list(ACTIVATIONS)),
+            layer_norm=draws.one_in(4),
+            zero_bias=draws.one_in(2),
+            batch_size=draws.log_uniform(*self.batch_size),
         )
-        return MLPTask(shape, digits(), self.augment)
 
-    def describe(self, task: MLPTask) -> dict[str, Any]:
-        """The shape's fields."""
-        return asdict(task.shape)
-
-    def rebuild(self, description: dict[str, Any]) -> MLPTask:
-        """The task of that shape."""
-        shape = MLPShape(**{**description, "widths": tuple(description["widths"])})
+    def task(self, shape: MLPShape) -> MLPTask:
+        """The task of a shape."""
         return MLPTask(shape, digits(), self.augment)

@@ -25,12 +25,14 @@ class Task(ABC):
     """One architecture on one data set.
 
     Attributes:
-        name: A short text for logs.
+        name: A short text for logs; what comes before its first hyphen is the kind of task.
         symmetry: The axes of its parameters.
+        description: What the distribution that drew it needs to make it again.
     """
 
     name: str
     symmetry: Symmetry
+    description: dict[str, Any]
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
@@ -45,8 +47,17 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def batch(self, count: int, generator: torch.Generator) -> Tensors:
-        """Draw a batch of training data for each of `count` members, `(count, ...)` each."""
+    def batch(self, count: int, generator: torch.Generator, *, held_out: bool = False) -> Tensors:
+        """Draw a batch of data for each member.
+
+        Args:
+            count: How many members.
+            generator: The only source of randomness.
+            held_out: Whether to draw from the data held out for meta-validation, which inner training never sees.
+
+        Returns:
+            `(count, ...)` each.
+        """
 
     @abstractmethod
     def loss(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
@@ -61,12 +72,12 @@ class TaskDistribution(ABC, Generic[T]):
 
     @abstractmethod
     def sample(self, generator: torch.Generator) -> T:
-        """Draw a task."""
-
-    @abstractmethod
-    def describe(self, task: T) -> dict[str, Any]:
-        """What `rebuild` needs to make the task again: plain numbers, texts and lists."""
+        """Draw a task, and give it a description."""
 
     @abstractmethod
     def rebuild(self, description: dict[str, Any]) -> T:
-        """The inverse of `describe`."""
+        """Make the task of a description again, and give it that description."""
+
+    def describe(self, task: T) -> dict[str, Any]:
+        """What `rebuild` needs to make the task again: plain numbers, texts and lists."""
+        return task.description

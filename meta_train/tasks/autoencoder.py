@@ -1,0 +1,83 @@
+"""Autoencoders of images by perceptrons; with pixel noise they learn to remove it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meta_train.tasks.activation import ACTIVATIONS
+from meta_train.tasks.augment import Augment
+from meta_train.tasks.family import Draws, Family
+from meta_train.tasks.images import IMAGES
+from meta_train.tasks.initialisation import INITIALISATIONS, initialise
+from meta_train.tasks.losses import squared_error
+from meta_train.tasks.module import ModuleTask
+from meta_train.tasks.perceptron import Perceptron
+
+
+@dataclass(frozen=True)
+class AutoencoderShape:
+    """What an autoencoder task is made of.
+
+    Args:
+        data: One of `IMAGES`.
+        widths: Hidden neurons of each layer of the encoder, the code last; the decoder mirrors it.
+        activation: One of `ACTIVATIONS`.
+        norm: "none", "layer" or "batch".
+        start: One of `INITIALISATIONS`.
+        batch_size: Images in a batch.
+    """
+
+    data: str
+    widths: tuple[int, ...]
+    activation: str
+    norm: str
+    start: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class AutoencoderDistribution(Family[ModuleTask, AutoencoderShape]):
+    """Autoencoders of 8x8 images with one or two layers to the code.
+
+    Args:
+        data: Some of `IMAGES`, equally likely.
+        width: Smallest and largest number of hidden neurons, log-uniform.
+        code: Smallest and largest number of neurons of the code, log-uniform.
+        batch_size: Smallest and largest batch, in images, log-uniform.
+        augment: How the members of a task differ.
+    """
+
+    made_of = AutoencoderShape
+    data: tuple[str, ...] = ("digits", "mnist5k")
+    width: tuple[int, int] = (16, 64)
+    code: tuple[int, int] = (2, 32)
+    batch_size: tuple[int, int] = (16, 128)
+    augment: Augment = field(
+        default_factory=lambda: Augment(label_noise=0.0, pixel_noise=0.5, rescale=0.25, loss_scale=0.5)
+    )
+
+    def shape(self, draws: Draws) -> AutoencoderShape:
+        """Draw an architecture, data and a batch size."""
+        deep = draws.one_in(2)
+        return AutoencoderShape(
+            data=draws.one_of(self.data),
+            widths=(*(draws.log_uniform(*self.width) for _ in range(deep)), draws.log_uniform(*self.code)),
+            activation=draws.one_of(list(ACTIVATIONS)),
+            norm=draws.one_of(("none", "none", "none", "layer", "batch")),
+            start=draws.one_of(INITIALISATIONS),
+            batch_size=draws.log_uniform(*self.batch_size),
+        )
+
+    def task(self, shape: AutoencoderShape) -> ModuleTask:
+        """The task of a shape."""
+        data = IMAGES[shape.data]().reconstruction()
+        inputs = data.x.shape[1]
+        sizes = (inputs, *shape.widths, *shape.widths[-2::-1], inputs)
+        return ModuleTask(
+            lambda: initialise(Perceptron(sizes, shape.activation, shape.norm), shape.start),
+            data,
+            squared_error,
+            shape.batch_size,
+            self.augment,
+            "autoencoder-" + "-".join(map(str, sizes)),
+        )

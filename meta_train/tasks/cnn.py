@@ -1,0 +1,123 @@
+"""Image classification by small convolutional networks, plain and residual, with and without normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from meta_train.tasks.activation import ACTIVATIONS, Activation
+from meta_train.tasks.augment import Augment
+from meta_train.tasks.family import Draws, Family
+from meta_train.tasks.images import IMAGES
+from meta_train.tasks.initialisation import INITIALISATIONS, initialise
+from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.module import ModuleTask
+
+
+@dataclass(frozen=True)
+class CNNShape:
+    """What a CNN task is made of.
+
+    Args:
+        data: One of `IMAGES`.
+        widths: Channels after each convolution. The first keeps the size of the image, the others halve it.
+        residual: Whether those after the second keep size and channels instead, and are added to what they see.
+        norm: "none", "batch" (statistics of the batch, none kept) or "group" (two groups).
+        flatten: Whether the linear layer at the end sees every pixel, else their mean.
+        activation: One of `ACTIVATIONS`.
+        start: One of `INITIALISATIONS`.
+        batch_size: Images in a batch.
+    """
+
+    data: str
+    widths: tuple[int, ...]
+    residual: bool
+    norm: str
+    flatten: bool
+    activation: str
+    start: str
+    batch_size: int
+
+
+class CNN(nn.Module):
+    """Convolutions of 3x3 taps, then a linear layer.
+
+    Args:
+        shape: What it is made of.
+        side: Height and width of the images.
+        classes: Number of classes.
+    """
+
+    def __init__(self, shape: CNNShape, side: int, classes: int) -> None:
+        super().__init__()
+        self.act, self.flatten = Activation(shape.activation), shape.flatten
+        given, convolutions, norms, self.adds = 1, [], [], []
+        for i, made in enumerate(shape.widths):
+            add = shape.residual and i > 1
+            stride = 2 if i > 0 and not add else 1
+            width = given if add else made
+            convolutions.append(nn.Conv2d(given, width, 3, stride, padding=1, bias=shape.norm != "batch"))
+            norms.append(_norm(shape.norm, width))
+            self.adds.append(add)
+            given, side = width, (side - 1) // stride + 1
+        self.convolutions, self.norms = nn.ModuleList(convolutions), nn.ModuleList(norms)
+        self.last = nn.Linear(given * side * side if shape.flatten else given, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits. `(batch_size, 1, height, width) -> (batch_size, classes)`."""
+        for convolve, norm, add in zip(self.convolutions, self.norms, self.adds, strict=True):
+            y = self.act(norm(convolve(x)))
+            x = x + y if add else y
+        logits: Tensor = self.last(x.flatten(1) if self.flatten else x.mean((2, 3)))
+        return logits
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(channels, track_running_stats=False)
+    return nn.GroupNorm(2, channels) if kind == "group" else nn.Identity()
+
+
+@dataclass(frozen=True)
+class CNNDistribution(Family[ModuleTask, CNNShape]):
+    """CNNs on 8x8 images, of two to four convolutions.
+
+    Args:
+        data: Some of `IMAGES`, equally likely.
+        width: Smallest and largest number of channels, log-uniform, then made even.
+        batch_size: Smallest and largest batch, in images, log-uniform.
+        augment: How the members of a task differ.
+    """
+
+    made_of = CNNShape
+    data: tuple[str, ...] = ("digits", "mnist5k")
+    width: tuple[int, int] = (4, 16)
+    batch_size: tuple[int, int] = (16, 64)
+    augment: Augment = field(default_factory=lambda: Augment(rescale=0.25, loss_scale=0.5))
+
+    def shape(self, draws: Draws) -> CNNShape:
+        """Draw an architecture, data and a batch size."""
+        depth = draws.one_of((2, 3, 3, 4))
+        return CNNShape(
+            data=draws.one_of(self.data),
+            widths=tuple(2 * round(draws.log_uniform(*self.width) / 2) for _ in range(depth)),
+            residual=draws.one_in(2),
+            norm=draws.one_of(("none", "none", "batch", "batch", "group")),
+            flatten=draws.one_in(2),
+            activation=draws.one_of(list(ACTIVATIONS)),
+            start=draws.one_of(INITIALISATIONS),
+            batch_size=draws.log_uniform(*self.batch_size),
+        )
+
+    def task(self, shape: CNNShape) -> ModuleTask:
+        """The task of a shape."""
+        data = IMAGES[shape.data]()
+        return ModuleTask(
+            lambda: initialise(CNN(shape, data.x.shape[-1], data.classes), shape.start),
+            data,
+            cross_entropy,
+            shape.batch_size,
+            self.augment,
+            f"cnn-{'residual' if shape.residual else 'plain'}-{shape.norm}-" + "-".join(map(str, shape.widths)),
+        )

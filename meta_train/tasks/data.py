@@ -1,0 +1,96 @@
+"""Data that tasks learn: examples with targets, in a part for training and a part held out.
+
+Inner training sees the first part only. The part held out is for meta-validation: to judge a rule, or to choose one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from meta_train.tasks.task import Tensors
+
+
+class Data(ABC):
+    """Draws batches.
+
+    Attributes:
+        name: A short text for logs.
+        classes: Number of classes of the targets; 0 if they are real numbers.
+    """
+
+    name: str
+    classes: int
+
+    @abstractmethod
+    def batch(self, size: tuple[int, int], generator: torch.Generator, *, held_out: bool = False) -> Tensors:
+        """Draw batches, with replacement.
+
+        Args:
+            size: Members and batch size.
+            generator: The only source of randomness.
+            held_out: Whether to draw from the part that is held out.
+
+        Returns:
+            Inputs `x` `(*size, ...)`, float32 or int64, and targets `y` `(*size, ...)`, int64 if there are classes.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(Data):
+    """Inputs with targets, all in memory.
+
+    Args:
+        name: A short text for logs.
+        x: Inputs `(count, ...)`, float32.
+        y: Targets `(count,)`, int64, or `(count, outputs)`, float32.
+        classes: Number of classes, 0 if targets are real numbers.
+        train: How many of them, from the first, are for training; the others are held out.
+
+    Example:
+        >>> data = Examples("toy", torch.arange(6.0)[:, None], torch.arange(6) % 2, classes=2, train=4)
+        >>> batch = data.batch((2, 3), torch.Generator().manual_seed(0))
+        >>> batch["x"].shape, batch["y"].shape, bool((batch["x"] < 4).all())
+        (torch.Size([2, 3, 1]), torch.Size([2, 3]), True)
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor
+    classes: int
+    train: int
+
+    def __post_init__(self) -> None:
+        """Check that the parts are not empty."""
+        if not 0 < self.train <= len(self.x) == len(self.y):
+            raise ValueError(
+                f"expected as many targets as inputs and 1 to {len(self.x)} of them for training, found "
+                f"{len(self.x)} inputs, {len(self.y)} targets, train={self.train}"
+            )
+
+    def batch(self, size: tuple[int, int], generator: torch.Generator, *, held_out: bool = False) -> Tensors:
+        """Draw examples, each part uniformly."""
+        first, last = (self.train, len(self.x)) if held_out else (0, self.train)
+        if first == last:
+            raise ValueError(f"expected examples of {self.name!r} that are held out, found none: train={self.train}")
+        index = first + torch.randint(last - first, size, generator=generator)
+        return {"x": self.x[index], "y": self.y[index]}
+
+    def zoomed(self, zoom: int) -> Examples:
+        """Images `(count, channels, height, width)` with every pixel made `zoom` x `zoom` pixels."""
+        return replace(self, x=self.x.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2))
+
+    def projected(self, width: int, seed: int) -> Examples:
+        """Inputs, flattened, under a random linear map to another width; `(count, width)`, unit variance."""
+        flat = self.x.flatten(1)
+        generator = torch.Generator().manual_seed(seed)
+        x = flat @ torch.randn(flat.shape[1], width, generator=generator)
+        return replace(self, x=x / x[: self.train].std())
+
+    def reconstruction(self) -> Examples:
+        """The same inputs, flattened, with themselves as targets."""
+        flat = self.x.flatten(1)
+        return replace(self, x=flat, y=flat, classes=0)

@@ -1,0 +1,32 @@
+"""The folder with data files that do not travel inside packages; there need not be one.
+
+It is what `FOLDER` names in the environment. Which of these files meta-training may read is said by those who read
+them: data sets on which rules are compared are not among them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+FOLDER = "NFN_OPTIM_DATA"
+"""The environment variable that names the folder."""
+
+
+def has_file(name: str) -> bool:
+    """Whether there is a data folder with that file."""
+    return FOLDER in os.environ and (Path(os.environ[FOLDER]) / name).is_file()
+
+
+def in_folder(name: str) -> Path:
+    """The path of a data file.
+
+    Raises:
+        FileNotFoundError: There is no data folder, or it has no such file.
+    """
+    if not has_file(name):
+        raise FileNotFoundError(
+            f"expected the file {name} in the folder that {FOLDER} names, found {os.environ.get(FOLDER, 'no folder')}; "
+            f"set {FOLDER} to a folder with that file, or leave this data out"
+        )
+    return Path(os.environ[FOLDER]) / name

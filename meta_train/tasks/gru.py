@@ -1,0 +1,111 @@
+"""Character language models by gated recurrent networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from meta_train.tasks.augment import Augment
+from meta_train.tasks.family import Draws, Family
+from meta_train.tasks.initialisation import INITIALISATIONS, initialise
+from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.module import ModuleTask
+from meta_train.tasks.text import Text
+
+
+@dataclass(frozen=True)
+class GRUShape:
+    """What a GRU task is made of.
+
+    Args:
+        data: One of `TEXTS`.
+        embedding: Channels of a character.
+        width: Hidden neurons.
+        start: One of `INITIALISATIONS`.
+        context: Characters read from a hidden state of zero.
+        batch_size: Passages in a batch.
+    """
+
+    data: str
+    embedding: int
+    width: int
+    start: str
+    context: int
+    batch_size: int
+
+
+class GRU(nn.Module):
+    """A gated recurrent network, written out because the fused kernels have no second derivative.
+
+        r, z = sigmoid(W_x x + W_h h)    n = tanh(V_x x + r V_h h)    h' = n + z (h - n)
+
+    Args:
+        shape: What it is made of.
+        vocabulary: Number of characters.
+    """
+
+    def __init__(self, shape: GRUShape, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, shape.embedding)
+        self.see = nn.Linear(shape.embedding, 3 * shape.width)
+        self.recur = nn.Linear(shape.width, 3 * shape.width, bias=False)
+        self.last = nn.Linear(shape.width, vocabulary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits. `(batch_size, context) -> (batch_size, context, vocabulary)`."""
+        seen = self.see(self.embedding(x))  # (batch_size, context, 3 width)
+        h = torch.zeros_like(seen[:, 0].chunk(3, -1)[0])  # (batch_size, width)
+        states = []
+        for now in seen.unbind(1):
+            x_r, x_z, x_n = now.chunk(3, -1)
+            h_r, h_z, h_n = self.recur(h).chunk(3, -1)
+            n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+            h = n + torch.sigmoid(x_z + h_z) * (h - n)
+            states.append(h)
+        logits: Tensor = self.last(torch.stack(states, 1))
+        return logits
+
+
+@dataclass(frozen=True)
+class GRUDistribution(Family[ModuleTask, GRUShape]):
+    """Character models of one recurrent layer.
+
+    Args:
+        data: Some of `TEXTS`, equally likely.
+        width: Smallest and largest number of hidden neurons and of channels of a character, log-uniform.
+        context: Smallest and largest context, in characters, log-uniform.
+        batch_size: Smallest and largest batch, in passages, log-uniform.
+        augment: How the members of a task differ.
+    """
+
+    made_of = GRUShape
+    data: tuple[str, ...] = ("prose", "code")
+    width: tuple[int, int] = (12, 48)
+    context: tuple[int, int] = (6, 16)
+    batch_size: tuple[int, int] = (8, 32)
+    augment: Augment = field(default_factory=lambda: Augment(label_noise=0.2, rescale=0.25, loss_scale=0.5))
+
+    def shape(self, draws: Draws) -> GRUShape:
+        """Draw an architecture, data and a batch size."""
+        return GRUShape(
+            data=draws.one_of(self.data),
+            embedding=draws.log_uniform(*self.width),
+            width=draws.log_uniform(*self.width),
+            start=draws.one_of(INITIALISATIONS),
+            context=draws.log_uniform(*self.context),
+            batch_size=draws.log_uniform(*self.batch_size),
+        )
+
+    def task(self, shape: GRUShape) -> ModuleTask:
+        """The task of a shape."""
+        data = Text(shape.data, shape.context)
+        return ModuleTask(
+            lambda: initialise(GRU(shape, data.classes), shape.start),
+            data,
+            cross_entropy,
+            shape.batch_size,
+            self.augment,
+            f"gru-{shape.width}",
+        )

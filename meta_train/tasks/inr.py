@@ -1,0 +1,123 @@
+"""Images as functions of a position: a network is fitted to the pixels of one image (implicit neural representation).
+
+References:
+    Implicit Neural Representations with Periodic Activation Functions (Sitzmann et al., 2020), arXiv:2006.09661
+    Fourier Features Let Networks Learn High Frequency Functions (Tancik et al., 2020), arXiv:2006.10739
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from meta_train.tasks.augment import Augment
+from meta_train.tasks.data import Examples
+from meta_train.tasks.family import Draws, Family
+from meta_train.tasks.images import mnist5k
+from meta_train.tasks.losses import squared_error
+from meta_train.tasks.module import ModuleTask
+from meta_train.tasks.perceptron import Perceptron
+
+SIDE = 14  # pixels
+
+
+@dataclass(frozen=True)
+class INRShape:
+    """What an INR task is made of.
+
+    Args:
+        image: Number of the image.
+        sine: Whether the network is a SIREN, else a ReLU network on Fourier features of the position.
+        frequency: Of the sine, or standard deviation of the Fourier features', in radians per half image.
+        widths: Hidden neurons of each layer.
+        batch_size: Pixels in a batch.
+    """
+
+    image: int
+    sine: bool
+    frequency: float
+    widths: tuple[int, ...]
+    batch_size: int
+
+
+class Siren(nn.Module):
+    """A perceptron with sines.
+
+    Args:
+        sizes: Inputs, hidden neurons of each layer, outputs.
+        frequency: By which what enters a sine is multiplied.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], frequency: float) -> None:
+        super().__init__()
+        self.frequency = frequency
+        self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes))
+        for i, (layer, fan_in) in enumerate(zip(self.layers, sizes, strict=False)):
+            bound = math.sqrt(6 / fan_in) / frequency if i else 1 / fan_in
+            nn.init.uniform_(layer.weight, -bound, bound)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch_size, 2) -> (batch_size, 1)`."""
+        for layer in self.layers[:-1]:
+            x = torch.sin(self.frequency * layer(x))
+        y: Tensor = self.layers[-1](x)
+        return y
+
+
+def pixels_of(shape: INRShape) -> Examples:
+    """The pixels `(196, 1)` of an image; positions `(196, 2)` between -1 and 1, or their Fourier features `(196, 16)`.
+
+    There is nothing to hold out: all pixels are for training.
+    """
+    axis = torch.linspace(-1, 1, SIDE)
+    x = torch.cartesian_prod(axis, axis)  # (pixels, 2)
+    if not shape.sine:
+        generator = torch.Generator().manual_seed(shape.image)
+        phase = shape.frequency * x @ torch.randn(2, 8, generator=generator)  # (pixels, 8)
+        x = torch.cat([phase.sin(), phase.cos()], -1)
+    return Examples("pixels", x, mnist5k(SIDE).x[shape.image].reshape(-1, 1), 0, len(x))
+
+
+@dataclass(frozen=True)
+class INRDistribution(Family[ModuleTask, INRShape]):
+    """SIRENs and Fourier-feature networks of one to three hidden layers on images of 14x14 pixels.
+
+    Args:
+        width: Smallest and largest number of hidden neurons, log-uniform.
+        batch_size: Smallest and largest batch, in pixels, log-uniform.
+        augment: How the members of a task differ.
+    """
+
+    made_of = INRShape
+    width: tuple[int, int] = (12, 48)
+    batch_size: tuple[int, int] = (32, 196)
+    augment: Augment = field(
+        default_factory=lambda: Augment(label_noise=0.2, pixel_noise=0.0, rescale=0.25, loss_scale=0.5)
+    )
+
+    def shape(self, draws: Draws) -> INRShape:
+        """Draw an image, an architecture and a batch size."""
+        return INRShape(
+            image=draws.one_of(range(mnist5k(SIDE).train)),
+            sine=draws.one_in(2),
+            frequency=2 + 8 * draws.unit(),
+            widths=tuple(draws.log_uniform(*self.width) for _ in range(draws.one_of((1, 2, 2, 3)))),
+            batch_size=draws.log_uniform(*self.batch_size),
+        )
+
+    def task(self, shape: INRShape) -> ModuleTask:
+        """The task of a shape."""
+        data = pixels_of(shape)
+        sizes = (data.x.shape[1], *shape.widths, 1)
+        return ModuleTask(
+            lambda: Siren(sizes, shape.frequency) if shape.sine else Perceptron(sizes, "relu"),
+            data,
+            squared_error,
+            shape.batch_size,
+            self.augment,
+            "inr-" + "-".join(map(str, sizes)),
+        )

@@ -1,0 +1,62 @@
+"""Tasks in which a network maps inputs to targets: whatever the network, data, noise and scales are treated alike."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from meta_train.tasks.augment import Augment
+from meta_train.tasks.data import Data
+from meta_train.tasks.task import Params, Task, Tensors
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of output and targets, the mean over the batch, 0-d."""
+
+
+class SupervisedTask(Task):
+    """A network, by `init` and `output`, on data; a subclass also sets `name` and `symmetry`.
+
+    Args:
+        data: What it learns.
+        loss: Of its output and the targets.
+        batch_size: Examples in a batch.
+        augment: How its members differ.
+    """
+
+    def __init__(self, data: Data, loss: Loss, batch_size: int, augment: Augment) -> None:
+        self.data, self.batch_size, self.augment = data, batch_size, augment
+        self._error = loss
+
+    @abstractmethod
+    def init(self, count: int, generator: torch.Generator) -> Params:
+        """Initial weights `(count, *shape)` by name, in the order of the symmetry."""
+
+    @abstractmethod
+    def output(self, weights: Params, x: Tensor) -> Tensor:
+        """What one network makes of a batch; called under `vmap`, so without a leading dimension.
+
+        Args:
+            weights: `(*shape)` by name.
+            x: `(batch_size, ...)`.
+
+        Returns:
+            `(batch_size, ...)`.
+        """
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
+        """Initial weights, and what `Augment` makes of them."""
+        return self.augment.draw(self.init(count, generator), self.data.classes, generator)
+
+    def batch(self, count: int, generator: torch.Generator, *, held_out: bool = False) -> Tensors:
+        """A batch of the data, and the noise that members may take."""
+        batch = self.data.batch((count, self.batch_size), generator, held_out=held_out)
+        return self.augment.noise(batch, self.data.classes, generator)
+
+    def loss(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
+        """The loss of one member, 0-d, with its own scales, noise and names for the classes."""
+        x, y = self.augment.examples(member, batch)
+        output = self.output(self.augment.weights(params, member), x)
+        return self.augment.scaled(self._error(output, y), member)

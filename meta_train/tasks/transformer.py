@@ -1,0 +1,189 @@
+"""Character language models by small transformers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from meta_train.tasks.activation import Activation
+from meta_train.tasks.augment import Augment
+from meta_train.tasks.family import Draws, Family
+from meta_train.tasks.initialisation import INITIALISATIONS, initialise
+from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.module import ModuleTask
+from meta_train.tasks.text import Text
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """What a transformer task is made of.
+
+    Args:
+        data: Name of the data.
+        width: Channels of the residual stream.
+        heads: Attention heads; a divisor of the width.
+        depth: Blocks.
+        norm: "layer" or "rms".
+        activation: One of `ACTIVATIONS`.
+        fused: Whether queries, keys and values come from one matrix.
+        bias: Whether linear layers have biases.
+        start: One of `INITIALISATIONS`.
+        context: Tokens seen at once.
+        batch_size: Sequences in a batch.
+    """
+
+    data: str
+    width: int
+    heads: int
+    depth: int
+    norm: str
+    activation: str
+    fused: bool
+    bias: bool
+    start: str
+    context: int
+    batch_size: int
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention, written out because the fused kernels have no second derivative.
+
+    Args:
+        shape: What the transformer is made of.
+        causal: Whether a token sees only those before it and itself.
+    """
+
+    def __init__(self, shape: TransformerShape, causal: bool) -> None:
+        super().__init__()
+        width, self.heads, self.causal = shape.width, shape.heads, causal
+        sizes = (3 * width,) if shape.fused else (width, width, width)
+        self.see = nn.ModuleList(nn.Linear(width, size, bias=shape.bias) for size in sizes)
+        self.say = nn.Linear(width, width, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch_size, tokens, width) -> (batch_size, tokens, width)`."""
+        seen = [see(x) for see in self.see]
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch_size, heads, tokens, width / heads)
+            for part in (seen if len(seen) > 1 else seen[0].chunk(3, -1))
+        )
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (batch_size, heads, tokens, tokens)
+        if self.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        heard = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)  # (batch_size, tokens, width)
+        said: Tensor = self.say(heard)
+        return said
+
+
+class Block(nn.Module):
+    """Attention, then a network of one hidden layer, each normalised before and added.
+
+    Args:
+        shape: What the transformer is made of.
+        causal: Whether a token sees only those before it and itself.
+    """
+
+    def __init__(self, shape: TransformerShape, causal: bool) -> None:
+        super().__init__()
+        self.before, self.attention = norm_of(shape), Attention(shape, causal)
+        self.between = norm_of(shape)
+        self.mlp = nn.Sequential(
+            nn.Linear(shape.width, 2 * shape.width, bias=shape.bias),
+            Activation(shape.activation),
+            nn.Linear(2 * shape.width, shape.width, bias=shape.bias),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch_size, tokens, width) -> (batch_size, tokens, width)`."""
+        x = x + self.attention(self.before(x))
+        y: Tensor = x + self.mlp(self.between(x))
+        return y
+
+
+def norm_of(shape: TransformerShape) -> nn.Module:
+    """A norm over channels."""
+    return nn.RMSNorm(shape.width) if shape.norm == "rms" else nn.LayerNorm(shape.width, bias=shape.bias)
+
+
+class Transformer(nn.Module):
+    """A causal language model.
+
+    Args:
+        shape: What it is made of.
+        vocabulary: Number of tokens.
+    """
+
+    def __init__(self, shape: TransformerShape, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, shape.width)
+        self.position = nn.Parameter(torch.randn(shape.context, shape.width) * 0.1)
+        self.blocks = nn.Sequential(*(Block(shape, causal=True) for _ in range(shape.depth)))
+        self.norm = norm_of(shape)
+        self.last = nn.Linear(shape.width, vocabulary, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits. `(batch_size, context) -> (batch_size, context, vocabulary)`."""
+        logits: Tensor = self.last(self.norm(self.blocks(self.embedding(x) + self.position)))
+        return logits
+
+
+def transformer_shape(
+    draws: Draws, data: str, width: tuple[int, int], context: int, batch_size: int
+) -> TransformerShape:
+    """Draw what language models and vision transformers have in common."""
+    heads = draws.one_of((1, 2, 4))
+    return TransformerShape(
+        data=data,
+        width=4 * round(draws.log_uniform(*width) / 4),
+        heads=heads,
+        depth=draws.one_of((1, 1, 2)),
+        norm=draws.one_of(("layer", "rms")),
+        activation=draws.one_of(("relu", "gelu", "silu")),
+        fused=not draws.one_in(3),
+        bias=draws.one_in(3),
+        start=draws.one_of(INITIALISATIONS),
+        context=context,
+        batch_size=batch_size,
+    )
+
+
+@dataclass(frozen=True)
+class TransformerDistribution(Family[ModuleTask, TransformerShape]):
+    """Causal character models of one or two blocks.
+
+    Args:
+        data: Some of `TEXTS`, equally likely.
+        width: Smallest and largest number of channels, log-uniform, then made divisible by 4.
+        context: Smallest and largest context, in characters, log-uniform.
+        characters: Smallest and largest number of targets in a batch, log-uniform.
+        augment: How the members of a task differ.
+    """
+
+    made_of = TransformerShape
+    data: tuple[str, ...] = ("prose", "code")
+    width: tuple[int, int] = (12, 32)
+    context: tuple[int, int] = (8, 24)
+    characters: tuple[int, int] = (64, 256)
+    augment: Augment = field(default_factory=lambda: Augment(label_noise=0.2, rescale=0.25, loss_scale=0.5))
+
+    def shape(self, draws: Draws) -> TransformerShape:
+        """Draw an architecture, data and a batch size."""
+        context = draws.log_uniform(*self.context)
+        batch_size = max(2, draws.log_uniform(*self.characters) // context)
+        return transformer_shape(draws, draws.one_of(self.data), self.width, context, batch_size)
+
+    def task(self, shape: TransformerShape) -> ModuleTask:
+        """The task of a shape."""
+        data = Text(shape.data, shape.context)
+        return ModuleTask(
+            lambda: initialise(Transformer(shape, data.classes), shape.start),
+            data,
+            cross_entropy,
+            shape.batch_size,
+            self.augment,
+            f"transformer-{shape.depth}x{shape.width}",
+        )

@@ -1,0 +1,99 @@
+"""Perceptrons on vectors: tables, images under a random projection, functions that another network computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meta_train.tasks.activation import ACTIVATIONS
+from meta_train.tasks.augment import Augment
+from meta_train.tasks.data import Examples
+from meta_train.tasks.family import Draws, Family
+from meta_train.tasks.images import IMAGES
+from meta_train.tasks.initialisation import INITIALISATIONS, initialise
+from meta_train.tasks.losses import cross_entropy, huber, squared_error
+from meta_train.tasks.module import ModuleTask
+from meta_train.tasks.perceptron import Perceptron
+from meta_train.tasks.tables import TABLES, teacher
+
+LOSSES = {"cross_entropy": cross_entropy, "squared_error": squared_error, "huber": huber}
+
+
+@dataclass(frozen=True)
+class VectorShape:
+    """What a task on vectors is made of.
+
+    Args:
+        data: One of `TABLES` or `IMAGES`, or "teacher".
+        seed: Of the teacher or the projection.
+        inputs: Width to which inputs are projected, 0 to take them as they are.
+        widths: Hidden neurons of each layer.
+        activation: One of `ACTIVATIONS`.
+        norm: "none", "layer" or "batch".
+        loss: One of `LOSSES`.
+        start: One of `INITIALISATIONS`.
+        batch_size: Examples in a batch.
+    """
+
+    data: str
+    seed: int
+    inputs: int
+    widths: tuple[int, ...]
+    activation: str
+    norm: str
+    loss: str
+    start: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class VectorDistribution(Family[ModuleTask, VectorShape]):
+    """Perceptrons of one to three hidden layers; regression with a squared or Huber loss, and classification.
+
+    Args:
+        data: What may be learned, equally likely: `TABLES`, `IMAGES`, "teacher".
+        width: Smallest and largest number of hidden neurons, and of inputs where they are projected, log-uniform.
+        batch_size: Smallest and largest batch, log-uniform.
+        augment: How the members of a task differ.
+    """
+
+    made_of = VectorShape
+    data: tuple[str, ...] = ("teacher", "teacher", "teacher", "diabetes", "breast_cancer", "wine", "mnist5k", "digits")
+    width: tuple[int, int] = (8, 64)
+    batch_size: tuple[int, int] = (16, 128)
+    augment: Augment = field(
+        default_factory=lambda: Augment(label_noise=0.3, pixel_noise=0.5, rescale=0.25, loss_scale=0.5)
+    )
+
+    def shape(self, draws: Draws) -> VectorShape:
+        """Draw an architecture, data and a batch size."""
+        data = draws.one_of(self.data)
+        real = data in ("teacher", "diabetes")
+        return VectorShape(
+            data=data,
+            seed=draws.one_of(range(2**31)),
+            inputs=draws.log_uniform(*self.width) if data in IMAGES or draws.one_in(4) else 0,
+            widths=tuple(draws.log_uniform(*self.width) for _ in range(draws.one_of((1, 2, 3)))),
+            activation=draws.one_of(list(ACTIVATIONS)),
+            norm=draws.one_of(("none", "none", "none", "layer", "batch")),
+            loss=draws.one_of(("squared_error", "squared_error", "huber")) if real else "cross_entropy",
+            start=draws.one_of(INITIALISATIONS),
+            batch_size=draws.log_uniform(*self.batch_size),
+        )
+
+    def task(self, shape: VectorShape) -> ModuleTask:
+        """The task of a shape."""
+        data = _data_of(shape)
+        sizes = (data.x.shape[1], *shape.widths, data.classes or data.y.shape[1])
+        return ModuleTask(
+            lambda: initialise(Perceptron(sizes, shape.activation, shape.norm), shape.start),
+            data,
+            LOSSES[shape.loss],
+            shape.batch_size,
+            self.augment,
+            f"vector-{shape.data}-" + "-".join(map(str, sizes)),
+        )
+
+
+def _data_of(shape: VectorShape) -> Examples:
+    data = teacher(shape.seed) if shape.data == "teacher" else (TABLES | IMAGES)[shape.data]()
+    return data.projected(shape.inputs, shape.seed) if shape.inputs else data
