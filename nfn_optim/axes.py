@@ -271,9 +271,17 @@ def take(dim: Dim, start: int, stop: int) -> Piece | None:
         return None
     if len(pieces) == 1:
         return pieces[0]
-    whole = Axis(stop - start)
-    whole.parts = tuple(piece.dim for piece in pieces)
-    return Piece((whole,))
+    return Piece(laid([piece.dim for piece in pieces]))
+
+
+def laid(parts: Sequence[Dim]) -> Dim:
+    """Dimensions laid end to end."""
+    parts = [part for part in parts if size_of(part)]
+    if len(parts) == 1:
+        return parts[0]
+    whole = Axis(sum(size_of(part) for part in parts))
+    whole.parts = tuple(parts)
+    return (whole,)
 
 
 def cut(dim: Dim, sizes: Sequence[int]) -> list[Piece] | None:
@@ -388,21 +396,26 @@ def _join(a: Axis, b: Axis) -> None:
 
 def _cut(axis: Axis, size: int) -> None:
     """Write an atom as the product of a slow axis of `size` entries and a fast one."""
-    collapse(axis)
-    axis = root_of(axis)
-    if axis.factors is not None or axis.parts is not None:
-        return
     slow, fast = Axis(size, axis.fixed, axis.role), Axis(axis.size // size, axis.fixed, axis.role)
     axis.factors = (slow, fast)
     slow.tails, fast.tails = [fast, *axis.tails], list(axis.tails)
+    if axis.each is not None:
+        pairs = [(Axis(slow.size), Axis(fast.size)) for _ in axis.each.instances]
+        slow.each, fast.each = (Each(axis.each.owner, instances) for instances in zip(*pairs, strict=True))
+        for instance, pair in zip(axis.each.instances, pairs, strict=True):
+            unify((instance,), pair)
 
 
 def _cut_in_parts(axis: Axis, sizes: Sequence[int]) -> None:
     """Write an atom as the sum of new axes, and let what it is the slow factor of be another in each."""
-    collapse(axis)
-    axis = root_of(axis)
     parts = [Axis(size, axis.fixed, axis.role) for size in sizes]
     axis.parts = tuple((part,) for part in parts)
+    if axis.each is not None:
+        wholes = [laid(fresh(sizes)) for _ in axis.each.instances]
+        for number, part in enumerate(parts):
+            part.each = Each(axis.each.owner, tuple((whole[0].parts or (whole,))[number][0] for whole in wholes))
+        for instance, whole in zip(axis.each.instances, wholes, strict=True):
+            unify((instance,), whole)
     for tail in axis.tails:
         _instantiate(tail, axis)
     for number, part in enumerate(parts):

@@ -1,12 +1,17 @@
-"""Whether a claimed symmetry is one: permute the neurons of a real network and look at its outputs."""
+"""Whether a claimed symmetry is one: permute the neurons of a real network and look at its outputs.
+
+And whether it is all there is, as far as trying tells: fixed axes are permuted as well, alone and in pairs of one size
+that might be one axis, and axes that are permuted alike in every part of a product are permuted in each differently.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +20,12 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from nfn_optim import dimension
+from nfn_optim.dimension import axes_of
 from nfn_optim.network import find_tensors, minimised, tensors_of, untouched, unwrap
 from nfn_optim.symmetry import Symmetry
+
+MOST_TRIALS = 400  # in search of what is not claimed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +35,13 @@ class Certificate:
     Args:
         errors: Axis -> largest change of an output, relative to the largest output.
         tolerance: What counts as rounding.
+        missed: What else leaves the function as it is, in words.
         reason: Why the network could not be run; empty if it could.
     """
 
     errors: Mapping[str, float]
     tolerance: float
+    missed: tuple[str, ...] = ()
     reason: str = ""
 
     @property
@@ -52,10 +63,14 @@ class Certificate:
             for axis, error in self.errors.items()
         ]
         verdict = "certified" if self.ok else "not certified"
-        return "\n".join([*lines, f"{verdict}: {len(self.errors)} free axes, tolerance {self.tolerance:.0e}"])
+        return "\n".join(
+            [*lines, *self.missed, f"{verdict}: {len(self.errors)} free axes, tolerance {self.tolerance:.0e}"]
+        )
 
 
-def certify(module: nn.Module, symmetry: Symmetry, *inputs: Any, seed: int = 0, **kwargs: Any) -> Certificate:
+def certify(
+    module: nn.Module, symmetry: Symmetry, *inputs: Any, seed: int = 0, search: bool = False, **kwargs: Any
+) -> Certificate:
     """Permute every free axis of a real network in turn and compare its outputs.
 
     Works on a copy in eval mode and float64, or as it is where float64 does not run, with parameters and buffers moved
@@ -66,6 +81,7 @@ def certify(module: nn.Module, symmetry: Symmetry, *inputs: Any, seed: int = 0, 
         symmetry: What is claimed of it; may leave out tensors.
         *inputs: What its forward takes.
         seed: Of the permutations, the noise and the network's own randomness.
+        search: Whether to look for symmetry that is not claimed, too; takes `MOST_TRIALS` forward passes at most.
         **kwargs: Its keyword arguments.
 
     Returns:
@@ -74,10 +90,12 @@ def certify(module: nn.Module, symmetry: Symmetry, *inputs: Any, seed: int = 0, 
     reasons = []
     for dtype, tolerance in ((torch.float64, 1e-8), (None, 1e-3)):
         try:
-            return Certificate(_errors(module, symmetry, (inputs, kwargs), dtype, seed), tolerance)
+            trial = _Trial(module, symmetry, (inputs, kwargs), dtype, seed)
+            errors = {axis: trial.error({axis: _shuffled(trial.claimed, axis, trial.generator)}) for axis in trial.free}
+            return Certificate(errors, tolerance, tuple(trial.missed(tolerance)) if search else ())
         except Exception as error:  # anything may be wrong with a stranger's forward
             reasons.append(f"{type(error).__name__}: {error}")
-    return Certificate({}, 0.0, reasons[-1])
+    return Certificate({}, 0.0, reason=reasons[-1])
 
 
 class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -93,42 +111,101 @@ class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def _errors(
-    module: nn.Module, symmetry: Symmetry, call: tuple[Any, Any], dtype: torch.dtype | None, seed: int
-) -> dict[str, float]:
-    """Axis -> relative change of the output."""
-    inner, prefix = unwrap(module)
-    network = copy.deepcopy(inner).eval()
-    if dtype is not None:
-        network = network.to(dtype)
-        call = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, call)
-    args, kwargs = call
-    tensors = {name: t for name, t in tensors_of(network).items() if prefix + name in symmetry.dims}
-    claimed = symmetry.restrict(prefix + name for name in tensors).rename({prefix + name: name for name in tensors})
-    generator = torch.Generator().manual_seed(seed)
-    wide = contextlib.nullcontext() if dtype is None else _Wide()  # type: ignore[no-untyped-call]
-    with torch.no_grad(), torch.random.fork_rng(), untouched(network), wide:
-        for tensor in tensors.values():
-            if tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator).to(tensor)
-                tensor.copy_(tensor * (1 + 0.2 * noise) + 0.1 * noise)
-        values = {name: tensor.clone() for name, tensor in tensors.items()}
-        claimed.check(values)
+class _Trial:
+    """A copy of a network that is permuted and run.
 
-        def outputs() -> list[Tensor]:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            found = find_tensors(minimised(network(*args, **kwargs)))
-            return [(torch.view_as_real(out) if out.is_complex() else out).double().clone() for out in found]
+    Args:
+        module: The network.
+        symmetry: What is claimed of it.
+        call: Its arguments.
+        dtype: What to run it in; None for as it is.
+        seed: Of everything random.
+    """
 
-        expected, errors = outputs(), {}
-        for axis in claimed.free:
-            for name, value in claimed.permute(values, {axis: _shuffled(claimed, axis, generator)}).items():
-                tensors[name].copy_(value)
-            errors[axis] = max(_distance(a, b) for a, b in zip(outputs(), expected, strict=True))
-            for name, value in values.items():
-                tensors[name].copy_(value)
-    return errors
+    def __init__(
+        self, module: nn.Module, symmetry: Symmetry, call: tuple[Any, Any], dtype: torch.dtype | None, seed: int
+    ) -> None:
+        inner, prefix = unwrap(module)
+        self.network = copy.deepcopy(inner).eval()
+        self.wide, self.seed = dtype is not None, seed
+        if dtype is not None:
+            self.network = self.network.to(dtype)
+            call = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, call)
+        self.call = call
+        self.tensors = {name: t for name, t in tensors_of(self.network).items() if prefix + name in symmetry.dims}
+        listed = symmetry.restrict(prefix + name for name in self.tensors)
+        self.claimed = listed.rename({prefix + name: name for name in self.tensors})
+        self.free = self.claimed.free
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for tensor in self.tensors.values():
+                if tensor.is_floating_point():
+                    noise = torch.rand(tensor.shape, generator=self.generator).to(tensor)
+                    tensor.copy_(tensor * (1 + 0.2 * noise) + 0.1 * noise)
+        self.values = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        self.claimed.check(self.values)
+        self.expected = self.outputs()
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """What the network returns with the tensors that it has now."""
+        wide = _Wide() if self.wide else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+        args, kwargs = self.call
+        with torch.random.fork_rng(), untouched(self.network), wide:
+            torch.manual_seed(self.seed)
+            random.seed(self.seed)
+            output = self.network(*args, **kwargs)
+        found = find_tensors(minimised(output))
+        return [(torch.view_as_real(out) if out.is_complex() else out).double().clone() for out in found]
+
+    @torch.no_grad()
+    def error(self, permutations: Mapping[str, Tensor], claimed: Symmetry | None = None) -> float:
+        """Largest relative change of an output when axes are permuted."""
+        permuted = (claimed or self.claimed).permute(self.values, permutations)
+        for name, value in permuted.items():
+            if value is not self.values[name]:
+                self.tensors[name].copy_(value)
+        error = max(_distance(a, b) for a, b in zip(self.outputs(), self.expected, strict=True))
+        for name, value in self.values.items():
+            if permuted[name] is not value:
+                self.tensors[name].copy_(value)
+        return error
+
+    def missed(self, tolerance: float) -> Iterator[str]:
+        """What else could be permuted."""
+        claimed = self.claimed
+        loose = Symmetry(claimed.dims, claimed.sizes, nested=claimed.nested)
+        parameters = {name for name, _ in self.network.named_parameters()} & set(claimed.dims)
+        carried = {axis for name in parameters for axis in claimed.axes_of(name)}
+        fixed = [axis for axis in claimed.axes if axis in claimed.fixed & carried and claimed.sizes[axis] > 1]
+        alone: set[str] = set()
+        trials = MOST_TRIALS
+        for axis in fixed[:trials]:
+            trials -= 1
+            if self.error({axis: _shuffled(loose, axis, self.generator)}, loose) <= tolerance:
+                alone.add(axis)
+                yield f"{axis} could be free"
+        ends = {axis for name in parameters for e in claimed.expressions_of(name)[:2] for axis in axes_of(e)}
+        rest = [axis for axis in fixed if axis in ends - alone]
+        pairs = [(a, b) for a, b in itertools.combinations(rest, 2) if claimed.sizes[a] == claimed.sizes[b]]
+        for a, b in pairs[:trials]:
+            trials -= 1
+            order = _shuffled(loose, a, self.generator)
+            if self.error({a: order, b: order}, loose) <= tolerance:
+                yield f"{a} and {b} could be one free axis"
+        inside = {
+            (inner, outer)
+            for name in parameters
+            for e in claimed.expressions_of(name)
+            for product in dimension.products_of(e)
+            for outer, inner in itertools.combinations([f for f in product.factors if isinstance(f, str)], 2)
+            if inner in claimed.free and outer not in claimed.nested.get(inner, ()) and inner != outer
+        }
+        for inner, outer in sorted(inside)[:trials]:
+            deeper = Symmetry(claimed.dims, claimed.sizes, claimed.fixed, {**claimed.nested, inner: (outer,)})
+            with contextlib.suppress(ValueError):  # it also occurs without the other
+                if self.error({inner: _shuffled(deeper, inner, self.generator)}, deeper) <= tolerance:
+                    yield f"{inner} could be nested in {outer}"
 
 
 def _shuffled(symmetry: Symmetry, axis: str, generator: torch.Generator) -> Tensor:

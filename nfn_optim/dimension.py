@@ -136,6 +136,15 @@ def axes_of(expression: Expression) -> Iterator[str]:
             yield from axes_of(item)
 
 
+def products_of(expression: Expression) -> Iterator[Product]:
+    """All products in an expression."""
+    if isinstance(expression, Product):
+        yield expression
+    if not isinstance(expression, str):
+        for item in expression.factors if isinstance(expression, Product) else expression.parts:
+            yield from products_of(item)
+
+
 def rename(expression: Expression, name: Callable[[str], str]) -> Expression:
     """The same expression of other axes."""
     if isinstance(expression, str):

@@ -61,8 +61,9 @@ def attention(call: Call) -> Sequence[Dims]:
     for a, b in ((q[0], k[0]), (q[0], v[0]), (k[1], v[1]), (q[-1], k[-1]), (k[2], v[2])):
         unify(a, b)
     unify(q[1], (*k[1], *fresh([size_of(q[1]) // size_of(k[1])])[0]))  # a group of queries for each key
-    for summed in (q[3], v[3]):
-        call.joint((q[0], q[1], q[2], k[2], summed))
+    scores = (*q[:3], k[2])
+    for space in (q[:3], scores, (*scores, q[3]), (*scores, v[3])):
+        call.joint(space)
     if call.args.get("is_causal"):
         fix(q[2], k[2])
     for name in ("attn_mask", "attn_bias"):

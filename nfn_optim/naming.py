@@ -53,13 +53,26 @@ def _collapse_one_of(spaces: Iterable[Dims], tensors: Iterable[Dims]) -> bool:
         _scan(atoms_of(*dims), Counter(), wrong)
     for dims in tensors:
         for dim in dims:
-            atoms = atoms_of(dim)
-            for number, atom in enumerate(atoms):
-                if atom.each is not None and owner_of(atom) not in atoms[:number]:
-                    wrong.append(atom)  # a symmetry has no words for parts of two dimensions that belong together
+            wrong += _unsaid(dim)
     for atom in wrong:
         collapse(atom)
     return bool(wrong)
+
+
+def _unsaid(dim: Dim) -> list[Axis]:
+    """The axes that differ between the parts of an axis that does not stand before them in the dimension.
+
+    A symmetry has no words for parts of two dimensions that belong together.
+    """
+    atoms = atoms_of(dim)
+    return [
+        wrong
+        for number, atom in enumerate(atoms)
+        for wrong in (
+            *([atom] if atom.each is not None and owner_of(atom) not in atoms[:number] else ()),
+            *(inner for part in atom.parts or () for inner in _unsaid(part)),
+        )
+    ]
 
 
 def _scan(atoms: Dim, around: Counter[Axis], wrong: list[Axis]) -> None:

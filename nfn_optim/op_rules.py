@@ -66,6 +66,13 @@ def same(call: Call) -> Sequence[Dims]:
     return [call.first for _ in call.outs]
 
 
+def softmax(call: Call) -> Sequence[Dims]:
+    """Normalised by what is summed over one dimension."""
+    d = call.axes_of("dim")[0] if call.first else 0
+    call.joint(call.first[:d] + call.first[d + 1 :])
+    return [call.first]
+
+
 def copy(call: Call) -> Sequence[Dims]:
     """`self` is overwritten by a broadcast source."""
     own = call.dims("self")
@@ -238,10 +245,11 @@ def _table(**rules: tuple[Rule, str]) -> dict[str, Rule]:
 RULES: Mapping[str, Rule] = _table(
     same=(
         same,
-        "alias detach clone contiguous _to_copy lift lift_fresh lift_fresh_copy _softmax _log_softmax _safe_softmax "
+        "alias detach clone contiguous _to_copy lift lift_fresh lift_fresh_copy "
         "native_dropout fill zero log_sigmoid_forward pin_memory _conj _neg_view resolve_conj resolve_neg detach_copy "
         "alias_copy real imag convert_element_type",
     ),
+    softmax=(softmax, "_softmax _log_softmax _safe_softmax"),
     pointwise=(
         pointwise,
         "_prelu_kernel add sub mul div rsub lerp addcmul addcdiv hardswish hardsigmoid softplus elu relu6 clamp "

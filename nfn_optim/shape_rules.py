@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from nfn_optim.axes import Axis, Dim, Dims, Piece, cut, fix, fresh, regroup, side_by_side, size_of, take, unify
+from nfn_optim.axes import Dims, Piece, cut, fix, fresh, laid, regroup, side_by_side, size_of, take, unify
 from nfn_optim.op_call import Call, Result, broadcast
 
 MOST_PARTS = 128  # of a dimension that is taken apart; more of them are fixed
@@ -176,14 +176,6 @@ def pad(call: Call) -> Sequence[Dims]:
         beside = [fresh([max(width, 0)], fixed=True)[0] for width in (before, after)]
         dims[d] = laid([beside[0], dims[d], beside[1]])
     return [tuple(dims)]
-
-
-def laid(parts: Sequence[Dim]) -> Dim:
-    """Dimensions laid end to end."""
-    parts = [part for part in parts if size_of(part)]
-    whole = Axis(sum(size_of(part) for part in parts))
-    whole.parts = tuple(parts)
-    return parts[0] if len(parts) == 1 else (whole,)
 
 
 def halves(call: Call) -> Sequence[Dims]:

@@ -33,6 +33,7 @@ nfn_optim.pretrained
 nfn_optim.discovery
 nfn_optim.optimizer
 nfn_optim
+nfn_optim.__main__
 meta_train.tasks.activation
 meta_train.tasks.folder
 meta_train.tasks.initialisation

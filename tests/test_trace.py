@@ -443,6 +443,33 @@ def test_certificate_shows_what_is_wrong() -> None:
     assert str(right).endswith("certified: 1 free axes, tolerance 1e-08")
 
 
+class Kept(nn.Module):
+    """An op that the tracer has no rule for, although it does nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.ifft(torch.fft.fft(x, dim=0), dim=0).real
+
+
+@pytest.mark.filterwarnings("ignore:no rule for the op")
+def test_certificate_finds_what_is_not_claimed() -> None:
+    module, x = nn.Sequential(nn.Linear(3, 5), Kept(), nn.Linear(5, 2)), torch.randn(4, 3)
+    symmetry = symmetry_of(module, x)
+    assert not symmetry.free
+    certificate = certify(module, symmetry, x, search=True)
+    hidden = symmetry.dims["0.weight"][0], symmetry.dims["2.weight"][1]
+    assert certificate.missed == (f"{hidden[0]} and {hidden[1]} could be one free axis",)
+    assert certificate.missed[0] in str(certificate)
+    heads = next(network for network in zoo.ZOO if network.name == "fused_qkv")
+    found = symmetry_of(heads.module(), *heads.inputs())
+    shy = Symmetry(
+        {n: tuple(d.replace(" >", "") for d in dims) for n, dims in found.dims.items()}, found.sizes, found.fixed
+    )
+    assert not shy.nested
+    missed = certify(heads.module(), shy, *heads.inputs(), search=True).missed
+    assert len(missed) == 2
+    assert all("could be nested in" in line for line in missed)
+
+
 def test_certificate_does_not_raise() -> None:
     certificate = certify(MLP.module(), MLP.expected(), torch.randn(4, 7))
     assert not certificate.ok

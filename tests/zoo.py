@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import glu, linear
+from torch.nn.functional import glu, linear, scaled_dot_product_attention
 from torch.nn.utils.parametrizations import weight_norm
 
 from nfn_optim.symmetry import Symmetry
@@ -27,6 +27,7 @@ class Network:
         symmetry: Name of a parameter or buffer -> its dimensions, in the order in which the module has them.
         fixed: The axes that must not be permuted.
         sizes: Of axes that occur only within products.
+        nested: What axes are nested in that stand in another dimension.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Network:
     symmetry: Mapping[str, str]
     fixed: tuple[str, ...]
     sizes: Mapping[str, int] = field(default_factory=dict)
+    nested: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def module(self) -> nn.Module:
         """A module with reproducible weights."""
@@ -45,7 +47,8 @@ class Network:
         """The symmetry written by hand, as a value."""
         module = self.module()
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        return Symmetry.spec(self.symmetry, tensors, self.fixed, self.sizes)
+        written = Symmetry.spec(self.symmetry, tensors, self.fixed, self.sizes)
+        return Symmetry(written.dims, written.sizes, written.fixed, {**written.nested, **self.nested})
 
 
 class Residual(nn.Module):
@@ -147,6 +150,90 @@ class SkipStatistics(nn.Module):
             self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
         y: Tensor = self.last((x - self.mean).relu_())
         return y
+
+
+class FusedAttention(nn.Module):
+    """Two heads, queries, keys and values from one matrix, positions and a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 5, 6))
+        self.embed, self.norm, self.qkv = nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 18)
+        self.out, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.position  # (batch, token, e)
+        q, k, v = self.qkv(self.norm(x)).reshape(len(x), 5, 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = self.head(x[:, 0])
+        return y
+
+
+class GroupedQueries(nn.Module):
+    """Four heads of queries on two of keys and values, turned by an angle for each pair of channels; tied words."""
+
+    angles: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 8)
+        self.q, self.k, self.v = (nn.Linear(8, width, bias=False) for width in (16, 8, 8))
+        self.out, self.norm = nn.Linear(16, 8, bias=False), nn.RMSNorm(8)
+        self.register_buffer("angles", torch.rand(2))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Rotate the pairs (i, i + 2) of the last dimension by position times angle."""
+        angle = (torch.arange(x.shape[-2])[:, None] * self.angles).repeat(1, 2)
+        return x * angle.cos() + torch.cat([-x[..., 2:], x[..., :2]], -1) * angle.sin()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens)  # (batch, token, e)
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        scores = self.turned(q) @ self.turned(k).mT
+        x = self.norm(x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+        return linear(x, self.words.weight)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between two linear ones; returns all steps."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(3, 5), layer, nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.layer(self.first(x))[0])
+        return y
+
+
+class Dense(nn.Module):
+    """Every layer sees all the layers before it, and a gate weighs their channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(5, 4, 1), nn.Conv2d(9, 2, 1)
+        self.squeeze, self.excite = nn.Conv2d(9, 3, 1), nn.Conv2d(3, 9, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, self.first(x).relu()], 1)
+        x = torch.cat([x, self.second(x).relu()], 1)
+        x = x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).tanh()).sigmoid()
+        y: Tensor = self.last(x)
+        return y
+
+
+class Experts(nn.Module):
+    """The mean of experts, each a network of its own: they may change places, and each may rename its neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bias = nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(3, 1, 5))
+        self.down = nn.Parameter(torch.randn(3, 5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("bi,eih->ebh", x, self.up) + self.bias
+        return torch.bmm(hidden.relu(), self.down).mean(0)
 
 
 def _normal(*shape: int) -> Callable[[], tuple[Tensor]]:
@@ -460,6 +547,150 @@ ZOO = (
             "o.bias": "e",
         },
         ("in", "out"),
+    ),
+    Network(
+        "fused_qkv",
+        FusedAttention,
+        _normal(2, 4, 3),
+        {
+            "token": "one one2 e",
+            "position": "one3 place e",
+            "embed.weight": "e in",
+            "embed.bias": "e",
+            "norm.weight": "e",
+            "norm.bias": "e",
+            "qkv.weight": "((h > d) + (h > d) + (h > c)) e",
+            "qkv.bias": "((h > d) + (h > d) + (h > c))",
+            "out.weight": "e (h > c)",
+            "out.bias": "e",
+            "head.weight": "out e",
+            "head.bias": "out",
+        },
+        ("one", "one2", "one3", "place", "in", "out"),
+        {"h": 2, "d": 3},
+    ),
+    Network(
+        "grouped_queries",
+        GroupedQueries,
+        lambda: (torch.tensor([[0, 6, 1], [2, 3, 4]]),),
+        {
+            "words.weight": "vocabulary e",
+            "q.weight": "(g > h half pair) e",
+            "k.weight": "(g half pair) e",
+            "v.weight": "(g > c) e",
+            "out.weight": "e (g > h c)",
+            "norm.weight": "e",
+            "angles": "pair",
+        },
+        ("vocabulary", "half"),
+        {"g": 2, "h": 2, "half": 2, "pair": 2, "c": 4},
+    ),
+    Network(
+        "encoder_layer",
+        lambda: nn.Sequential(nn.Linear(3, 6), nn.TransformerEncoderLayer(6, 2, 8, 0.0), nn.Linear(6, 2)),
+        _normal(4, 2, 3),
+        {
+            "0.weight": "e in",
+            "0.bias": "e",
+            "1.self_attn.in_proj_weight": "((h > d) + (h > d) + (h > c)) e",
+            "1.self_attn.in_proj_bias": "((h > d) + (h > d) + (h > c))",
+            "1.self_attn.out_proj.weight": "e (h > c)",
+            "1.self_attn.out_proj.bias": "e",
+            "1.linear1.weight": "m e",
+            "1.linear1.bias": "m",
+            "1.linear2.weight": "e m",
+            "1.linear2.bias": "e",
+            "1.norm1.weight": "e",
+            "1.norm1.bias": "e",
+            "1.norm2.weight": "e",
+            "1.norm2.bias": "e",
+            "2.weight": "out e",
+            "2.bias": "out",
+        },
+        ("in", "out"),
+        {"h": 2, "d": 3},
+    ),
+    Network(
+        "lstm",
+        lambda: Recurrent(nn.LSTM(5, 4, num_layers=2), 4),
+        _normal(3, 2, 3),
+        {
+            "first.weight": "e in",
+            "first.bias": "e",
+            "layer.weight_ih_l0": "(gate h) e",
+            "layer.weight_hh_l0": "(gate h) h",
+            "layer.bias_ih_l0": "(gate h)",
+            "layer.bias_hh_l0": "(gate h)",
+            "layer.weight_ih_l1": "(gate2 k) h",
+            "layer.weight_hh_l1": "(gate2 k) k",
+            "layer.bias_ih_l1": "(gate2 k)",
+            "layer.bias_hh_l1": "(gate2 k)",
+            "last.weight": "out k",
+            "last.bias": "out",
+        },
+        ("in", "out", "gate", "gate2"),
+        {"gate": 4},
+    ),
+    Network(
+        "gru_both_ways",
+        lambda: Recurrent(nn.GRU(5, 4, bidirectional=True), 8),
+        _normal(3, 2, 3),
+        {
+            "first.weight": "e in",
+            "first.bias": "e",
+            "layer.weight_ih_l0": "(gate h) e",
+            "layer.weight_hh_l0": "(gate2 h) h",
+            "layer.bias_ih_l0": "(gate h)",
+            "layer.bias_hh_l0": "(gate2 h)",
+            "layer.weight_ih_l0_reverse": "(gate3 k) e",
+            "layer.weight_hh_l0_reverse": "(gate4 k) k",
+            "layer.bias_ih_l0_reverse": "(gate3 k)",
+            "layer.bias_hh_l0_reverse": "(gate4 k)",
+            "last.weight": "out (h + k)",
+            "last.bias": "out",
+        },
+        ("in", "out", "gate", "gate2", "gate3", "gate4"),
+        {"gate": 3},
+    ),
+    Network(
+        "dense_with_gate",
+        Dense,
+        _normal(2, 2, 4, 4),
+        {
+            "first.weight": "c in i j",
+            "first.bias": "c",
+            "second.weight": "d (in + c) k l",
+            "second.bias": "d",
+            "last.weight": "out (in + c + d) m n",
+            "last.bias": "out",
+            "squeeze.weight": "s (in + c + d) o p",
+            "squeeze.bias": "s",
+            "excite.weight": "(in + c + d) s q r",
+            "excite.bias": "(in + c + d)",
+        },
+        ("in", "out", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r"),
+        {"in": 2},
+    ),
+    Network(
+        "pixel_shuffle",
+        lambda: nn.Sequential(nn.Conv2d(2, 12, 3), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(3, 2, 1)),
+        _normal(2, 2, 5, 5),
+        {
+            "0.weight": "(c y x) in i j",
+            "0.bias": "(c y x)",
+            "3.weight": "out c k l",
+            "3.bias": "out",
+        },
+        ("in", "out", "y", "x", "i", "j", "k", "l"),
+        {"y": 2, "x": 2},
+    ),
+    Network(
+        "experts",
+        Experts,
+        _normal(4, 4),
+        {"up": "x in h", "bias": "x one h", "down": "x h out"},
+        ("in", "out", "one"),
+        nested={"h": ("x",)},
     ),
     Network(
         "statistics",

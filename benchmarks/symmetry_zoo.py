@@ -1,0 +1,148 @@
+"""What is found in models that people train: free axes, how many of them are certified, and how long tracing takes.
+
+    python benchmarks/symmetry_zoo.py
+
+The small models are those of the tests (`tests/real_models.py`), each traced and certified. The large ones are traced
+at full size on the meta device, where they hold no numbers, so that nothing can be certified. Seconds are the median of
+three traces on one thread, after one that is not counted. Writes `symmetry_zoo.json` and `symmetry_zoo.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfn_optim.trace import certify, symmetry_of
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from real_model import RealModel
+from real_models import REAL_MODELS, UNTRACED
+from timm_models import timm
+from transformers_models import transformers
+
+TRACES = 3
+
+
+def _image(name: str) -> tuple[str, Callable[[], nn.Module], Mapping[str, Tensor]]:
+    return f"timm.{name}", lambda: timm.create_model(name), {"x": torch.zeros(2, 3, 224, 224)}
+
+
+def _text(model: str, **options: Any) -> tuple[str, Callable[[], nn.Module], Mapping[str, Tensor]]:
+    """A model of transformers in the size that is its default, unless options say otherwise; training has no cache."""
+    kind = getattr(transformers, model)
+    ids = torch.zeros(2, 128, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return f"transformers.{model}", lambda: kind(kind.config_class(use_cache=False, **options)), batch
+
+
+LARGE = (
+    _image("resnet50"),
+    _image("convnext_base"),
+    _image("vit_base_patch16_224"),
+    _image("swin_base_patch4_window7_224"),
+    _image("mixer_b16_224"),
+    _text("GPT2LMHeadModel"),
+    _text("BertForMaskedLM"),
+    _text("T5ForConditionalGeneration", d_model=768, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0),
+    _text(
+        "LlamaForCausalLM",
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
+    _text("Qwen3ForCausalLM", num_hidden_layers=36),
+    _text("MixtralForCausalLM"),
+)
+
+
+def row_of(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], meta: bool) -> dict[str, Any]:
+    """Trace a model, certify it if it holds numbers, and say what was found."""
+    seconds = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(1 + TRACES):
+            begun = time.perf_counter()
+            symmetry = symmetry_of(module, *args, **kwargs)
+            seconds.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        certificate = None if meta else certify(module, symmetry, *args, **kwargs)
+    row = {
+        "model": name,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "tensors": len(list(module.parameters())),
+        "free": len(symmetry.free),
+        "certified": None if certificate is None else len(certificate.errors) - len(certificate.broken),
+        "seconds_to_trace": statistics.median(seconds[1:]),
+        "seconds_to_certify": None if certificate is None else time.perf_counter() - begun,
+        "warnings": sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)}),
+    }
+    print(row, flush=True)
+    return row
+
+
+def small(models: Iterable[RealModel]) -> list[dict[str, Any]]:
+    """A row for every model of the tests."""
+    return [row_of(model.name, model.module(), *model.batch(), meta=False) for model in models]
+
+
+def large() -> list[dict[str, Any]]:
+    """A row for every model on the meta device, images by position and texts by keyword."""
+    rows = []
+    for name, build, batch in LARGE:
+        with torch.device("meta"):
+            module = build()
+        named = {key: value.to("meta") for key, value in batch.items()}
+        args = tuple([named.pop("x")] if "x" in named else [])
+        rows.append(row_of(name, module, args, named, meta=True))
+    return rows
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = ["| model | parameters | tensors | free axes | certified | seconds to trace |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        certified = "-" if row["certified"] is None else row["certified"]
+        lines.append(
+            f"| {row['model']} | {row['parameters']:,} | {row['tensors']} | {row['free']} | {certified} "
+            f"| {row['seconds_to_trace']:.2f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
+    about = f"{date.today()}, {packages}, {platform.machine()}, one thread of {os.cpu_count()}"
+    rows = {"full size, on the meta device": large(), "small": small((*REAL_MODELS, *UNTRACED))}
+    lines = [f"{about}. Seconds: median of {TRACES}."]
+    for title, part in rows.items():
+        lines += ["", f"**{title.capitalize()}**", "", *table(part)]
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "symmetry_zoo.md").write_text("\n".join(lines) + "\n")
+    (given.out / "symmetry_zoo.json").write_text(json.dumps({"about": about, **rows}, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
