@@ -30,6 +30,7 @@ class Changes:
     """What to change in the recipe.
 
     Args:
+        start: Name or file of the rule to start from.
         iterations: Updates of theta that the learning rate is scheduled for.
         until: Updates of theta after which to stop, if earlier.
         members: Members of a task trained side by side.
@@ -37,9 +38,11 @@ class Changes:
         lr: Peak learning rate of theta, per iteration.
         second_order: Whether inner gradients are differentiated too.
         averaged: Share of the objective that is measured at the average of a window's parameters, 0 to 1.
+        average: Decay of the moving average of theta that is exported, per iteration.
         seed: Of everything random.
     """
 
+    start: str | None = None
     iterations: int | None = None
     until: int | None = None
     members: int | None = None
@@ -47,6 +50,7 @@ class Changes:
     lr: float | None = None
     second_order: bool | None = None
     averaged: float | None = None
+    average: float | None = None
     seed: int | None = None
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,6 +38,7 @@ class Config:
 
     Args:
         rule: The architecture of the rule.
+        start: Name or file of the rule to start from, of that architecture; None for a new one.
         distribution: What it is trained on.
         iterations: Updates of theta that the learning rate is scheduled for.
         until: Updates of theta after which to stop, if earlier.
@@ -56,6 +57,7 @@ class Config:
     """
 
     rule: RuleConfig = field(default_factory=RuleConfig)
+    start: str | None = None
     distribution: TaskDistribution[Any] = field(default_factory=MLPDistribution)
     iterations: int = 5000
     until: int | None = None
@@ -229,11 +231,25 @@ def begin(config: Config) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         rule, average = UpdateRule(config.rule), UpdateRule(config.rule)
+    if config.start is not None:
+        rule.load_state_dict(started_from(config.start, config.rule).state_dict())
     average.load_state_dict(rule.state_dict())
     average.requires_grad_(False)
     optimizer = torch.optim.AdamW(rule.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     slots = [fresh_slot(rule, config, generator) for _ in range(config.slots)]
     return Run(rule, average, optimizer, slots, generator)
+
+
+def started_from(name: str, config: RuleConfig) -> UpdateRule:
+    """Load the rule to start from.
+
+    Raises:
+        ValueError: It has another architecture.
+    """
+    found = pretrained.load(name)
+    if replace(found.config, power=config.power) != config:  # the power is a part of theta
+        raise ValueError(f"expected a rule to start from of architecture {config}, found {found.config} in {name}")
+    return found
 
 
 def fresh_slot(rule: UpdateRule, config: Config, generator: torch.Generator) -> tuple[Task, Carry]:

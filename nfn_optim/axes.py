@@ -197,7 +197,7 @@ def _lay(axis: Axis, product: Dim) -> None:
 def regroup(dims: Dims, shape: Sequence[int]) -> Dims:
     """The dimensions of a tensor after a view to another shape.
 
-    Where the new shape runs across the old factors, everything from there on is fixed.
+    Where the new shape runs across the old factors, what it runs across is fixed.
 
     Args:
         dims: The dimensions of the tensor.
@@ -221,14 +221,29 @@ def regroup(dims: Dims, shape: Sequence[int]) -> Dims:
             if need % axis.size != 0:
                 cut = _divided(axis, need) if axis.size % need == 0 else None
                 if cut is None:
-                    fix(tuple(taken), (axis,), tuple(rest))
-                    return (*grouped, *fresh(shape[number:], fixed=True))
+                    across = (*taken, axis, *rest)
+                    count, stop = _next_common(across, shape[number:])
+                    fix(across[:count])
+                    after = regroup((across[count:],), shape[number + stop :])
+                    return (*grouped, *fresh(shape[number : number + stop], fixed=True), *after)
                 rest = [*_long_atoms_of(cut), *rest]
                 axis = rest.pop(0)
             taken.append(axis)
             need //= axis.size
         grouped.append(tuple(taken))
     return tuple(grouped)
+
+
+def _next_common(atoms: Dim, shape: Sequence[int]) -> tuple[int, int]:
+    """How many atoms, and how many dimensions of the shape, come before the next place where both may be cut."""
+    count = stop = 1
+    one, other = atoms[0].size, shape[0]
+    while one != other:
+        if one < other:
+            one, count = one * atoms[count].size, count + 1
+        else:
+            other, stop = other * shape[stop], stop + 1
+    return count, stop
 
 
 def _divided(axis: Axis, size: int) -> Dim | None:

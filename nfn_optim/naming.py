@@ -26,7 +26,7 @@ from nfn_optim.symmetry import Symmetry
 _PREFIX = {IN: "in", OUT: "out", TAP: "k", PLAIN: "x"}
 
 
-def symmetry_from(tensors: Mapping[str, Dims], joints: Iterable[Dims]) -> Symmetry:
+def symmetry_from(tensors: Mapping[str, Dims], joints: Sequence[Dims]) -> Symmetry:
     """Write what was found as a symmetry with readable names.
 
     Args:
@@ -38,8 +38,13 @@ def symmetry_from(tensors: Mapping[str, Dims], joints: Iterable[Dims]) -> Symmet
         pass
     leaves: dict[str, Axis] = {}
     trees = {name: tuple(_tree(dim, leaves) for dim in dims) for name, dims in tensors.items()}
-    free = [leaf for leaf, axis in leaves.items() if not axis.fixed and axis.size > 1]
-    nested = _nested(free, [tuple(_tree(dim, leaves) for dim in dims) for dims in _expanded(spaces)])
+    listed = list(leaves)
+    read = [tuple(_tree(dim, leaves) for dim in dims) for dims in _expanded(joints)]
+    seen = {leaf for dims in read for tree in dims for leaf in dimension.axes_of(tree)}
+    for leaf in listed:  # what no op reads this time may mean something to another batch
+        leaves[leaf].fixed |= leaf not in seen
+    free = [leaf for leaf in listed if not leaves[leaf].fixed and leaves[leaf].size > 1]
+    nested = _nested(free, read + [tuple(_tree(dim, leaves) for dim in dims) for dims in _expanded(tensors.values())])
     return _named(trees, leaves, nested)
 
 

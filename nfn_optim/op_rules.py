@@ -100,6 +100,7 @@ def loss(call: Call) -> Sequence[Dims]:
     """Pointwise between input and target, then perhaps reduced to a number."""
     inputs = [call.lookup(tensor) for tensor in call.tensors]
     merged = broadcast(inputs, max((tuple(t.shape) for t in call.tensors), key=len))
+    call.joint(merged)
     return [merged if len(call.shape()) else ()]
 
 
@@ -111,6 +112,7 @@ def reduction(call: Call) -> Sequence[Dims]:
     dims = call.first
     gone = set(call.axes_of("dim"))
     keep = bool(call.args.get("keepdim"))
+    call.joint(dims)
     left = tuple(() if d in gone else dim for d, dim in enumerate(dims) if keep or d not in gone)
     return [left for _ in call.outs]
 
@@ -315,7 +317,7 @@ RULES: Mapping[str, Rule] = _table(
     index_select=(index_select, "index_select"),
     embedding=(embedding, "embedding"),
     index=(index, "index index_put _unsafe_index _unsafe_index_put"),
-    gather=(gather, "gather scatter scatter_add"),
+    gather=(gather, "gather scatter scatter_add scatter_reduce"),
     grouped_matmul=(grouped_matmul, "_grouped_mm"),
     matmul=(matmul, "mm addmm bmm baddbmm mv addmv dot"),
     trilinear=(trilinear, "_trilinear"),

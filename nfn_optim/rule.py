@@ -187,7 +187,7 @@ class UpdateRule(nn.Module):
             seen[name] = features.weight_features(p, grads[name], moments, scale[..., i], name, i, batch_dims)
             by_dim, whole = features.pool(seen[name], batch_dims)
             for s, rows in zip(incidence.segments[i], by_dim, strict=True):
-                segments[s.start, s.length] = rows.mean(-2, keepdim=True).expand_as(rows) if s.mute else rows
+                segments[s.start, s.length] = whole.unsqueeze(-2).expand_as(rows) if s.mute else rows
             pooled.append(whole)
         total = None
         if total_steps is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 from nfn_optim.optimizer import NFNOptimizer
@@ -165,3 +166,26 @@ def test_the_symmetry_makes_a_difference() -> None:
     separate = Symmetry.separate({name: p.shape for name, p in second.named_parameters()})
     train(second, NFNOptimizer(second, rule=rule, symmetry=separate), data)
     assert any((p - q).abs().max() > 1e-6 for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("network", zoo.ZOO, ids=lambda network: network.name)
+def test_renamed_neurons_of_any_network_train_alike(network: zoo.Network) -> None:
+    """Heads, groups, gates and streams included, each head and each group renamed in its own way."""
+    torch.manual_seed(0)
+    model = network.module().double().eval()
+    inputs = [x.double() if x.is_floating_point() else x for x in network.inputs()]
+    symmetry = symmetry_of(model, *inputs)
+    permutations = symmetry.random_permutations(torch.Generator().manual_seed(1))
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(renamed(model, symmetry, permutations))
+    target, rule = torch.randn_like(model(*inputs)), random_rule()
+    for net in (model, twin):
+        optimizer = NFNOptimizer(net, rule=rule)
+        for _ in range(6):
+            optimizer.zero_grad()
+            torch.autograd.backward((net(*inputs) - target).square().mean())
+            optimizer.step()
+        assert not optimizer.skipped_steps
+    expected = renamed(model, symmetry, permutations)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-8)

@@ -14,6 +14,7 @@ import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nfn_optim import dimension
 from nfn_optim.symmetry import Symmetry
 from nfn_optim.trace import certify, symmetry_of
 
@@ -509,3 +510,26 @@ def test_larger_blocks_are_sound(name: str, training: bool) -> None:
     assert len(symmetry.free) >= fewest, str(symmetry)
     certificate = certify(module, symmetry, x)
     assert certificate.ok, f"{certificate}\n{symmetry}"
+
+
+class Positions(nn.Module):
+    """More places than the batch has tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.places = nn.Parameter(torch.randn(1, 9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.first(x) + self.places[:, : x.shape[1]])
+        return y
+
+
+def test_what_one_batch_does_not_read_may_mean_something_to_another() -> None:
+    module, x = Positions(), torch.randn(4, 5, 3)
+    symmetry = symmetry_of(module, x)
+    assert [symmetry.sizes[axis] for axis in symmetry.free] == [6]
+    assert certify(module, symmetry, torch.randn(4, 9, 3)).ok
+    dims = symmetry.expressions_of("places")[1]
+    assert symmetry.size_of(symmetry.dims["places"][1]) == 9
+    assert set(dimension.axes_of(dims)) <= symmetry.fixed
