@@ -36,6 +36,7 @@ class Changes:
         members: Members of a task trained side by side.
         window: Steps differentiated at once.
         lr: Peak learning rate of theta, per iteration.
+        reject: Meta-gradients of larger norm are dropped.
         second_order: Whether inner gradients are differentiated too.
         averaged: Share of the objective that is measured at the average of a window's parameters, 0 to 1.
         average: Decay of the moving average of theta that is exported, per iteration.
@@ -48,6 +49,7 @@ class Changes:
     members: int | None = None
     window: int | None = None
     lr: float | None = None
+    reject: float | None = None
     second_order: bool | None = None
     averaged: float | None = None
     average: float | None = None

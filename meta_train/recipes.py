@@ -28,7 +28,7 @@ def digits() -> Config:
 
     Stopped after a quarter of its schedule, where development tasks other than digits were learned fastest.
     """
-    return Config(rule=RuleConfig(power=1.0), iterations=2000, until=500, window=40, averaged=0.5)
+    return Config(rule=RuleConfig(power=1.0, cooldown=0.2), iterations=2000, until=500, window=40, averaged=0.5)
 
 
 def broad() -> Config:
@@ -42,8 +42,8 @@ def broad() -> Config:
     families = Mixture(
         (
             (MLPDistribution(), 6.0),
-            (CNNDistribution(data=images), 3.0),
-            (ViTDistribution(data=images), 1.0),
+            (CNNDistribution(data=(*images, "mnist14")), 3.0),
+            (ViTDistribution(data=(*images, "mnist16")), 1.0),
             (TransformerDistribution(data=texts), 1.5),
             (GRUDistribution(data=texts), 1.0),
             (NgramDistribution(data=texts), 1.0),
@@ -53,7 +53,14 @@ def broad() -> Config:
             (QuadraticDistribution(), 0.5),
         )
     )
-    return Config(rule=RuleConfig(power=1.0), distribution=families, iterations=2000, window=40, averaged=0.5)
+    return Config(
+        rule=RuleConfig(power=1.0, cooldown=0.2),
+        distribution=families,
+        iterations=2000,
+        window=40,
+        averaged=0.5,
+        reject=10.0,
+    )
 
 
 def smoke() -> Config:

@@ -49,6 +49,7 @@ class Config:
         lr: Peak learning rate of theta (AdamW), per iteration; linear warm-up, then cosine to a tenth.
         warmup: Iterations of warm-up.
         clip: Meta-gradients of larger norm are scaled down to it.
+        reject: Meta-gradients of larger norm come from a window that exploded; they are dropped.
         average: Decay of the exponential moving average of theta that is exported, per iteration.
         second_order: Whether inner gradients are differentiated too.
         averaged: Share of the objective that is measured at the average of a window's parameters, 0 to 1.
@@ -68,6 +69,7 @@ class Config:
     lr: float = 1e-3
     warmup: int = 50
     clip: float = 1.0
+    reject: float = math.inf
     average: float = 0.99
     second_order: bool = True
     averaged: float = 0.0
@@ -91,7 +93,7 @@ class Run:
         slots: Tasks and where their inner runs stand.
         generator: The only source of randomness.
         iteration: Updates of theta tried so far.
-        dropped: Those of them that were not finite and left theta as it was.
+        dropped: Those of them that were not finite, or far too large, and left theta as it was.
         seconds: Time spent so far.
     """
 
@@ -193,7 +195,7 @@ def iterate(run: Run, config: Config) -> dict[str, float]:
     run.iteration += 1
     norm = torch.cat([g.flatten() for g in found.grads]).norm()
     rate = learning_rate(config, run.iteration)
-    if found.finite:
+    if found.finite and norm <= config.reject:
         scale = min(1.0, config.clip / (norm.item() + 1e-12))
         for p, g in zip(run.rule.parameters(), found.grads, strict=True):
             p.grad = g * scale
@@ -247,7 +249,7 @@ def started_from(name: str, config: RuleConfig) -> UpdateRule:
         ValueError: It has another architecture.
     """
     found = pretrained.load(name)
-    if replace(found.config, power=config.power) != config:  # the power is a part of theta
+    if replace(found.config, power=config.power, cooldown=config.cooldown) != config:  # these may change
         raise ValueError(f"expected a rule to start from of architecture {config}, found {found.config} in {name}")
     return found
 

@@ -6,7 +6,8 @@
     learned    sum_k c_k f_k, linear in the features f of the weight (form "linear"), or a network of them ("network")
     gain       (s / s0)^power exp(a), s the scale of the tensor
 
-where the coefficients c of a weight are what its row and its tensor say, and a the sum of what its row, its column,
+where -lr also falls to zero over the last part of training (`RuleConfig.cooldown`) if the horizon is known, the
+coefficients c of a weight are what its row and its tensor say, and a the sum of what its row, its column,
 its taps and its tensor say, each computed by messages between the neurons of the whole network
 (`nfn_optim.layers.tied`); so the gain is a product of small factors and the linear form reads the features once. With
 power = 1 an update is measured in units of its tensor's scale. With the learned part at zero (`UpdateRule.zero_`) or
@@ -42,6 +43,7 @@ Hyper = float | Tensor | Mapping[str, float | Tensor]
 
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
 GAIN_RANGE = 3.0  # no part of a exceeds this in size
+COOLEST = 0.01  # what is left of the learning rate behind the end of the horizon
 FALLBACK_RMS = 30.0  # a direction of larger root mean square (Adam's has about 1) is not trusted
 
 
@@ -56,6 +58,7 @@ class RuleConfig:
         weight_hidden: Hidden units of the network per weight, form "network" only.
         power: Power of the tensor's scale in the gain when meta-training starts; it is learned. 1 measures updates in
             units of the scale, 0 is Adam's.
+        cooldown: Last part of a known horizon over which the learning rate falls linearly, 0 to 1.
     """
 
     hidden: int = 16
@@ -63,10 +66,13 @@ class RuleConfig:
     form: Literal["linear", "network"] = "linear"
     weight_hidden: int = 8
     power: float = 0.0
+    cooldown: float = 0.0
 
     def __post_init__(self) -> None:
         if self.hidden < 0 or self.rounds < 0 or self.weight_hidden < 1:
             raise ValueError(f"expected hidden >= 0, rounds >= 0 and weight_hidden >= 1, found {self}")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"expected a cooldown of 0 to 1, found {self.cooldown}")
         if self.form not in ("linear", "network"):
             raise ValueError(f"expected form 'linear' or 'network', found {self.form!r}")
 
@@ -160,12 +166,23 @@ class UpdateRule(nn.Module):
             directions = self._learned(params, grads, moments, incidence, total_steps, batch_dims)
         else:
             directions = {n: features.nominal_of(moments, n, i, batch_dims) for i, n in enumerate(names)}
+        cooling = self._cooling(moments.steps, total_steps)
         update = {}
-        for name, direction in directions.items():
+        for i, (name, direction) in enumerate(directions.items()):
             p = params[name].to(direction.dtype)
             rate = _of(lr, name, p, batch_dims)
+            if cooling is not None:
+                rate = rate * features.spread(cooling[..., i], p, batch_dims)
             update[name] = -rate * (direction + _of(weight_decay, name, p, batch_dims) * p)
         return update, moments.state
+
+    def _cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
+        """What the learning rate is multiplied by, `(*batch, T)`: 1, falling to zero at the end of a known horizon."""
+        if not self.config.cooldown or total_steps is None:
+            return None
+        total = torch.as_tensor(total_steps, dtype=steps.dtype, device=steps.device).unsqueeze(-1)
+        left = (1 - (steps - 1) / total.clamp(min=1)) / self.config.cooldown
+        return torch.where(total > 0, left.clamp(COOLEST, 1.0), torch.ones_like(left))
 
     def _learned(
         self,

@@ -287,3 +287,18 @@ def test_meta_training_improves_unseen_members(tmp_path: Path) -> None:
                 losses = unroll(made, one, carry, 40, torch.Generator().manual_seed(seed))[0]
             means[name].append(losses.mean().item())
     assert sum(means["learned"]) < 0.9 * sum(means["adamw"])
+
+
+def test_a_run_starts_from_a_rule_of_its_architecture() -> None:
+    theta = trainer.begin(trainer.Config(start="default")).average.state_dict()
+    assert all(torch.equal(theta[name], value) for name, value in load("default").state_dict().items())
+    with pytest.raises(ValueError, match="expected a rule to start from of architecture"):
+        trainer.begin(replace(smoke(), start="default"))
+
+
+def test_meta_gradients_that_exploded_leave_theta_alone() -> None:
+    config = replace(smoke(), reject=0.0)
+    run = trainer.begin(config)
+    before = [p.clone() for p in run.rule.parameters()]
+    assert trainer.iterate(run, config)["meta/dropped"] == 1
+    assert all(torch.equal(p, q) for p, q in zip(run.rule.parameters(), before, strict=True))

@@ -124,6 +124,21 @@ def test_nothing_moves_without_learning_rate_or_gradient(form: str) -> None:
     assert all(u.abs().max() < 1e-12 for u in update.values())
 
 
+def test_the_learning_rate_falls_at_the_end_of_a_known_horizon() -> None:
+    """What remains without a learned part is AdamW with a schedule, and AdamW itself where the horizon is not known."""
+    cooled, nominal = UpdateRule(RuleConfig(cooldown=0.5)).zero_().double(), UpdateRule.nominal()
+    params, grads = draw(0, 2), draw(1, 2)
+    state, plain = cooled.init(params, 1), nominal.init(params, 1)
+    expected = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.01, 0.01]
+    for factor in expected:
+        told = {"total_steps": torch.tensor([10.0, 0.0]), "lr": 0.01, "weight_decay": 0.1, "batch_dims": 1}
+        update, state = cooled(params, grads, state, SYMMETRY, **told)
+        adamw, plain = nominal(params, grads, plain, SYMMETRY, lr=0.01, weight_decay=0.1, batch_dims=1)
+        for n in params:
+            torch.testing.assert_close(update[n][0], factor * adamw[n][0])
+            torch.testing.assert_close(update[n][1], adamw[n][1])
+
+
 def test_hyperparameters_by_name_by_member_and_as_tensors() -> None:
     rule, params, grads = random_rule("linear"), draw(0), draw(1)
 
@@ -170,7 +185,7 @@ def test_a_broken_tensor_does_not_break_the_others() -> None:
     assert state["b"]["fallbacks"].item() == 1
 
 
-@pytest.mark.parametrize("bad", [{"hidden": -1}, {"rounds": -1}, {"form": "cubic"}, {"weight_hidden": 0}])
+@pytest.mark.parametrize("bad", [{"hidden": -1}, {"rounds": -1}, {"form": "cubic"}, {"weight_hidden": 0}, {"cooldown": 2.0}])
 def test_impossible_rules_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(bad)))):
         RuleConfig(**bad)  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ class AutoencoderDistribution(Family[ModuleTask, AutoencoderShape]):
     made_of = AutoencoderShape
     data: tuple[str, ...] = ("digits", "mnist5k")
     width: tuple[int, int] = (16, 64)
-    code: tuple[int, int] = (2, 32)
+    code: tuple[int, int] = (4, 32)
     batch_size: tuple[int, int] = (16, 128)
     augment: Augment = field(
         default_factory=lambda: Augment(label_noise=0.0, pixel_noise=0.5, rescale=0.25, loss_scale=0.5)

@@ -22,7 +22,7 @@ class CNNShape:
     Args:
         data: One of `IMAGES`.
         widths: Channels after each convolution. The first keeps the size of the image, the others halve it.
-        residual: Whether those after the second keep size and channels instead, and are added to what they see.
+        residual: Whether those after the second keep size and channels instead, and add to what they see.
         norm: "none", "batch" (statistics of the batch, none kept) or "group" (two groups).
         flatten: Whether the linear layer at the end sees every pixel, else their mean.
         activation: One of `ACTIVATIONS`.
@@ -56,11 +56,10 @@ class CNN(nn.Module):
         for i, made in enumerate(shape.widths):
             add = shape.residual and i > 1
             stride = 2 if i > 0 and not add else 1
-            width = given if add else made
-            convolutions.append(nn.Conv2d(given, width, 3, stride, padding=1, bias=shape.norm != "batch"))
-            norms.append(_norm(shape.norm, width))
+            convolutions.append(nn.Conv2d(given, made, 3, stride, padding=1, bias=shape.norm != "batch"))
+            norms.append(_norm(shape.norm, made))
             self.adds.append(add)
-            given, side = width, (side - 1) // stride + 1
+            given, side = made, (side - 1) // stride + 1
         self.convolutions, self.norms = nn.ModuleList(convolutions), nn.ModuleList(norms)
         self.last = nn.Linear(given * side * side if shape.flatten else given, classes)
 
@@ -81,7 +80,7 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class CNNDistribution(Family[ModuleTask, CNNShape]):
-    """CNNs on 8x8 images, of two to four convolutions.
+    """CNNs on images of 8x8 and 14x14 pixels, of two to four convolutions.
 
     Args:
         data: Some of `IMAGES`, equally likely.
@@ -91,18 +90,19 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
     """
 
     made_of = CNNShape
-    data: tuple[str, ...] = ("digits", "mnist5k")
+    data: tuple[str, ...] = ("digits", "mnist5k", "mnist14")
     width: tuple[int, int] = (4, 16)
-    batch_size: tuple[int, int] = (16, 64)
+    batch_size: tuple[int, int] = (12, 48)
     augment: Augment = field(default_factory=lambda: Augment(rescale=0.25, loss_scale=0.5))
 
     def shape(self, draws: Draws) -> CNNShape:
         """Draw an architecture, data and a batch size."""
-        depth = draws.one_of((2, 3, 3, 4))
+        residual, depth = draws.one_in(2), draws.one_of((2, 3, 3, 4))
+        widths = [2 * round(draws.log_uniform(*self.width) / 2) for _ in range(depth)]
         return CNNShape(
             data=draws.one_of(self.data),
-            widths=tuple(2 * round(draws.log_uniform(*self.width) / 2) for _ in range(depth)),
-            residual=draws.one_in(2),
+            widths=(*widths[:2], *(widths[1] if residual else width for width in widths[2:])),
+            residual=residual,
             norm=draws.one_of(("none", "none", "batch", "batch", "group")),
             flatten=draws.one_in(2),
             activation=draws.one_of(list(ACTIVATIONS)),

@@ -6,6 +6,7 @@ Inner training sees the first part only. The part held out is for meta-validatio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +79,29 @@ class Examples(Data):
             raise ValueError(f"expected examples of {self.name!r} that are held out, found none: train={self.train}")
         index = first + torch.randint(last - first, size, generator=generator)
         return {"x": self.x[index], "y": self.y[index]}
+
+    @classmethod
+    def of(
+        cls, name: str, loader: Iterable[tuple[Tensor, Tensor]], classes: int = 0, held_out: float = 0.1
+    ) -> Examples:
+        """Read a whole data loader, or anything else that yields batches, into memory.
+
+        Args:
+            name: A short text for logs.
+            loader: Yields inputs `(batch, ...)` with targets `(batch, ...)`; for a data set of torchvision, a
+                `DataLoader` of it with `transform=ToTensor()`.
+            classes: Number of classes, 0 if targets are real numbers.
+            held_out: Share of the examples that is held out, 0 to 1: the last ones.
+
+        Example:
+            >>> loader = [(torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 2, 3]))] * 5
+            >>> data = Examples.of("toy", loader, classes=4)
+            >>> data.x.shape, data.train
+            (torch.Size([20, 1, 2, 2]), 18)
+        """
+        xs, ys = zip(*loader, strict=True)
+        x, y = torch.cat(xs), torch.cat(ys)
+        return cls(name, x, y, classes, len(x) - round(held_out * len(x)))
 
     def zoomed(self, zoom: int) -> Examples:
         """Images `(count, channels, height, width)` with every pixel made `zoom` x `zoom` pixels."""

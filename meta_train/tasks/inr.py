@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.data import Examples
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import mnist5k
+from meta_train.tasks.images import mnist14
 from meta_train.tasks.losses import squared_error
 from meta_train.tasks.module import ModuleTask
 from meta_train.tasks.perceptron import Perceptron
-
-SIDE = 14  # pixels
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,14 @@ def pixels_of(shape: INRShape) -> Examples:
 
     There is nothing to hold out: all pixels are for training.
     """
-    axis = torch.linspace(-1, 1, SIDE)
+    image = mnist14().x[shape.image, 0]  # (14, 14)
+    axis = torch.linspace(-1, 1, len(image))
     x = torch.cartesian_prod(axis, axis)  # (pixels, 2)
     if not shape.sine:
         generator = torch.Generator().manual_seed(shape.image)
         phase = shape.frequency * x @ torch.randn(2, 8, generator=generator)  # (pixels, 8)
         x = torch.cat([phase.sin(), phase.cos()], -1)
-    return Examples("pixels", x, mnist5k(SIDE).x[shape.image].reshape(-1, 1), 0, len(x))
+    return Examples("pixels", x, image.reshape(-1, 1), 0, len(x))
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class INRDistribution(Family[ModuleTask, INRShape]):
     def shape(self, draws: Draws) -> INRShape:
         """Draw an image, an architecture and a batch size."""
         return INRShape(
-            image=draws.one_of(range(mnist5k(SIDE).train)),
+            image=draws.one_of(range(mnist14().train)),
             sine=draws.one_in(2),
             frequency=2 + 8 * draws.unit(),
             widths=tuple(draws.log_uniform(*self.width) for _ in range(draws.one_of((1, 2, 2, 3)))),

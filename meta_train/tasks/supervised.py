@@ -28,7 +28,7 @@ class SupervisedTask(Task):
 
     def __init__(self, data: Data, loss: Loss, batch_size: int, augment: Augment) -> None:
         self.data, self.batch_size, self.augment = data, batch_size, augment
-        self._error = loss
+        self._loss = loss
 
     @abstractmethod
     def init(self, count: int, generator: torch.Generator) -> Params:
@@ -59,4 +59,4 @@ class SupervisedTask(Task):
         """The loss of one member, 0-d, with its own scales, noise and names for the classes."""
         x, y = self.augment.examples(member, batch)
         output = self.output(self.augment.weights(params, member), x)
-        return self.augment.scaled(self._error(output, y), member)
+        return self.augment.scaled(self._loss(output, y), member)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meta_train.tasks.activation import Activation
@@ -27,6 +28,8 @@ class TransformerShape:
         heads: Attention heads; a divisor of the width.
         depth: Blocks.
         norm: "layer" or "rms".
+        qk_norm: Whether queries and keys are normalised. Where they are not, their gradients are small and the steps of
+            an adaptive optimizer are not, so that long unrolls are chaotic.
         activation: One of `ACTIVATIONS`.
         fused: Whether queries, keys and values come from one matrix.
         bias: Whether linear layers have biases.
@@ -40,6 +43,7 @@ class TransformerShape:
     heads: int
     depth: int
     norm: str
+    qk_norm: bool
     activation: str
     fused: bool
     bias: bool
@@ -58,7 +62,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: TransformerShape, causal: bool) -> None:
         super().__init__()
-        width, self.heads, self.causal = shape.width, shape.heads, causal
+        width, self.heads, self.qk_norm, self.causal = shape.width, shape.heads, shape.qk_norm, causal
         sizes = (3 * width,) if shape.fused else (width, width, width)
         self.see = nn.ModuleList(nn.Linear(width, size, bias=shape.bias) for size in sizes)
         self.say = nn.Linear(width, width, bias=shape.bias)
@@ -70,6 +74,8 @@ class Attention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch_size, heads, tokens, width / heads)
             for part in (seen if len(seen) > 1 else seen[0].chunk(3, -1))
         )
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:], eps=1e-5), F.rms_norm(k, k.shape[-1:], eps=1e-5)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (batch_size, heads, tokens, tokens)
         if self.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
@@ -140,8 +146,9 @@ def transformer_shape(
         data=data,
         width=4 * round(draws.log_uniform(*width) / 4),
         heads=heads,
-        depth=draws.one_of((1, 1, 2)),
+        depth=draws.one_of((1, 1, 1, 2)),
         norm=draws.one_of(("layer", "rms")),
+        qk_norm=not draws.one_in(3),
         activation=draws.one_of(("relu", "gelu", "silu")),
         fused=not draws.one_in(3),
         bias=draws.one_in(3),

@@ -1,4 +1,4 @@
-"""Perceptrons on vectors: tables, images under a random projection, functions that another network computes."""
+"""Perceptrons on vectors: tables, images, random projections of both, functions that another network computes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
         return VectorShape(
             data=data,
             seed=draws.one_of(range(2**31)),
-            inputs=draws.log_uniform(*self.width) if data in IMAGES or draws.one_in(4) else 0,
+            inputs=draws.log_uniform(*self.width) if draws.one_in(2 if data in IMAGES else 4) else 0,
             widths=tuple(draws.log_uniform(*self.width) for _ in range(draws.one_of((1, 2, 3)))),
             activation=draws.one_of(list(ACTIVATIONS)),
             norm=draws.one_of(("none", "none", "none", "layer", "batch")),
@@ -83,7 +83,7 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
     def task(self, shape: VectorShape) -> ModuleTask:
         """The task of a shape."""
         data = _data_of(shape)
-        sizes = (data.x.shape[1], *shape.widths, data.classes or data.y.shape[1])
+        sizes = (data.x[0].numel(), *shape.widths, data.classes or data.y.shape[1])
         return ModuleTask(
             lambda: initialise(Perceptron(sizes, shape.activation, shape.norm), shape.start),
             data,
