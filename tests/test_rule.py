@@ -185,7 +185,9 @@ def test_a_broken_tensor_does_not_break_the_others() -> None:
     assert state["b"]["fallbacks"].item() == 1
 
 
-@pytest.mark.parametrize("bad", [{"hidden": -1}, {"rounds": -1}, {"form": "cubic"}, {"weight_hidden": 0}, {"cooldown": 2.0}])
+@pytest.mark.parametrize(
+    "bad", [{"hidden": -1}, {"rounds": -1}, {"form": "cubic"}, {"weight_hidden": 0}, {"cooldown": 2.0}]
+)
 def test_impossible_rules_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(bad)))):
         RuleConfig(**bad)  # type: ignore[arg-type]
