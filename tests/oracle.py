@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from nfn_optim import dimension
@@ -75,6 +79,54 @@ def neurons_to_rows(neurons: Tensor, symmetry: Symmetry, incidence: Incidence) -
         for row, _ in of_neuron:
             rows[row] += neurons[number]
     return rows
+
+
+def generators_of(symmetry: Symmetry) -> list[Tensor]:
+    """Permutations of all the entries of all the tensors, in order, that generate the group.
+
+    Of every free axis, and of a nested one for every entry of what it is nested in: a swap and a turn.
+    """
+    count = sum(math.prod(symmetry.shape_of(name)) for name in symmetry.dims)
+    flat = torch.arange(count).split([math.prod(symmetry.shape_of(name)) for name in symmetry.dims])
+    entries = {name: part.reshape(symmetry.shape_of(name)) for name, part in zip(symmetry.dims, flat, strict=True)}
+    found = []
+    for axis in symmetry.free:
+        size, outer = symmetry.sizes[axis], [symmetry.sizes[parent] for parent in symmetry.nested.get(axis, ())]
+        swap = torch.tensor([1, 0, *range(2, size)][:size] if size > 1 else [0])
+        for copy in range(math.prod(outer)):
+            for moved in (swap, torch.arange(size).roll(1)):
+                permutation = torch.arange(size).repeat(math.prod(outer), 1)
+                permutation[copy] = moved
+                permuted = symmetry.permute(entries, {axis: permutation.reshape(*outer, size)})
+                found.append(torch.cat([permuted[name].reshape(-1) for name in symmetry.dims]))
+    return found
+
+
+def orbits_of(symmetry: Symmetry) -> Tensor:
+    """Which orbit every entry belongs to, `(entries,)`; as many as there are independent invariant linear maps."""
+    generators = generators_of(symmetry)
+    count = sum(math.prod(symmetry.shape_of(name)) for name in symmetry.dims)
+    return _components(count, [(torch.arange(count), g) for g in generators])
+
+
+def pair_orbits_of(symmetry: Symmetry) -> Tensor:
+    """Which orbit every pair of entries belongs to, `(entries, entries)`.
+
+    Averaging a linear map over the group makes it constant on each of them, and changes nothing if it is already: there
+    are as many independent equivariant maps as orbits.
+    """
+    count = sum(math.prod(symmetry.shape_of(name)) for name in symmetry.dims)
+    pairs = torch.arange(count * count)
+    moved = [(g[:, None] * count + g).reshape(-1) for g in generators_of(symmetry)]
+    return _components(count * count, [(pairs, m) for m in moved]).reshape(count, count)
+
+
+def _components(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Number the connected components of a graph: `(count,)`."""
+    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(a for a, _ in edges)]).numpy()
+    columns = torch.cat([torch.zeros(0, dtype=torch.int64), *(b for _, b in edges)]).numpy()
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(count, count))
+    return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
 
 
 def adam_direction(grads: list[Tensor]) -> Tensor:

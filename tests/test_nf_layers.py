@@ -1,0 +1,182 @@
+"""The layers around NFLinear: equivariant or invariant on everything that a symmetry can say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from nf_networks import FEWER, SMALL, ZOO_HNP, Features, assert_close, features_of, permuted
+from torch import nn
+
+from nfn_optim.layers import (
+    ChannelDropout,
+    ChannelNorm,
+    Entrywise,
+    FourierValues,
+    InvariantPool,
+    LatentDecoder,
+    LatentEncoder,
+    LearnedEncoding,
+    NFLinear,
+    PositionEncoding,
+    Residual,
+    Scale,
+    SinusoidalValues,
+    Statistics,
+    TensorNorm,
+    WeightAttention,
+    free_ends,
+)
+from nfn_optim.symmetry import Symmetry
+
+
+class FromLatents(nn.Module):
+    """To latents and back."""
+
+    def __init__(self, symmetry: Symmetry, channels: int) -> None:
+        super().__init__()
+        self.encode, self.decode = LatentEncoder(symmetry, channels, 3), LatentDecoder(symmetry, channels)
+
+    def forward(self, features: Features) -> Features:
+        out: Features = self.decode(features, self.encode(features))
+        return out
+
+
+EQUIVARIANT: dict[str, Callable[[Symmetry], nn.Module]] = {
+    "ChannelNorm": lambda s: ChannelNorm(s, 2),
+    "ChannelNorm, positions": lambda s: ChannelNorm(s, 2, positions=True),
+    "TensorNorm": lambda s: TensorNorm(s, 2),
+    "Scale": lambda s: Scale(s, 0.5),
+    "Entrywise": lambda _: Entrywise(nn.GELU()),
+    "ChannelDropout": lambda _: ChannelDropout(0.3),
+    "SinusoidalValues": lambda _: SinusoidalValues(3),
+    "FourierValues": lambda _: FourierValues(2, 3, scale=1.0),
+    "PositionEncoding": PositionEncoding,
+    "LearnedEncoding": lambda s: LearnedEncoding(s, 2),
+    "WeightAttention": lambda s: WeightAttention(s, 2, 2),
+    "LatentDecoder": lambda s: FromLatents(s, 2),
+    "Residual": lambda s: Residual(
+        NFLinear(s, 2, 2), Entrywise(nn.ReLU()), ChannelNorm(s, 2, positions=True), ChannelDropout(0.3)
+    ),
+}
+INVARIANT: dict[str, Callable[[Symmetry], nn.Module]] = {
+    "InvariantPool": lambda s: InvariantPool(s, 2),
+    "Statistics": lambda s: Statistics(s, 2),
+    "LatentEncoder": lambda s: LatentEncoder(s, 2, 3),
+}
+SOME = {**SMALL, **ZOO_HNP}
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """The module with no coefficient at its start, in float64."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return module.double()
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("layer", EQUIVARIANT)
+def test_equivariant(name: str, layer: str) -> None:
+    torch.manual_seed(0)
+    symmetry, features = SOME[name], features_of(SOME[name], 2, 2)
+    made = shaken(EQUIVARIANT[layer](symmetry))
+    permutations = symmetry.random_permutations(torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    found = made(permuted(symmetry, features, permutations))
+    torch.manual_seed(1)
+    assert_close(found, permuted(symmetry, made(features), permutations))
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("layer", INVARIANT)
+def test_invariant(name: str, layer: str) -> None:
+    torch.manual_seed(0)
+    symmetry, features = SOME[name], features_of(SOME[name], 2, 2)
+    made = shaken(INVARIANT[layer](symmetry))
+    permutations = symmetry.random_permutations(torch.Generator().manual_seed(1))
+    found = made(permuted(symmetry, features, permutations))
+    torch.testing.assert_close(found, made(features), rtol=1e-10, atol=1e-10)
+    assert found.std() > 0
+
+
+@pytest.mark.parametrize("name", {**SMALL, **FEWER})
+def test_pooling_is_complete(name: str) -> None:
+    """As many independent numbers as there are orbits of entries."""
+    symmetry = {**SMALL, **FEWER}[name]
+    count = len(oracle.orbits_of(symmetry).unique())
+    pooled = InvariantPool(symmetry, 1).double()(features_of(symmetry, 1, count + 2))
+    assert int(torch.linalg.matrix_rank(pooled)) == count
+
+
+def test_an_invariant_network_tells_unlike_weights_apart() -> None:
+    """Permuting one tensor alone changes what an invariant network answers, though not what pooling alone says."""
+    torch.manual_seed(0)
+    symmetry = free_ends(ZOO_HNP["deep_mlp"])
+    features = features_of(symmetry, 1, 2)
+    pool = InvariantPool(symmetry, 3)
+    network = nn.Sequential(NFLinear(symmetry, 1, 3), Entrywise(nn.Tanh()), pool).double()
+    moved = {**features, "0.weight": features["0.weight"].roll(1, 1)}
+    assert (network(moved) - network(features)).abs().max() > 1e-4
+    alone = InvariantPool(symmetry, 1)
+    torch.testing.assert_close(alone(moved), alone(features))
+
+
+def test_norms_normalise() -> None:
+    symmetry, features = ZOO_HNP["cnn_flatten"], features_of(ZOO_HNP["cnn_flatten"], 4, 3)
+    by_entry = ChannelNorm(symmetry, 4).double()(features)["3.weight"]
+    torch.testing.assert_close(by_entry.mean(-1), torch.zeros_like(by_entry[..., 0]))
+    by_positions = ChannelNorm(symmetry, 4, positions=True).double()(features)["3.weight"]  # (N, d, c, k, l, C)
+    torch.testing.assert_close(by_positions.mean((-1, -2, -3)), torch.zeros_like(by_positions[..., 0, 0, 0]))
+    by_tensor = TensorNorm(symmetry, 4).double()({n: 100 * x for n, x in features.items()})["3.weight"]
+    squares = by_tensor.square().mean((1, 2, 3, 4))
+    torch.testing.assert_close(squares, torch.ones_like(squares))
+
+
+def test_dropout_drops_whole_channels_in_training_only() -> None:
+    torch.manual_seed(0)
+    ones = {"w": torch.ones(5, 3, 4, 50)}
+    layer = ChannelDropout(0.4)
+    dropped = layer(ones)["w"]
+    assert torch.equal(dropped, dropped[:, :1, :1].expand_as(dropped))
+    assert set(dropped.unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.6)}
+    assert 0.45 < (dropped != 0).float().mean() < 0.75
+    assert torch.equal(layer.eval()(ones)["w"], ones["w"])
+    with pytest.raises(ValueError, match="expected a probability"):
+        ChannelDropout(1.0)
+
+
+@pytest.mark.parametrize("name", ["deep_mlp", "attention", "group_norm", "experts", "lstm"])
+def test_attention_is_sensitive_to_permuting_one_tensor_alone(name: str) -> None:
+    torch.manual_seed(0)
+    symmetry, features = ZOO_HNP[name], features_of(ZOO_HNP[name], 4, 1)
+    layer = WeightAttention(symmetry, 4, 2).double()
+    for axis in symmetry.free:
+        carriers = [n for n in symmetry.dims if axis in symmetry.axes_of(n)]
+        outer = [symmetry.sizes[parent] for parent in symmetry.nested.get(axis, ())]
+        turn = {axis: torch.arange(symmetry.sizes[axis]).roll(1).expand(*outer, -1)}
+        expected = permuted(symmetry, layer(features), turn)
+        found = layer({**permuted(symmetry, features, turn), carriers[0]: features[carriers[0]]})
+        assert max(float((found[n] - expected[n]).detach().abs().max()) for n in carriers[1:]) > 1e-6
+
+
+def test_encodings_tell_the_places_of_fixed_axes_apart() -> None:
+    """What is equivariant under the ends alone is no longer so once the places are encoded."""
+    symmetry = ZOO_HNP["mlp"]
+    features = features_of(symmetry, 2, 1)
+    ends = free_ends(symmetry)
+    turn = {"in": torch.arange(symmetry.sizes["in"]).roll(1)}
+    for encode in (PositionEncoding(symmetry), LearnedEncoding(symmetry, 2)):
+        one, other = encode(permuted(ends, features, turn)), permuted(ends, encode(features), turn)
+        assert (one["0.weight"] - other["0.weight"]).abs().max() > 1e-3
+        torch.testing.assert_close(one["0.bias"], other["0.bias"])
+    with pytest.raises(ValueError, match=r"found \['h'\]: neurons have no place"):
+        PositionEncoding(symmetry, ["h"])
+
+
+def test_heads_divide_the_channels() -> None:
+    for build in (lambda s: WeightAttention(s, 3, 2), lambda s: LatentEncoder(s, 3, 1, 2)):
+        with pytest.raises(ValueError, match="divides 3 channels, found 2"):
+            build(ZOO_HNP["mlp"])
