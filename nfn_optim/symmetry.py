@@ -398,7 +398,7 @@ class Symmetry:
         A nested axis is permuted within entry s of what it is nested in by `permutation[s]`, s counted after renaming.
 
         Args:
-            params: Name -> tensor `(*batch, *shape)`.
+            params: Name -> tensor `(*batch, *shape)`, or with more dimensions behind, such as channels.
             permutations: Axis name -> index tensor `(*sizes of what it is nested in, size)`; other axes stay.
             batch_dims: How many leading dimensions are batch.
 
@@ -422,7 +422,7 @@ class Symmetry:
         for name, tensor in params.items():
             value = tensor
             if name in self.across and any(axis in permutations for axis in self.axes_of(name)):
-                flat = value.flatten(batch_dims)
+                flat = value.flatten(batch_dims, batch_dims + len(self.dims[name]) - 1)
                 index = self._index(Product(self.expressions_of(name)), permutations)
                 permuted[name] = flat.index_select(batch_dims, index.to(value.device)).reshape(value.shape)
                 continue

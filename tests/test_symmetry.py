@@ -168,6 +168,8 @@ def test_an_axis_may_be_nested_in_one_of_another_dimension() -> None:
     batch = {name: torch.stack([t, -t]) for name, t in params.items()}
     again = symmetry.permute(batch, {"i": torch.tensor([[0, 1, 2], [2, 0, 1]]), "g": torch.tensor([1, 0])}, 1)
     assert torch.equal(again["w"][0], permuted["w"])
+    last = symmetry.permute({name: torch.stack([t, -t], -1) for name, t in params.items()}, {"g": torch.tensor([1, 0])})
+    assert last["w"][..., 1].tolist() == [[-3, -4, -5], [0, -1, -2]]
 
 
 def test_index_of_a_product_varies_its_last_factor_fastest() -> None:
