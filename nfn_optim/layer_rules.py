@@ -68,7 +68,6 @@ def attention(call: Call) -> Sequence[Dims]:
         fix(q[2], k[2])
     for name in ("attn_mask", "attn_bias"):
         if isinstance(call.args.get(name), Tensor):
-            scores = (*q[:3], k[2])
             broadcast([scores, call.dims(name)], tuple(size_of(dim) for dim in scores))
     for extra in call.outs[1:]:
         call.fix_on_use(extra, [*q, *k, *v])

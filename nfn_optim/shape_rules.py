@@ -165,9 +165,9 @@ def pad(call: Call) -> Sequence[Dims]:
     for k in range(len(widths) // 2):
         d = len(dims) - 1 - k
         before, after = widths[2 * k], widths[2 * k + 1]
-        piece = take(dims[d], max(-before, 0), size_of(dims[d]) - max(-after, 0))
         if not (before or after):
             continue
+        piece = take(dims[d], max(-before, 0), size_of(dims[d]) - max(-after, 0))
         if piece is None:
             fix(dims[d])
             dims[d] = fresh([call.shape()[d]], fixed=True)[0]

@@ -266,12 +266,13 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         uniform = [self._uniform.get(tensor, [False]) for tensor in tensors]
         made = all(flag[0] for flag in uniform) and rule in KEEP_UNIFORM
         made = made and torch.Tag.nondeterministic_seeded not in func.tags
+        writes = _writes(func)
         for out in outs:
             shared = [flag for t, flag in zip(tensors, uniform, strict=True) if _storage_of(t) == _storage_of(out)]
             if made:
                 self._uniform[out] = shared[0] if shared else [True]
             for flag in shared:
-                if not made and _writes(func):
+                if not made and writes:
                     flag[0] = False
                 elif not made:
                     self._uniform[out] = flag
