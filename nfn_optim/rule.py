@@ -80,6 +80,9 @@ class RuleConfig:
 class UpdateRule(nn.Module):
     """A learned update rule; its parameters are theta. A new one equals AdamW (for `power=0`).
 
+    Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
+    parameter): every member then has a rule of its own, as the particles of evolution strategies do.
+
     Args:
         config: What it is made of.
 
@@ -215,7 +218,7 @@ class UpdateRule(nn.Module):
         ordered = [segments[key] for key in sorted(segments)]
         everything = torch.cat(ordered, -2) if ordered else tensors.new_zeros((*tensors.shape[:-2], 0, ROW_CHANNELS))
         by_row, by_tensor = self.stack(everything, tensors, incidence)
-        gains = torch.exp(self.power * (scale / SCALE_UNIT).log())  # (*batch, T)
+        gains = torch.exp(self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log())  # (*batch, T)
 
         by_tensor_gain = gains * _gain(by_tensor[..., -1])  # (*batch, T)
         by_row_gain = _gain(by_row[..., -1])  # (*batch, N)
@@ -255,8 +258,8 @@ class UpdateRule(nn.Module):
         if self.config.form == "linear":
             answer = (rows * heard).sum(batch_dims)  # (*batch, shape[0], rest)
         else:
-            seen = torch.einsum("...krc,hk->...hrc", rows, self.see.weight) + self.see.bias[:, None, None]
-            answer = torch.einsum("...hrc,h->...rc", torch.tanh(seen + heard), self.answer.weight[0])
+            seen = torch.einsum("...krc,...hk->...hrc", rows, self.see.weight) + self.see.bias[..., None, None]
+            answer = torch.einsum("...hrc,...h->...rc", torch.tanh(seen + heard), self.answer.weight[..., 0, :])
         answer = answer.reshape((*f.shape[:batch_dims], *shape))
         return answer if self.config.form == "linear" else answer * _activity(f.select(batch_dims, 0), batch_dims)
 
