@@ -16,8 +16,9 @@ import torch
 import tyro
 
 from meta_train import checkpoint
+from meta_train.config import Config
 from meta_train.recipes import RECIPES
-from meta_train.trainer import THETA, Config
+from meta_train.trainer import THETA
 from meta_train.trainer import train as run_trainer
 
 

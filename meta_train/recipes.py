@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from meta_train.config import Config
+from meta_train.objective import Objective
 from meta_train.tasks import (
     Augment,
     AutoencoderDistribution,
@@ -19,7 +21,6 @@ from meta_train.tasks import (
     ViTDistribution,
     has_file,
 )
-from meta_train.trainer import Config
 from nfn_optim.rule import RuleConfig
 
 
@@ -28,7 +29,13 @@ def digits() -> Config:
 
     Stopped after a quarter of its schedule, where development tasks other than digits were learned fastest.
     """
-    return Config(rule=RuleConfig(power=1.0, cooldown=0.2), iterations=2000, until=500, window=40, averaged=0.5)
+    return Config(
+        rule=RuleConfig(power=1.0, cooldown=0.2),
+        iterations=2000,
+        until=500,
+        window=40,
+        objective=Objective(averaged=0.5),
+    )
 
 
 def broad() -> Config:
@@ -58,7 +65,7 @@ def broad() -> Config:
         distribution=families,
         iterations=2000,
         window=40,
-        averaged=0.5,
+        objective=Objective(averaged=0.5),
         reject=10.0,
     )
 
