@@ -92,6 +92,11 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def rank() -> int:
+    """This process's number among those that `torchrun` started, also after they have parted."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def restarts() -> int:
     """How often `torchrun --max-restarts` has started the processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -21,6 +21,7 @@ from meta_train.tasks import (
     ViTDistribution,
     has_file,
 )
+from meta_train.validation import Validation
 from nfn_optim.rule import RuleConfig
 
 
@@ -63,10 +64,31 @@ def broad() -> Config:
     return Config(
         rule=RuleConfig(power=1.0, cooldown=0.2),
         distribution=families,
+        validation=validation(),
         iterations=2000,
+        tasks=4,
+        members=4,
+        slots=32,
         window=40,
+        horizon=(100, 600),
         objective=Objective(averaged=0.5),
-        reject=10.0,
+        reject=100.0,
+        checkpoint_every=50,
+        validate_every=50,
+    )
+
+
+def validation() -> Validation:
+    """Fixed tasks of several kinds, wider than those trained on, for choosing the best theta."""
+    return Validation(
+        (
+            MLPDistribution(width=(96, 192), zooms=(2,)),
+            CNNDistribution(data=("mnist14",)),
+            TransformerDistribution(data=("code",), width=(32, 48)),
+            GRUDistribution(data=("code",)),
+            AutoencoderDistribution(data=("mnist5k",)),
+        ),
+        steps=300,
     )
 
 

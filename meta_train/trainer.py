@@ -234,7 +234,7 @@ def move(run: Run, config: Config, gradient: Tensor, rate: float) -> None:
 def validate(run: Run, config: Config, ranks: Ranks, out: Path, summary: Summary | None) -> list[Comparison]:
     """Compare the averaged theta with AdamW, and keep it if it is the best so far."""
     assert config.validation is not None
-    numbers = ranks.share(range(config.validation.tasks))
+    numbers = ranks.share(range(len(config.validation.distributions)))
     mine = [config.validation.compare(run.average, number) for number in numbers]
     found = ranks.gather(mine)
     score = score_of(found)

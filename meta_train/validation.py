@@ -55,15 +55,13 @@ class Validation:
     """What the best theta is chosen on.
 
     Args:
-        distribution: Draws the tasks; of other kinds than those trained on.
-        tasks: How many.
+        distributions: Each draws one task; of other kinds or sizes than those trained on.
         members: Initialisations and batch orders of each.
         steps: Of every run.
         seed: Of everything random.
     """
 
-    distribution: TaskDistribution[Any]
-    tasks: int = 4
+    distributions: tuple[TaskDistribution[Any], ...]
     members: int = 2
     steps: int = 300
     seed: int = 1234
@@ -71,8 +69,7 @@ class Validation:
 
     @cached_property
     def _drawn(self) -> list[Task]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return [self.distribution.sample(generator) for _ in range(self.tasks)]
+        return [d.sample(torch.Generator().manual_seed(self.seed)) for d in self.distributions]
 
     def compare(self, rule: UpdateRule, number: int) -> Comparison:
         """Train task `number`, counted from 0, with the rule and with AdamW.
