@@ -42,7 +42,7 @@ class Kernel:
 
     compiled: bool = False
     in_place: bool = False
-    band: int = 2**18
+    band: int = 2**19
 
     def look(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
         """The first pass, see `passes.look`: sums `(*batch, rows, ROW_CHANNELS)` and `(*batch, rest, ROW_CHANNELS)`."""
@@ -51,7 +51,8 @@ class Kernel:
             return by_row, by_column
         row_sums, column_sums = [], []
         for part in self._bands(p):
-            together = TOGETHER if self.compiled and (part.stop - part.start) % TOGETHER == 0 else 1
+            even = (part.stop - part.start) % TOGETHER == 0 and len(corrections) == 1
+            together = TOGETHER if self.compiled and even else 1
             arrays = [x[part] for x in (p, g, *moments)]
             found = self._run(look, *arrays[:2], arrays[2:], _rows(corrections, part), together)
             rows, columns = sums_of(*found)
