@@ -97,6 +97,7 @@ def smoke() -> Config:
     return Config(
         rule=RuleConfig(hidden=4, power=1.0),
         distribution=MLPDistribution(width=(4, 8), batch_size=(8, 16), zooms=(1,), augment=Augment(0.5, 0.0, 0.0)),
+        validation=Validation((MLPDistribution(width=(8, 12), batch_size=(8, 16), zooms=(1,)),), steps=40),
         iterations=60,
         lr=4e-3,
         members=2,
@@ -105,6 +106,7 @@ def smoke() -> Config:
         horizon=(10, 30),
         warmup=5,
         checkpoint_every=5,
+        validate_every=20,
     )
 
 

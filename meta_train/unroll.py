@@ -182,7 +182,7 @@ def unroll(
             hypers = {"lr": how.lr, "total_steps": carry.total_steps, "batch_dims": 1}
             update, state = functional_call(rule, theta or {}, (params, grads, state, task.symmetry), hypers)
             params = {name: p + update[name] for name, p in params.items()}
-            losses.append(losses_of(task, params, carry.member, unseen) if unseen else loss)
+            losses.append(losses_of(task, params, carry.member, unseen) if how.held_out else loss)
             if how.expert is not None:
                 apart.append(disagreement(how.expert, update, state, how.lr))
             if weight:
