@@ -28,7 +28,7 @@ from nfn_optim.features import BETA1, BETA2, BETA_SLOW, CHANNELS, CLIP, EPS, ROW
 LINEAR = CHANNELS + 2  # heard channels of form "linear"
 NETWORK = 5  # of form "network", before those of its hidden units
 Network = tuple[Tensor, Tensor, Tensor]
-"""The network per weight: `(hidden, CHANNELS)`, `(hidden,)`, `(1, hidden)`."""
+"""The network per weight: `(*batch, hidden, CHANNELS)`, `(*batch, hidden)`, `(*batch, 1, hidden)`, batch or none."""
 
 
 def advance(g: Tensor, moments: Sequence[Tensor]) -> list[Tensor]:
@@ -182,9 +182,9 @@ def _answer(channels: Sequence[Tensor], heard: Sequence[Tensor], network: Networ
         heard: For every hidden unit `(*batch, rows or 1, 1)`.
         network: Its tensors.
     """
-    weight, bias, answer = network
+    weight, bias, answer = (x[..., None, None] for x in network)  # each a number for an array
     units = [
-        a * torch.tanh(sum((x * w for x, w in zip(channels, row.unbind(), strict=True)), h + b))
-        for row, b, a, h in zip(weight.unbind(), bias.unbind(), answer[0].unbind(), heard, strict=True)
+        a * torch.tanh(sum((x * w for x, w in zip(channels, row.unbind(-3), strict=True)), h + b))
+        for row, b, a, h in zip(weight.unbind(-4), bias.unbind(-3), answer.squeeze(-4).unbind(-3), heard, strict=True)
     ]
     return sum(units[1:], units[0])

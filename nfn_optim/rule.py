@@ -99,6 +99,9 @@ class UpdateRule(nn.Module):
     Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
     parameter): every member then has a rule of its own, as the particles of evolution strategies do.
 
+    Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
+    parameter): every member then has a rule of its own, as the particles of evolution strategies do.
+
     Args:
         config: What it is made of.
 
@@ -277,7 +280,7 @@ class UpdateRule(nn.Module):
         by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, channels + 1)
         coefficients = by_leading[..., :-1] + by_tensor[..., :-1].index_select(-2, every)
         gain = _gain(by_leading[..., -1]) * _gain(by_tensor[..., -1]).index_select(-1, every)  # (*batch, F)
-        by_scale = torch.exp(self.power * (scale / SCALE_UNIT).log())  # (*batch, T)
+        by_scale = torch.exp(self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log())  # (*batch, T)
         by_row_gain = _gain(by_row[..., -1])  # (*batch, N)
         activity = (whole[..., 0] + features.TINY).sqrt()
 
@@ -322,7 +325,7 @@ class UpdateRule(nn.Module):
         if self.config.form == "linear":
             return (rms[..., 0] * (1 + coefficients[..., 0])).abs() + (rms * coefficients)[..., 1:].abs().sum(-1)
         broken = 0 * (rms.sum(-1) + coefficients.sum(-1))  # NaN where something is not finite, which tanh may hide
-        return rms[..., 0] + activity * self.answer.weight.abs().sum() + broken
+        return rms[..., 0] + activity * self.answer.weight.abs().sum((-2, -1)).unsqueeze(-1) + broken
 
     @staticmethod
     def _most(by_row_gain: Tensor, incidence: Incidence) -> Tensor:
