@@ -1,9 +1,9 @@
-"""How the two passes over the weights run: pure or in place, eager or compiled; the functions are the same.
+"""The two passes over the weights in place, eager or compiled; the functions are the same.
 
-In place a pass goes over a tensor in bands of rows. That bounds what it holds at a time whatever the size of the
+A pass goes over a tensor in bands of rows. That bounds what it holds at a time whatever the size of the
 tensor, and keeps it in the processor's cache. Compiled, each pass over a band is one loop over its weights: a few
-graphs for each kind of array (matrices, vectors, an odd last band) and precision, whatever the shapes. The options below
-keep the compiler from storing what is cheaper computed again.
+graphs for each kind of array (matrices, vectors, an odd last band) and precision, whatever the shapes. The options
+below keep the compiler from storing what is cheaper computed again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfn_optim.passes import Network, look, move, move_, sums_of
+from nfn_optim.passes import Network, collect, look, move_, sums_of, take
 
 OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 10**5,
@@ -31,40 +31,33 @@ _broken: list[str] = []  # why compilation failed in this process
 
 @dataclass(frozen=True)
 class Kernel:
-    """How the passes run.
+    """The two passes in place, over arrays without batch dimensions.
 
     Args:
         compiled: Compile them with `torch.compile`, at their first use; needs a C++ compiler on a CPU. Where it fails,
             one warning, and all goes on uncompiled.
-        in_place: Change parameters and moments in place; else pure, and differentiable.
-        band: Weights that a pass in place takes at a time. It holds some 20 numbers for each.
+        band: Weights that are taken at a time, some 20 numbers held for each.
     """
 
     compiled: bool = False
-    in_place: bool = False
     band: int = 2**19
 
     def look(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
-        """The first pass, see `passes.look`: sums `(*batch, rows, ROW_CHANNELS)` and `(*batch, rest, ROW_CHANNELS)`."""
-        if not self.in_place:
-            by_row, by_column = self._run(_sums, p, g, moments, corrections)
-            return by_row, by_column
-        row_sums, column_sums = [], []
+        """The first pass: sums `(rows, ROW_CHANNELS)` and `(rest, ROW_CHANNELS)`."""
+        by_row, by_column = [], []
         for part in self._bands(p):
-            even = (part.stop - part.start) % TOGETHER == 0 and len(corrections) == 1
-            together = TOGETHER if self.compiled and even else 1
             arrays = [x[part] for x in (p, g, *moments)]
-            found = self._run(look, *arrays[:2], arrays[2:], _rows(corrections, part), together)
-            rows, columns = sums_of(*found)
-            row_sums.append(rows)
-            column_sums.append(columns)
-        return torch.cat(row_sums), sum(column_sums[1:], column_sums[0])
+            args = (*arrays[:2], arrays[2:], _rows(corrections, part))
+            if self._compiles:
+                even = (part.stop - part.start) % TOGETHER == 0 and len(corrections) == 1
+                rows, columns = collect(*self._run(look, *args, TOGETHER if even else 1))
+            else:
+                rows, columns = sums_of(take(*args)[1])
+            by_row.append(rows)
+            by_column.append(columns)
+        return torch.cat(by_row), sum(by_column[1:], by_column[0])
 
-    def move(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, *said: Any) -> Any:
-        """The second pass, pure: see `passes.move`."""
-        return self._run(move, p, g, moments, corrections, *said)
-
-    def move_(  # noqa: PLR0913 - as `passes.move`
+    def move_(  # noqa: PLR0913, PLR0917 - as `passes.move_`
         self,
         p: Tensor,
         g: Tensor,
@@ -73,14 +66,13 @@ class Kernel:
         heard: Tensor,
         gain: Tensor | None,
         network: Network | None,
-        *,
         still: bool,
     ) -> None:
-        """The second pass in place: see `passes.move_`. No batch."""
+        """The second pass, see `passes.move_`."""
         for part in self._bands(p):
             arrays = [x[part] for x in (p, g, *moments)]
-            said = (_rows(corrections, part), _rows(heard, part), gain, network)
-            self._run(move_, *arrays[:2], arrays[2:], *said, still=still)
+            said = (_rows(corrections, part), _rows(heard, part), gain, network, still)
+            self._run(move_, *arrays[:2], arrays[2:], *said)
 
     def _bands(self, p: Tensor) -> Iterator[slice]:
         """Parts of the rows of an array, of `TOGETHER` rows at least."""
@@ -89,14 +81,19 @@ class Kernel:
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 
-    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    @property
+    def _compiles(self) -> bool:
+        """Whether compilation is wanted and possible."""
+        return self.compiled and not _broken
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function, compiled if that is wanted and possible."""
-        if not self.compiled or _broken:
-            return function(*args, **kwargs)
+        if not self._compiles:
+            return function(*args)
         import torch._dynamo.exc  # noqa: PLC0415 - heavy, and only for those who compile
 
         try:
-            return _compiled(function)(*args, **kwargs)
+            return _compiled(function)(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             _broken.append(str(error))
             warnings.warn(
@@ -104,15 +101,7 @@ class Kernel:
                 f"install a C++ compiler, or say compile=False to silence this",
                 stacklevel=2,
             )
-            return function(*args, **kwargs)
-
-
-PURE = Kernel()
-
-
-def _sums(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
-    """All of the first pass."""
-    return sums_of(*look(p, g, moments, corrections))
+            return function(*args)
 
 
 @cache

@@ -216,7 +216,7 @@ class NFNOptimizer(torch.optim.Optimizer):
 
     def _kernel(self, weights: int) -> Kernel:
         """How the passes run at this step."""
-        return Kernel(in_place=True, compiled=False)
+        return Kernel()
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rule's tensors where and in which dtype they are needed; empty if that is how they are."""

@@ -1,32 +1,29 @@
 """The two passes over the weights: all of a step whose cost grows with the number of weights.
 
-    look    reads p, g and the moments, and sums products of raw channels over rows and over columns
-    move    reads the same and what was said to the weights since; writes p and the moments
+    first     reads p, g and the moments, and sums products of raw channels over rows and over columns
+    second    reads the same and what was said to the weights since; yields the update and the new moments
 
-Both see a tensor as an array `(*batch, rows, rest)`: its first dimension, and all others. Both bring the moments up to
-date for themselves, which costs less than to write them in one pass and read them in the next, so that the first pass
-changes nothing. What follows from its sums for the weights of one row comes as one vector, `heard` `(*batch, rows or 1,
-heard channels)`, and what follows for columns and taps as one factor, `gain` `(*batch, 1, rest)`:
+Both see a tensor as an array `(*batch, rows, rest)`: its first dimension, and all others. What follows from the sums
+for the weights of one row comes as one vector, `heard` `(*batch, rows or 1, heard channels)`, and what follows for
+columns and taps as one factor, `gain` `(*batch, 1, rest)`:
 
-    update = gain (h_0 f_0 + h_1 f_1 + h_2 f_2 + h_3 p + h_4 clip(h_5 m^)) + h_6 p          form "linear"
-    update = gain h_0 (f_0 + h_1 n(f; h_5 ...)) + h_4 p                                    form "network"
+    update = gain (h_0 f_0 + h_1 f_1 + h_2 f_2 + h_3 p + h_4 clip(h_5 m^)) + h_6 p                 form "linear"
+    update = gain h_0 (f_0 + h_3 sum_j a_j tanh(w_j . f' + b_j + h_4+j)) + h_-1 p                  form "network"
 
-with f the raw channels of `nfn_optim.features`. The functions are the same whether they are compiled or not, whether
-arrays are tensors or some rows of one, and whether what they return is written in place or differentiated.
+with f the raw channels of `nfn_optim.features` and f' the channels, their units h_1 and h_2. `take`, `sums_of` and
+`answer` are that mathematics. The rule calls them as they are where it is pure; `look` and `move_`, made of them, work
+in place, remember nothing from one pass to the next, and may be compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nfn_optim.features import BETA1, BETA2, BETA_SLOW, CHANNELS, CLIP, EPS, ROW_CHANNELS, TINY
+from nfn_optim.features import BETA1, BETA2, BETA_SLOW, CLIP, EPS, ROW_CHANNELS, TINY
 
-LINEAR = CHANNELS + 2  # heard channels of form "linear"
-NETWORK = 5  # of form "network", before those of its hidden units
 Network = tuple[Tensor, Tensor, Tensor]
 """The network per weight: `(*batch, hidden, CHANNELS)`, `(*batch, hidden)`, `(*batch, 1, hidden)`, batch or none."""
 
@@ -71,110 +68,106 @@ def products_of(raw: Sequence[Tensor]) -> list[Tensor]:
     return [*(x * x for x in raw), raw[1] * raw[2]]
 
 
+def take(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """New moments and the raw channels with them: `see` after `advance`."""
+    new = advance(g, moments)
+    return new, see(p, g, new, corrections)
+
+
+def sums_of(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums of products over rows, `(*batch, rows, ROW_CHANNELS)`, and over columns, `(*batch, rest, ROW_CHANNELS)`."""
+    products = torch.stack(products_of(raw), -3)  # (*batch, ROW_CHANNELS, rows, rest)
+    return products.sum(-1).mT, products.sum(-2).mT
+
+
+def answer(raw: Sequence[Tensor], p: Tensor, heard: Tensor, gain: Tensor | None, network: Network | None) -> Tensor:
+    """The update.
+
+    Args:
+        raw: As `see` returns them.
+        p: Parameters `(*batch, rows, rest)`.
+        heard: What rows and tensors say, `(*batch, rows or 1, heard channels)`; without M the first and the last alone.
+        gain: What columns and taps say, `(*batch, 1, rest)`.
+        network: The network per weight, if the form has one.
+
+    Returns:
+        `(*batch, rows, rest)` in the precision of the moments.
+    """
+    first, *said, decay = heard.unsqueeze(-2).unbind(-1)  # (*batch, rows or 1, 1) each
+    update = raw[0] * first
+    if network is not None:
+        relative, unit, activity, *said = said
+        channels = [*raw[:3], raw[3] * relative, (raw[4] * unit).clamp(-CLIP, CLIP)]
+        update = update + first * activity * _network(channels, said, network)
+    elif said:
+        *coefficients, unit = said
+        for x, c in zip([*raw[1:4], (raw[4] * unit).clamp(-CLIP, CLIP)], coefficients, strict=True):
+            update = torch.addcmul(update, x, c)
+    if gain is not None:
+        update = update * gain
+    return torch.addcmul(update, p.to(update.dtype), decay)
+
+
 def look(
     p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, together: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The first pass, but for additions that `sums_of` makes.
+    """The first pass over some rows of an array, but for additions that `collect` makes.
 
     Args:
-        p: Parameters `(*batch, rows, rest)`.
+        p: Parameters `(rows, rest)`.
         g: Gradients, the same shape.
         moments: Of the last step.
         corrections: As in `see`, of this step.
         together: So many rows are added up before anything is stored; divides their number.
 
     Returns:
-        For each of the `ROW_CHANNELS` products what is to be summed over columns, `(*batch, rows / together, rest)`;
-        and sums over rows, for every row of `together` of each product, `(*batch, rows / together)`.
+        For each of the `ROW_CHANNELS` products what is to be summed over columns, `(rows / together, rest)`; and sums
+        over rows, for every row of `together` of each product, `(rows / together,)`.
     """
     arrays = [torch.unflatten(x, -2, (-1, together)).unbind(-2) for x in (p, g, *moments)]
     found = []
-    for now_p, now_g, *now_moments in zip(*arrays, strict=True):  # (*batch, rows / together, rest)
-        new = advance(now_g, now_moments)
-        found.append(products_of(see(now_p, now_g, new, corrections)))
-    columns = [
-        sum(same[1:], same[0]) for same in zip(*found, strict=True)
-    ]  # first: a compiler fuses in this order only
+    for now_p, now_g, *now_moments in zip(*arrays, strict=True):  # (rows / together, rest)
+        found.append(products_of(take(now_p, now_g, now_moments, corrections)[1]))
+    columns = [sum(x[1:], x[0]) for x in zip(*found, strict=True)]  # before rows: the compiler fuses in this order only
     return columns, [x.sum(-1) for products in found for x in products]
 
 
-def sums_of(columns: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Put the sums of the first pass together.
-
-    Args:
-        columns: As `look` returns them.
-        rows: As `look` returns them.
-
-    Returns:
-        Over rows `(*batch, rows, ROW_CHANNELS)` and over columns `(*batch, rest, ROW_CHANNELS)`.
-    """
-    by_row = torch.unflatten(torch.stack(list(rows), -1), -1, (-1, ROW_CHANNELS)).flatten(-3, -2)
-    return by_row, torch.stack([x.sum(-2) for x in columns], -1)
+def collect(columns: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The sums over rows `(rows, ROW_CHANNELS)` and over columns `(rest, ROW_CHANNELS)`, of what `look` returns."""
+    by_row = torch.stack(list(rows), -1)  # (rows / together, together ROW_CHANNELS)
+    return by_row.reshape(-1, ROW_CHANNELS), torch.stack([x.sum(-2) for x in columns], -1)
 
 
-def move(
+def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made of
     p: Tensor,
     g: Tensor,
     moments: Sequence[Tensor],
     corrections: Tensor,
     heard: Tensor,
-    gain: Tensor | None = None,
-    network: Network | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The second pass.
+    gain: Tensor | None,
+    network: Network | None,
+    still: bool,
+) -> None:
+    """The second pass over some rows of an array, in place.
 
     Args:
-        p: Parameters `(*batch, rows, rest)`.
+        p: Parameters `(rows, rest)`, moved unless `still`.
         g: Gradients, the same shape.
-        moments: Of the last step.
-        corrections: As in `see`, of this step.
-        heard: What rows and tensors say, `(*batch, rows or 1, heard channels)`; two where there is no M: h_0 and decay.
-        gain: What columns and taps say, `(*batch, 1, rest)`.
-        network: The network per weight, if the form has one.
-
-    Returns:
-        Update and new moments, in the precision of the moments.
-    """
-    new = advance(g, moments)
-    raw = see(p, g, new, corrections)
-    first, *said, decay = heard.unsqueeze(-2).unbind(-1)  # (*batch, rows or 1, 1) each
-    update = raw[0] * first
-    if network is not None:
-        units, activity, said = said[:2], said[2], said[3:]
-        update = update + first * activity * _answer([*_scaled(raw, *units)], said, network)
-    elif said:
-        *coefficients, unit = said
-        channels = [*raw[1:4], (raw[4] * unit).clamp(-CLIP, CLIP)]
-        for x, c in zip(channels, coefficients, strict=True):
-            update = update + x * c
-    if gain is not None:
-        update = update * gain
-    return update + p.to(update.dtype) * decay, new
-
-
-def move_(p: Tensor, g: Tensor, moments: Sequence[Tensor], *said: Any, still: bool = False) -> None:
-    """The second pass in place.
-
-    Args:
-        p: Parameters, moved unless `still`.
-        g: As in `move`.
         moments: Of the last step; become those of this one.
-        said: The other arguments of `move`.
+        corrections: As in `see`, of this step.
+        heard: As in `answer`; so are `gain` and `network`.
+        gain: See there.
+        network: See there.
         still: Leave parameters as they are.
     """
-    update, new = move(p, g, moments, *said)
+    new, raw = take(p, g, moments, corrections)
     if not still:
-        p.copy_(p + update)
+        p.copy_(p + answer(raw, p, heard, gain, network))
     for old, value in zip(moments, new, strict=True):
         old.copy_(value)
 
 
-def _scaled(raw: Sequence[Tensor], relative: Tensor, shared: Tensor) -> list[Tensor]:
-    """Raw channels times their units."""
-    return [*raw[:3], raw[3] * relative, (raw[4] * shared).clamp(-CLIP, CLIP)]
-
-
-def _answer(channels: Sequence[Tensor], heard: Sequence[Tensor], network: Network) -> Tensor:
+def _network(channels: Sequence[Tensor], heard: Sequence[Tensor], network: Network) -> Tensor:
     """The network per weight, one hidden unit after the other so that all of them are one loop over the weights.
 
     Args:

@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfn_optim import features
+from nfn_optim import features, passes
 from nfn_optim.arrays import Block, Pooled, layouts_of
 from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS, State
-from nfn_optim.kernel import PURE, Kernel
+from nfn_optim.kernel import Kernel
 from nfn_optim.layers import Incidence, TiedStack
 from nfn_optim.passes import Network
 from nfn_optim.symmetry import Symmetry
@@ -164,9 +164,9 @@ class UpdateRule(nn.Module):
         weight_decay: Hyper = 0.0,
         total_steps: Tensor | float | None = None,
         batch_dims: int = 0,
-        kernel: Kernel = PURE,
+        kernel: Kernel | None = None,
     ) -> tuple[dict[str, Tensor], State]:
-        """One step: what to add to the parameters, and the new state. Pure; nothing is changed unless `kernel` does so.
+        """One step: what to add to the parameters, and the new state. Pure, unless there is a `kernel`.
 
         Args:
             params: Name -> tensor `(*batch, *shape)`; the names of `symmetry`, in its order or another.
@@ -177,8 +177,8 @@ class UpdateRule(nn.Module):
             weight_decay: Decoupled weight decay, per unit of learning rate; as `lr`.
             total_steps: The horizon in steps, if known; 0 where it is not. A number or `(*batch,)`.
             batch_dims: How many leading dimensions of every tensor are batch: independent networks of one shape.
-            kernel: How the passes over the weights run. In place (no batch, no gradients) parameters and state are
-                changed, no update is returned, and parameters whose `lr` is the number 0 keep every bit.
+            kernel: Change parameters and state in place instead, and return no update. There is no batch then, nothing
+                is differentiated, and parameters whose `lr` is the number 0 keep every bit.
 
         Returns:
             Update and state; new parameters are `params + update`.
@@ -192,11 +192,13 @@ class UpdateRule(nn.Module):
         corrections = features.corrections_of(steps)
         tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
         blocks = [Block.of(x, tensors, corrections) for x in layouts_of([x[0] for x in tensors], batch_dims)]
+        seen = [passes.take(*block.arrays) for block in blocks if kernel is None]
         counters = {"step": steps}
         if self.learns:
             pooled: dict[int, Pooled] = {}
-            for block in blocks:
-                pooled |= block.layout.means(*kernel.look(*block.arrays))
+            for k, block in enumerate(blocks):
+                sums = passes.sums_of(seen[k][1]) if kernel is None else kernel.look(*block.arrays)
+                pooled |= block.layout.means(*sums)
             said, untrusted = self._say(
                 [pooled[i] for i in range(len(names))], steps, incidence, total_steps, (rate, decay)
             )
@@ -207,28 +209,29 @@ class UpdateRule(nn.Module):
             said = [Said(x) for x in torch.split(heard, incidence.lengths, -2)]
         update: dict[str, Tensor] = {}
         new: State = {n: dict(state[n]) for n in names}
-        for block in blocks:
+        for k, block in enumerate(blocks):
             layout = block.layout
             parts = [said[i] for i in layout.numbers]
             heard = parts[0].heard if len(parts) == 1 else torch.cat([x.heard for x in parts], -2)
             words = (heard, layout.gain([x.gains for x in parts]) if self.learns else None, self._network())
-            still = {i for i in layout.numbers if _is_zero(lr, names[i])}
-            if kernel.in_place:
-                kernel.move_(*block.arrays, *words, still=len(still) == len(layout.numbers))
+            if kernel is not None:
+                still = {i for i in layout.numbers if _is_zero(lr, names[i])}
+                kernel.move_(*block.arrays, *words, len(still) == len(layout.numbers))
                 block.write_back(still)
                 continue
-            found, moments = kernel.move(*block.arrays, *words)
-            for i, u, *values in zip(layout.numbers, *(layout.unfold(x) for x in (found, *moments)), strict=True):
+            moments, raw = seen[k]
+            arrays = (passes.answer(raw, block.arrays[0], *words), *moments)
+            for i, u, *values in zip(layout.numbers, *(layout.unfold(x) for x in arrays), strict=True):
                 update[names[i]] = u
                 new[names[i]] |= dict(zip(MOMENTS, values, strict=False))
         for key, value in counters.items():
             counts = value.unbind(-1)
-            if kernel.in_place:
+            if kernel is not None:
                 torch._foreach_copy_([state[n][key] for n in names], counts)
             else:
                 for n, count in zip(names, counts, strict=True):
                     new[n][key] = count
-        return update, state if kernel.in_place else new
+        return update, new if kernel is None else state
 
     def _cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
         """What the learning rate is multiplied by, `(*batch, T)`: 1, falling to zero at the end of a known horizon."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nfn_optim import features, passes
 from nfn_optim.arrays import layouts_of
-from nfn_optim.kernel import PURE
 from nfn_optim.layers import Incidence
 from nfn_optim.symmetry import Symmetry
 
@@ -148,8 +147,8 @@ def test_rows_are_pooled_over_all_other_dimensions(order: tuple[int, ...]) -> No
     corrections = features.corrections_of(torch.ones(1, 1, dtype=torch.float64))
     (layout,) = layouts_of([p], 0)
     arrays = [layout.fold([x]) for x in (p, g, *moments)]
-    by_dim, whole = layout.means(*PURE.look(arrays[0], arrays[1], arrays[2:], corrections[0]))[0]
-    raw = passes.see(arrays[0], arrays[1], passes.advance(arrays[1], arrays[2:]), corrections[0])
+    _, raw = passes.take(arrays[0], arrays[1], arrays[2:], corrections[0])
+    by_dim, whole = layout.means(*passes.sums_of(raw))[0]
     raw = [layout.unfold(x)[0] for x in raw]
     assert [tuple(rows.shape) for rows in by_dim] == [(n, features.ROW_CHANNELS) for n in p.shape]
     torch.testing.assert_close(by_dim[1][1, 1], raw[1][:, 1].square().mean())
