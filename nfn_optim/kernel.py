@@ -46,16 +46,16 @@ class Kernel:
         """The first pass: sums `(rows, ROW_CHANNELS)` and `(rest, ROW_CHANNELS)`."""
         by_row, by_column = [], []
         for part in self._bands(p):
-            arrays = [x[part] for x in (p, g, *moments)]
-            args = (*arrays[:2], arrays[2:], _rows(corrections, part))
+            now_p, now_g, *now = (x[part] for x in (p, g, *moments))
+            correction = _rows(corrections, part)
             if self._compiles:
-                even = (part.stop - part.start) % TOGETHER == 0 and len(corrections) == 1
-                rows, columns = collect(*self._run(look, *args, TOGETHER if even else 1))
+                together = TOGETHER if len(now_p) % TOGETHER == 0 and len(corrections) == 1 else 1
+                rows, columns = collect(*self._run(look, now_p, now_g, now, correction, together))
             else:
-                rows, columns = sums_of(take(*args)[1])
+                rows, columns = sums_of(take(now_p, now_g, now, correction)[1])
             by_row.append(rows)
             by_column.append(columns)
-        return torch.cat(by_row), sum(by_column[1:], by_column[0])
+        return by_row[0] if len(by_row) == 1 else torch.cat(by_row), sum(by_column[1:], by_column[0])
 
     def move_(  # noqa: PLR0913, PLR0917 - as `passes.move_`
         self,
@@ -70,9 +70,9 @@ class Kernel:
     ) -> None:
         """The second pass, see `passes.move_`."""
         for part in self._bands(p):
-            arrays = [x[part] for x in (p, g, *moments)]
+            now_p, now_g, *now = (x[part] for x in (p, g, *moments))
             said = (_rows(corrections, part), _rows(heard, part), gain, network, still)
-            self._run(move_, *arrays[:2], arrays[2:], *said)
+            self._run(move_, now_p, now_g, now, *said)
 
     def _bands(self, p: Tensor) -> Iterator[slice]:
         """Parts of the rows of an array, of `TOGETHER` rows at least."""
