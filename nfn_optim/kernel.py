@@ -8,6 +8,9 @@ below keep the compiler from storing what is cheaper computed again.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,8 +108,17 @@ class Kernel:
 
 
 @cache
+def can_compile() -> bool:
+    """Whether there is a C++ compiler, as `torch.compile` looks for it."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+
+
+@cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled function, for all shapes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, as it imports its compiler
+        import torch._inductor.compile_fx  # noqa: PLC0415 - heavy
     return torch.compile(function, dynamic=True, options=OPTIONS)
 
 

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nfn_optim.discovery import Discovery, complete, names_of, symmetry_of_calls, unwrap
-from nfn_optim.kernel import Kernel
+from nfn_optim.kernel import Kernel, can_compile
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
 
 BETAS = (0.9, 0.999)
+PATIENCE = 10**9  # updates of single weights after which compilation has paid
 MAX_RESTRICTIONS = 64  # symmetries of parts of the network kept, for steps in which some parameters have no gradient
 
 
@@ -62,6 +63,9 @@ class NFNOptimizer(torch.optim.Optimizer):
         symmetry: The symmetry of the parameters by name, or in order when the parameters have no names.
         total_steps: The horizon in steps, if known.
         maximize: Ascend instead of descend.
+        compile: Whether steps are compiled, which takes some ten seconds once and then some seconds in each process. By
+            default they are as soon as that has paid: after `PATIENCE` updates of single weights, 100 steps of ten
+            million parameters, and where there is a compiler. Compiled and uncompiled steps differ by rounding.
 
     Raises:
         ValueError: No parameters, a hyperparameter out of range, or a symmetry or rule that does not fit.
@@ -87,6 +91,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         symmetry: Symmetry | None = None,
         total_steps: int | None = None,
         maximize: bool = False,
+        compile: bool | None = None,
     ) -> None:
         if isinstance(params_or_model, nn.Module):
             model = params_or_model if model is None else model
@@ -107,6 +112,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._rule_name = type(rule).__name__ if isinstance(rule, UpdateRule) else os.fspath(rule)
         self._modules = [] if model is None else [weakref.ref(unwrap(model))]
         self._given = symmetry
+        self._compile, self._work = compile, 0
         self._ready = self._warned = self._traced = False
         self._forget_layout()
         defaults = {
@@ -215,8 +221,9 @@ class NFNOptimizer(torch.optim.Optimizer):
             torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
 
     def _kernel(self, weights: int) -> Kernel:
-        """How the passes run at this step."""
-        return Kernel()
+        """How a step runs over so many weights."""
+        self._work += weights
+        return Kernel(compiled=(self._work > PATIENCE and can_compile()) if self._compile is None else self._compile)
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rule's tensors where and in which dtype they are needed; empty if that is how they are."""
@@ -400,7 +407,18 @@ class NFNOptimizer(torch.optim.Optimizer):
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = ("rule", "_rule_name", "_given", "_ready", "_warned", "_traced", "_names", "_symmetry")
+        mine = (
+            "rule",
+            "_rule_name",
+            "_compile",
+            "_work",
+            "_given",
+            "_ready",
+            "_warned",
+            "_traced",
+            "_names",
+            "_symmetry",
+        )
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

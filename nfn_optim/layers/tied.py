@@ -29,6 +29,8 @@ class SharedLinear(nn.Linear):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Apply it. `(*batch, N, C) -> (*batch, N, D)`; weight `(*batch, D, C)` or `(D, C)`, bias likewise."""
+        if self.weight.dim() == 2:  # noqa: PLR2004 - one map for all: the same in fewer operations
+            return super().forward(rows)
         mapped = rows @ self.weight.mT
         return mapped if self.bias is None else mapped + self.bias.unsqueeze(-2)
 
