@@ -175,6 +175,7 @@ class Block:
         Args:
             still: Numbers of the tensors whose parameter does not change.
         """
+        torch.autograd.graph.increment_version(self.tensors[0])  # a compiled pass does not tell
         p, _, moments, _ = self.arrays
         ps, _, *kinds = self.tensors
         pairs: list[tuple[Tensor, Tensor]] = []

@@ -40,10 +40,12 @@ class Kernel:
         compiled: Compile them with `torch.compile`, at their first use; needs a C++ compiler on a CPU. Where it fails,
             one warning, and all goes on uncompiled.
         band: Weights that are taken at a time, some 20 numbers held for each.
+        least: Arrays of fewer weights are not compiled, since their cost is that of calling anything at all.
     """
 
     compiled: bool = False
     band: int = 2**19
+    least: int = 2**14
 
     def look(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
         """The first pass: sums `(rows, ROW_CHANNELS)` and `(rest, ROW_CHANNELS)`."""
@@ -51,9 +53,9 @@ class Kernel:
         for part in self._bands(p):
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
             correction = _rows(corrections, part)
-            if self._compiles:
+            if self._compiles(p):
                 together = TOGETHER if len(now_p) % TOGETHER == 0 and len(corrections) == 1 else 1
-                rows, columns = collect(*self._run(look, now_p, now_g, now, correction, together))
+                rows, columns = collect(*_compiled(look)(now_p, now_g, now, correction, together))
             else:
                 rows, columns = sums_of(take(now_p, now_g, now, correction)[1])
             by_row.append(rows)
@@ -75,7 +77,7 @@ class Kernel:
         for part in self._bands(p):
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
             said = (_rows(corrections, part), _rows(heard, part), gain, network, still)
-            self._run(move_, now_p, now_g, now, *said)
+            (_compiled(move_) if self._compiles(p) else move_)(now_p, now_g, now, *said)
 
     def _bands(self, p: Tensor) -> Iterator[slice]:
         """Parts of the rows of an array, of `TOGETHER` rows at least."""
@@ -84,27 +86,9 @@ class Kernel:
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 
-    @property
-    def _compiles(self) -> bool:
-        """Whether compilation is wanted and possible."""
-        return self.compiled and not _broken
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function, compiled if that is wanted and possible."""
-        if not self._compiles:
-            return function(*args)
-        import torch._dynamo.exc  # noqa: PLC0415 - heavy, and only for those who compile
-
-        try:
-            return _compiled(function)(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            _broken.append(str(error))
-            warnings.warn(
-                f"the update rule could not be compiled and goes on uncompiled, which is slower: {str(error)[:500]}; "
-                f"install a C++ compiler, or say compile=False to silence this",
-                stacklevel=2,
-            )
-            return function(*args)
+    def _compiles(self, p: Tensor) -> bool:
+        """Whether passes over an array are compiled."""
+        return self.compiled and p.numel() >= self.least
 
 
 @cache
@@ -115,11 +99,31 @@ def can_compile() -> bool:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function, for all shapes."""
+    """A function compiled for all shapes; itself, with one warning, if that fails when it is first called."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, as it imports its compiler
-        import torch._inductor.compile_fx  # noqa: PLC0415 - heavy
-    return torch.compile(function, dynamic=True, options=OPTIONS)
+        import torch._dynamo.exc  # noqa: PLC0415 - heavy, and only for those who compile
+        import torch._inductor.compile_fx  # noqa: PLC0415
+    run = torch.compile(function, dynamic=True, options=OPTIONS)
+
+    def call(p: Tensor, g: Tensor, moments: Sequence[Tensor], *said: Any) -> Any:
+        if _broken:
+            return function(p, g, moments, *said)
+        # what is a view, and where it starts, would be compiled in
+        arrays = [x.data for x in (p, g, *moments)]
+        others = [x.clone() if isinstance(x, Tensor) else x for x in said]
+        try:
+            return run(*arrays[:2], arrays[2:], *others)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _broken.append(str(error))
+            warnings.warn(
+                f"the update rule could not be compiled and goes on uncompiled, which is slower: {str(error)[:500]}; "
+                f"install a C++ compiler, or say compile=False to silence this",
+                stacklevel=3,
+            )
+            return function(p, g, moments, *said)
+
+    return call
 
 
 def _rows(value: Tensor, part: slice) -> Tensor:

@@ -123,7 +123,8 @@ def train(name: str, dtype: torch.dtype, *, compiled: bool = False, disturbance:
     network = ZOO[name]
     model = network.module().to(dtype)
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in network.inputs()]
-    optimizer = NFNOptimizer(model, rule=random_rule(), compile=compiled)
+    optimizer = NFNOptimizer(model, rule=random_rule())
+    optimizer._kernel = lambda _: Kernel(compiled=compiled, least=30)  # type: ignore[method-assign]
     for _ in range(200):
         optimizer.zero_grad()
         torch.autograd.backward((model(*inputs).float() - 1).square().mean())
@@ -153,18 +154,22 @@ def test_compiled_training_is_uncompiled_training(counted: dict[str, int]) -> No
         apart = (train(name, dtype, compiled=True) - plain).norm() / plain.norm()
         allowed = (train(name, dtype, disturbance=digit) - plain).norm() / plain.norm()
         assert apart < max(3 * allowed, digit), name
-    assert 0 < counted["unique_graphs"] <= 8
+        most = 6 if dtype == torch.float32 else 12
+        assert 0 < counted["unique_graphs"] <= most, name  # each network but the first has what it needs
 
 
 @compiler
 def test_what_cannot_be_compiled_goes_on_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads, rule = draw(0), draw(1), random_rule()
     monkeypatch.setattr(kernel, "_broken", [])
-    monkeypatch.setattr(kernel, "_compiled", refuse)
+    monkeypatch.setattr(torch, "compile", refuse)
+    kernel._compiled.cache_clear()
     expected = {n: p.clone() for n, p in params.items()}
+    rule = rule.requires_grad_(False)
     rule(expected, grads, rule.init(params), SYMMETRY, lr=0.01, kernel=Kernel())
-    with torch.no_grad(), pytest.warns(UserWarning, match="could not be compiled") as caught:
-        rule(params, grads, rule.init(params), SYMMETRY, lr=0.01, kernel=Kernel(compiled=True))
+    with pytest.warns(UserWarning, match="could not be compiled") as caught:
+        rule(params, grads, rule.init(params), SYMMETRY, lr=0.01, kernel=Kernel(compiled=True, least=0))
+    kernel._compiled.cache_clear()
     assert len(caught) == 1
     assert all(torch.allclose(p, expected[n], rtol=1e-5) for n, p in params.items())
 
@@ -182,7 +187,7 @@ def test_compilation_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not patient._kernel(8).compiled
 
 
-def refuse(function: object) -> object:
+def refuse(_: object, **__: object) -> object:
     """A compiler that fails when what it compiled is called."""
 
     def fail(*_: object) -> None:

@@ -40,6 +40,9 @@ nfn_optim.layers.latent
 nfn_optim.layers.weights
 nfn_optim.layers
 nfn_optim.features
+nfn_optim.passes
+nfn_optim.kernel
+nfn_optim.arrays
 nfn_optim.network
 nfn_optim.naming
 nfn_optim.certificate
