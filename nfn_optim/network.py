@@ -83,6 +83,21 @@ def minimised(output: Any) -> Any:
     return {name: value for name, value in fields.items() if name not in CACHES}
 
 
+def disconnect(module: nn.Module) -> None:
+    """Take off the hooks by which FSDP2 and tensor parallelism communicate around a forward pass.
+
+    Without them the module computes the same from whole tensors; `untouched` puts them back.
+    """
+    for sub in module.modules():
+        for hooks in (sub._forward_pre_hooks, sub._forward_hooks):
+            for key in [key for key, hook in hooks.items() if _origin_of(hook).startswith("torch.distributed.")]:
+                del hooks[key]
+
+
+def _origin_of(hook: Any) -> str:
+    return getattr(hook, "__module__", None) or ""
+
+
 @contextlib.contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Undo what a forward pass leaves behind: attributes of modules, and the state of the random number generators."""

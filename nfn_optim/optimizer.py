@@ -26,6 +26,7 @@ from torch.func import functional_call
 from nfn_optim.discovery import Discovery, complete, names_of, symmetry_of_calls, unwrap
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
+from nfn_optim.shards import Shards, everywhere, local
 from nfn_optim.symmetry import Symmetry
 
 BETAS = (0.9, 0.999)
@@ -176,7 +177,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         grads = [p.grad for p, _ in everyone if p.grad is not None]
         if not grads:
             return loss
-        if not _is_usable(grads):
+        if not everywhere(_is_usable([local(g) for g in grads]), grads):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             return loss
@@ -192,26 +193,30 @@ class NFNOptimizer(torch.optim.Optimizer):
 
     def _update(self, slots: list[Slot]) -> None:
         """Call the rule for parameters of one device and write back what it says."""
-        params = {name: p for name, p, _ in slots}
-        grads = {name: -p.grad if group["maximize"] else p.grad for name, p, group in slots}  # type: ignore[operator]
-        state = {name: self.state[p] for name, p, _ in slots}
+        shards = Shards.of({name: p for name, p, _ in slots})
+        params = {name: local(p) for name, p, _ in slots}
+        grads = {name: local(p.grad, p) for name, p, _ in slots}  # type: ignore[arg-type]
+        grads = {name: -grads[name] if group["maximize"] else grads[name] for name, _, group in slots}
+        state = {name: {key: local(value) for key, value in self.state[p].items()} for name, p, _ in slots}
+        mine = list(state.items())
         dtypes = {s["exp_avg"].dtype for s in state.values()}
-        dtype, device = max(dtypes, key=lambda d: d.itemsize), slots[0].param.device
+        dtype, device = max(dtypes, key=lambda d: d.itemsize), params[slots[0].name].device
         if len(dtypes) > 1:
             state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
         hypers = {
             "lr": _by_name(slots, "lr"),
             "weight_decay": _by_name(slots, "weight_decay"),
             "total_steps": self.param_groups[0]["total_steps"],
+            "shards": shards,
         }
         with torch.autocast(device.type, enabled=False):
             update, new = functional_call(
                 self.rule, self._theta(device, dtype), (params, grads, state, self._restricted(params)), hypers
             )
-        entries = [(value, new[name][key]) for name, p, _ in slots for key, value in self.state[p].items()]
+        entries = [(value, new[name][key]) for name, s in mine for key, value in s.items()]
         torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
         if moving := [slot for slot in slots if _moves(slot.group)]:
-            torch._foreach_add_([slot.param for slot in moving], [update[slot.name] for slot in moving])
+            torch._foreach_add_([params[slot.name] for slot in moving], [update[slot.name] for slot in moving])
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rule's tensors where and in which dtype they are needed; empty if that is how they are."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from nfn_optim import features
 from nfn_optim.features import CHANNELS, CLIP, ROW_CHANNELS, TENSOR_CHANNELS, State
 from nfn_optim.layers import Incidence, TiedStack
+from nfn_optim.shards import Shards
 from nfn_optim.symmetry import Symmetry
 
 Hyper = float | Tensor | Mapping[str, float | Tensor]
@@ -85,13 +86,20 @@ class Said:
         coefficients: Of each row, `(*batch, shape[0] or 1, channels)`.
         units: Of the channels, `(*batch, CHANNELS)`.
         gains: For every dimension `(*batch, shape[dim])`, the first with the tensor's own; `(*batch, 1)` of a scalar.
+        activity: Root mean square of the nominal direction, 0 when there is nothing to do; `(*batch,)`.
         trusted: Whether the direction is certain to stay in range, `(*batch,)`.
     """
 
     coefficients: Tensor
     units: Tensor
     gains: tuple[Tensor, ...]
+    activity: Tensor
     trusted: Tensor
+
+    def part(self, name: str, shards: Shards) -> Said:
+        """What is said to those weights of the tensor that are here."""
+        gains = tuple(gain[shards.part(name, dim)] for dim, gain in enumerate(self.gains))
+        return replace(self, coefficients=self.coefficients[shards.part(name, 0)], gains=gains)
 
 
 class UpdateRule(nn.Module):
@@ -159,6 +167,7 @@ class UpdateRule(nn.Module):
         weight_decay: Hyper = 0.0,
         total_steps: Tensor | float | None = None,
         batch_dims: int = 0,
+        shards: Shards | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         """One step: what to add to the parameters, and the new state. Pure; nothing is changed in place.
 
@@ -171,6 +180,7 @@ class UpdateRule(nn.Module):
             weight_decay: Decoupled weight decay, per unit of learning rate; as `lr`.
             total_steps: The horizon in steps, if known; 0 where it is not. A number or `(*batch,)`.
             batch_dims: How many leading dimensions of every tensor are batch: independent networks of one shape.
+            shards: Where the tensors are parts of larger ones: which, of `symmetry`, is said of the whole. No batch.
 
         Returns:
             Update and state; new parameters are `params + update`.
@@ -185,7 +195,10 @@ class UpdateRule(nn.Module):
             raw = [
                 features.see(p, grads[n], moments, n, i, batch_dims) for i, (n, p) in enumerate(params.items())
             ]  # the first pass over the weights ends with pooling
-            said = self._say([features.pool(x, batch_dims) for x in raw], moments, incidence, total_steps, batch_dims)
+            pooled = [features.pool(x, batch_dims) for x in raw]
+            pooled = pooled if shards is None else shards.gather(names, pooled)
+            said = self._say(pooled, moments, incidence, total_steps, batch_dims)
+            said = said if shards is None else [s.part(n, shards) for n, s in zip(names, said, strict=True)]
         cooling = self._cooling(moments.steps, total_steps)
         update = {}
         for i, (name, p) in enumerate(params.items()):
@@ -266,7 +279,8 @@ class UpdateRule(nn.Module):
                 bound = bound * gain.detach().amax(-1)
             trusted = (bound <= FALLBACK_RMS) & torch.isfinite(by_scale[..., i])  # False for NaN
             first = first * by_scale[..., i, None]
-            said.append(Said(coefficients, units[..., i, :], (first, *gains), trusted))
+            activity = (tensor[..., 0] + features.TINY).sqrt()
+            said.append(Said(coefficients, units[..., i, :], (first, *gains), activity, trusted))
         return said
 
     def _reach(self, means: Tensor, units: Tensor, coefficients: Tensor) -> Tensor:
@@ -309,7 +323,7 @@ class UpdateRule(nn.Module):
         if self.config.form == "linear":
             learned = sum(x * _along(c, ndim, 0) for x, c in zip(channels, heard.unbind(-1), strict=True))
         else:
-            learned = self._network(channels, heard, batch_dims)
+            learned = self._network(channels, heard, batch_dims) * features.spread(said.activity, nominal, batch_dims)
         direction = _along(first, ndim, 0) * (nominal + learned)
         for dim, gain in enumerate(gains, 1):
             direction = direction * _along(gain, ndim, dim)
@@ -323,8 +337,8 @@ class UpdateRule(nn.Module):
         rows = f.reshape((*f.shape[: batch_dims + 1], heard.shape[-2], rest))  # (*batch, CHANNELS, shape[0], rest)
         seen = torch.einsum("...krc,hk->...hrc", rows, self.see.weight) + self.see.bias[:, None, None]
         answer = torch.tanh(seen + heard.transpose(-1, -2).unsqueeze(-1))  # (*batch, hidden, shape[0], rest)
-        answer = torch.einsum("...hrc,h->...rc", answer, self.answer.weight[0]).reshape((*f.shape[:batch_dims], *shape))
-        return answer * _activity(channels[0], batch_dims)
+        answer = torch.einsum("...hrc,h->...rc", answer, self.answer.weight[0])
+        return answer.reshape((*f.shape[:batch_dims], *shape))
 
 
 @lru_cache(maxsize=64)
@@ -350,15 +364,3 @@ def _gain(said: Tensor) -> Tensor:
 def _along(value: Tensor, ndim: int, dim: int) -> Tensor:
     """Place `(*batch, length)` on dimension `dim` of `ndim` dimensions: `(*batch, 1, ..., length, ..., 1)`."""
     return value.reshape((*value.shape[:-1], *(value.shape[-1] if d == dim else 1 for d in range(ndim))))
-
-
-def _rms(value: Tensor, batch_dims: int) -> Tensor:
-    """Root mean square over all but the batch. `(*batch, *shape) -> (*batch,)`."""
-    batch = value.shape[:batch_dims]
-    flat = value.reshape(*batch, -1) if value.numel() else value.new_zeros((*batch, 1))
-    return flat.square().mean(-1).sqrt()
-
-
-def _activity(nominal: Tensor, batch_dims: int) -> Tensor:
-    """Root mean square of the nominal direction, 0 when there is nothing to do. `(*batch, 1, ..., 1)`."""
-    return features.spread((_rms(nominal, batch_dims).square() + features.TINY).sqrt(), nominal, batch_dims)

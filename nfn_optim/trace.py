@@ -41,7 +41,7 @@ from nfn_optim.axes import IN, OUT, Dim, Dims, atoms_of, fix, fresh, shape_of, u
 from nfn_optim.certificate import Certificate, certify
 from nfn_optim.layer_rules import channel_norm
 from nfn_optim.naming import symmetry_from
-from nfn_optim.network import find_tensors, minimised, tensors_of, untouched, unwrap
+from nfn_optim.network import disconnect, find_tensors, minimised, tensors_of, untouched, unwrap
 from nfn_optim.op_call import Call, Result, Rule
 from nfn_optim.op_rules import KEEP_UNIFORM, RULES, opaque, pointwise
 from nfn_optim.symmetry import Symmetry
@@ -131,6 +131,7 @@ def _trace(
 
     tracer = _Tracer(module)
     with untouched(module):
+        disconnect(module)
         fakes = {id(tensor): faked(tensor) for tensor in [*tensors, *scalars]}
         for tensor in tensors:
             tracer.adopt(tensor, fakes[id(tensor)])

@@ -40,6 +40,7 @@ nfn_optim.layers.latent
 nfn_optim.layers.weights
 nfn_optim.layers
 nfn_optim.features
+nfn_optim.shards
 nfn_optim.network
 nfn_optim.naming
 nfn_optim.certificate
