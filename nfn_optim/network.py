@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,6 +37,12 @@ def unwrap(module: nn.Module) -> tuple[nn.Module, str]:
         inner, prefix = unwrap(module.module)
         return inner, f"module.{prefix}"
     return module, ""
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Whether parameters lie flat in shards of FSDP1, without their shapes; to run such a module on fakes breaks it."""
+    package = sys.modules.get("torch.distributed.fsdp")
+    return package is not None and any(isinstance(m, package.FullyShardedDataParallel) for m in module.modules())
 
 
 def find_tensors(value: Any, strict: bool = False, seen: set[int] | None = None) -> list[Tensor]:

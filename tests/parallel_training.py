@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -126,6 +127,18 @@ def mixed_precision() -> Outcome:
     model = sharded(8, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = NFNOptimizer(model.parameters())
     return outcome(model, optimizer, train(model, optimizer))
+
+
+def flattened(use_orig_params: bool) -> Outcome:
+    """FSDP1, which cuts parameters into flat shards, and what is said about it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    optimizer = NFNOptimizer(model.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = train(model, optimizer)
+    return {"losses": losses, "axes": axes_of(optimizer), "warnings": [str(warning.message) for warning in caught]}
 
 
 def tensor_parallel() -> Outcome:

@@ -89,6 +89,15 @@ def test_fully_sharded_in_mixed_precision(ranks: Ranks) -> None:
     assert all(p.dtype == torch.float32 for p in first["params"])
 
 
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_flat_shards_are_trained_one_by_one_with_a_warning(ranks: Ranks, use_orig_params: bool) -> None:
+    for outcome in ranks.run(parallel_training.flattened, use_orig_params):
+        assert falls(outcome["losses"])
+        assert outcome["axes"] == {}
+        (message,) = (text for text in outcome["warnings"] if "deprecated" not in text)
+        assert "FSDP1 flattens parameters" in message
+
+
 def test_tensor_parallel(ranks: Ranks) -> None:
     outcomes = ranks.run(parallel_training.tensor_parallel)
     check(outcomes, alone(8))

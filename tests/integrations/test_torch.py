@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -27,6 +28,29 @@ def test_compiled_model(given: str) -> None:
         assert optimizer.names == tuple(SYMMETRY)
     assert falls(losses[1])
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+
+
+def test_compiled_function_around_a_model() -> None:
+    model = network()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss_of(images: Tensor, classes: Tensor) -> Tensor:
+        return F.cross_entropy(model(images), classes)
+
+    optimizer = NFNOptimizer(model)
+    losses = []
+    for number, (images, classes) in enumerate(batches(STEPS)):
+        loss = loss_of(images, classes)
+        optimizer.zero_grad()
+        loss.backward()
+        with pytest.warns(UserWarning, match="no forward pass") if number == 0 else contextlib.nullcontext():
+            optimizer.step()
+        losses.append(loss.item())
+    assert falls(losses)
+    assert axes_of(optimizer) == {}
+    model(images)  # as for an evaluation
+    optimizer.step()
+    assert axes_of(optimizer) == SYMMETRY
 
 
 def in_backward_by_hand(model: nn.Module) -> list[NFNOptimizer]:
