@@ -2,6 +2,7 @@
 
 python -m meta_train train digits --out runs/digits
 python -m meta_train resume runs/digits
+python -m meta_train evaluate --rule runs/digits/theta.safetensors
 tensorboard --logdir runs
 """
 
@@ -16,6 +17,7 @@ import torch
 import tyro
 
 from meta_train import checkpoint
+from meta_train.evaluate import evaluate
 from meta_train.recipes import RECIPES
 from meta_train.trainer import THETA, Config
 from meta_train.trainer import train as run_trainer
@@ -97,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "resume": resume, "recipes": recipes},
+            {"train": train, "resume": resume, "evaluate": evaluate, "recipes": recipes},
             prog="python -m meta_train",
             description=(__doc__ or "").splitlines()[0],
         )
