@@ -28,6 +28,7 @@ def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
     optimizers = setting.optimizers(training.model, task.steps)
     schedules = [s for o in optimizers if (s := setting.schedule(o, task.steps)) is not None]
     batches = torch.Generator().manual_seed(seed + 1)
+    torch.manual_seed(seed)  # dropout too is the same, whatever the optimizer drew
     checks = {round(task.steps * (number + 1) / task.checks) for number in range(task.checks)}
     losses: list[float] = []
     held_out: list[tuple[int, Scores]] = []

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
@@ -187,6 +188,7 @@ def entries_of(rule: str, label: str, *, thorough: bool) -> tuple[Entry, ...]:
     return (*found, Entry(f"{label}, told, lr tuned", tuned), Entry(f"{label}, told, tensors apart", (apart,)))
 
 
+@torch.random.fork_rng(devices=[])
 def fingerprint(rule: str) -> str:
     """What a rule is and does: its theta, and where it takes a small network, to three digits.
 
@@ -196,19 +198,17 @@ def fingerprint(rule: str) -> str:
     digest = sha256(repr(theta.config).encode())
     for name, value in sorted(theta.state_dict().items()):
         digest.update(name.encode() + value.numpy().tobytes())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        start = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).state_dict()
-        x, y = torch.randn(16, 3), torch.randn(16, 2)
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    x, y = torch.randn(16, 3), torch.randn(16, 2)
     for horizon in (None, 12):
-        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-        model.load_state_dict(start)
+        model = deepcopy(start)
         optimizer = NFNOptimizer(model, lr=1e-2, rule=rule, total_steps=horizon)
         for _ in range(10):
             loss = (model(x) - y).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        for name, p in model.named_parameters():
-            digest.update(f"{(p.detach() - start[name]).norm().item():.3g}".encode())
+        for p, before in zip(model.parameters(), start.parameters(), strict=True):
+            digest.update(f"{(p - before).norm().item():.3g}".encode())
     return digest.hexdigest()

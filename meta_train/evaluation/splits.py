@@ -60,5 +60,9 @@ SPLITS = {
         on_held_out,
         {name: dict(zip(published.COLUMNS, row, strict=True)) for name, row in published.PUBLISHED.items()},
     ),
-    "tiny": Split(tiny.TASKS),
+    "tiny": Split(
+        tiny.TASKS,
+        Entry(TUNED.name, TUNED.grid[5::8]),  # one learning rate, every schedule
+        tuple(Entry(entry.name, entry.grid[-2:]) for entry in OTHERS),
+    ),
 }

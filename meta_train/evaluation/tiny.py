@@ -27,4 +27,4 @@ def quadrants(_data: Path) -> Training:
     return losses.classification(mlp(2, 12, 2), Examples(x[:400], y[:400], x[400:], y[400:]), 32)
 
 
-TASKS = (Task("wave, MLP", "regression", wave, 60), Task("quadrants, MLP", "classification", quadrants, 60))
+TASKS = (Task("wave, MLP", "regression", wave, 40), Task("quadrants, MLP", "classification", quadrants, 40))
