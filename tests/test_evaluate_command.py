@@ -61,8 +61,8 @@ def test_a_killed_command_continues_and_reports(tmp_path: Path) -> None:
     assert names[-4:] == ["default", "default, told", "default, told, lr tuned", "default, told, tensors apart"]
     assert len(names) == 2 + len(OTHERS) + 4
     assert len(content["rows"]) == len(tiny.TASKS) * len(names)
-    assert all(len(row["final"]) == 2 and row["seconds"] > 0 for row in content["rows"])
-    by_name = {(row["task"], row["optimizer"]): row["final"] for row in content["rows"]}
+    assert all(len(row["loss"]) == 2 and row["seconds"] > 0 for row in content["rows"])
+    by_name = {(row["task"], row["optimizer"]): row["loss"] for row in content["rows"]}
     for task in tiny.TASKS:
         nominal, defaults = by_name[task.name, "nominal rule"], by_name[task.name, "AdamW defaults"]
         assert nominal == pytest.approx(defaults, rel=0.01)  # but for weight decay

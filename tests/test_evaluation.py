@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ import torch
 from scipy.stats import trim_mean
 from torch import nn
 
-from meta_train.evaluate import evaluate, labels_of
+from meta_train.evaluate import Folders, evaluate, labels_of
 from meta_train.evaluation import losses, tiny
 from meta_train.evaluation.cache import Cache, Run
 from meta_train.evaluation.curve import diverged, running_mean, step_reduction, step_reduction_to_best
@@ -34,6 +35,7 @@ from meta_train.evaluation.optimizers import (
     Entry,
     Learned,
     Setting,
+    adam,
     adamw,
     entries_of,
     fingerprint,
@@ -487,6 +489,8 @@ def test_rows_and_summaries_with_known_answers() -> None:
     assert found["fast"].reduction.value == pytest.approx(100 / 40)
     assert found["fast"].wall_reduction.value == pytest.approx(100 / 40 / 2)
     assert found["AdamW defaults"].reduction.value == 0
+    assert found["AdamW defaults"].loss_reduction.value == pytest.approx(0.5)
+    assert found["broken"].loss_reduction.value == pytest.approx(0.5)  # the median of 1 and 0
     assert [s.as_good for s in found.values()] == [1, 0, 1, 0]
     assert [s.generalises for s in found.values()] == [1, 0, 1, 0]
     assert [s.beats_defaults for s in found.values()] == [1, 1, 1, 0]
@@ -504,6 +508,48 @@ def test_rows_and_summaries_with_known_answers() -> None:
 )
 def test_labels_tell_rules_apart(rules: tuple[str, ...], labels: list[str]) -> None:
     assert labels_of(rules) == dict(zip(labels, rules, strict=True))
+
+
+class Inline:
+    """A pool that does the work itself."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Callable[..., float], *args: object) -> Future[float]:
+        future: Future[float] = Future()
+        future.set_result(work(*args))
+        return future
+
+
+def test_the_published_protocol_stands_beside_what_was_published(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = SPLITS["published"]
+    short = replace(split, tasks=tuple(replace(task, steps=6, checks=3) for task in split.tasks))
+    monkeypatch.setitem(SPLITS, "published", short)
+    monkeypatch.setattr("meta_train.evaluation.study.ProcessPoolExecutor", Inline)
+    evaluate("published", ("adamw", "default"), seeds=1, folders=Folders(folder, tmp_path / "cache", tmp_path / "out"))
+    content = json.loads((tmp_path / "out" / "published.json").read_text())
+    assert [row["settings"] for row in content["summary"]] == [20, 1, 1, 1, 1, 1]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| CIFAR10 8x8, MLP 32"))
+    assert line.endswith("| 1.41 | 2.32 | 2.64 | 4.63 |")
+    tuned = next(
+        row for row in content["rows"] if row["task"].startswith("CIFAR10") and "Adam tuned" in row["optimizer"]
+    )
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "cache").rglob("*.json")]
+    begin = stamp_of(Job(short.tasks[1], Setting(adam), 0), folder)["task"]
+    grid = [
+        r["run"] for r in runs if r["stamp"]["task"] == begin and "torch.optim.Adam(" in str(r["stamp"]["optimizer"])
+    ]
+    assert len(grid) == 20
+    assert tuned["loss"] == [min(scores["loss"] for run in grid for _, scores in run["held_out"])]
 
 
 def test_wrong_numbers_are_refused() -> None:

@@ -11,7 +11,7 @@ from meta_train.evaluation.curve import diverged
 from meta_train.evaluation.interquartile import Estimate, estimate
 from meta_train.evaluation.optimizers import DEFAULTS, Make
 from meta_train.evaluation.splits import Split
-from meta_train.evaluation.study import Result, best_held_out_loss, final_loss
+from meta_train.evaluation.study import Result
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Row:
         kind: What it stands for.
         optimizer: Name of the entry.
         setting: The one that was chosen.
-        final: Training loss at the end, running mean.
+        loss: What the benchmark is about (`Split.criterion`): the training loss at the end, running mean.
         held_out: Loss on other data after the last step; infinite where training broke off.
-        best_held_out: The lowest one seen.
         accuracy: On other data, 0 to 1; empty where there is none.
+        loss_reduction: The reference's `loss` over this one's; 0 where it is infinite.
         reduction: Steps of the reference over the steps to its final loss; 0 for never.
         seconds: Per step, forward and backward included; of all optimizers on this task side by side.
         wall_reduction: `reduction` in seconds instead of steps.
@@ -39,10 +39,10 @@ class Row:
     kind: str
     optimizer: str
     setting: str
-    final: list[float]
+    loss: list[float]
     held_out: list[float]
-    best_held_out: list[float]
     accuracy: list[float]
+    loss_reduction: list[float]
     reduction: list[float]
     seconds: float
     wall_reduction: list[float]
@@ -60,9 +60,10 @@ class Summary:
         settings: How many were tried for each task.
         reduction: Interquartile mean over tasks of the median over seeds.
         wall_reduction: The same in seconds.
-        as_good: Fraction of tasks with a final loss, mean over seeds, at least as good as the reference's.
+        loss_reduction: The same of `Row.loss_reduction`.
+        as_good: Fraction of tasks with a loss, mean over seeds, at least as good as the reference's.
         generalises: The same of the held-out loss after the last step.
-        beats_defaults: Fraction of tasks with a final loss below that of AdamW at its defaults.
+        beats_defaults: Fraction of tasks with a loss at least as good as that of AdamW at its defaults.
         diverged: Runs that diverged.
         runs: Runs in all.
     """
@@ -71,6 +72,7 @@ class Summary:
     settings: int
     reduction: Estimate
     wall_reduction: Estimate
+    loss_reduction: Estimate
     as_good: float
     generalises: float
     beats_defaults: float
@@ -99,10 +101,12 @@ def rows_of(split: Split, results: Sequence[Result], seconds: Mapping[tuple[str,
                 kind=result.task.kind,
                 optimizer=result.entry.name,
                 setting=str(result.setting),
-                final=[final_loss(run) for run in runs],
+                loss=[split.criterion(run) for run in runs],
                 held_out=[scores.get("loss", float("inf")) for scores in last],
-                best_held_out=[best_held_out_loss(run) for run in runs],
                 accuracy=[scores["accuracy"] for scores in last if "accuracy" in scores],
+                loss_reduction=[
+                    split.criterion(base) / split.criterion(run) for run, base in zip(runs, reference.runs, strict=True)
+                ],
                 reduction=reductions,
                 seconds=seconds[name, result.setting.make],
                 wall_reduction=[ratio * reduction for reduction in reductions],
@@ -122,7 +126,7 @@ def summaries_of(split: Split, rows: Sequence[Row], settings: Mapping[str, int])
         rows: Of all tasks and optimizers.
         settings: Optimizer -> settings tried for each task.
     """
-    means = {(r.task, r.optimizer): (float(np.mean(r.final)), float(np.mean(r.held_out))) for r in rows}
+    means = {(r.task, r.optimizer): (float(np.mean(r.loss)), float(np.mean(r.held_out))) for r in rows}
 
     def share(optimizer: str, other: str, which: int) -> float:
         tasks = [task for task, name in means if name == optimizer]
@@ -137,11 +141,12 @@ def summaries_of(split: Split, rows: Sequence[Row], settings: Mapping[str, int])
                 settings=settings[name],
                 reduction=estimate(np.array([row.reduction for row in own])),
                 wall_reduction=estimate(np.array([row.wall_reduction for row in own])),
+                loss_reduction=estimate(np.array([row.loss_reduction for row in own])),
                 as_good=share(name, split.reference.name, 0),
                 generalises=share(name, split.reference.name, 1),
                 beats_defaults=share(name, DEFAULTS.name, 0),
                 diverged=sum(row.diverged for row in own),
-                runs=sum(len(row.final) for row in own),
+                runs=sum(len(row.loss) for row in own),
             )
         )
     return found
