@@ -106,7 +106,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; continue with `python -m meta_train resume DIR`")
+        sys.exit("interrupted; continue with `python -m meta_train resume DIR`, an evaluation with the same command")
 
 
 if __name__ == "__main__":

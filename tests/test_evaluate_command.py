@@ -35,19 +35,31 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_killed_command_continues_and_reports(tmp_path: Path) -> None:
-    cache, out = tmp_path / "cache", tmp_path / "out"
-    command = [*TINY, "--cache", str(cache), "--out", str(out), "--data", str(tmp_path)]
-    first = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.DEVNULL)
-    while len(kept(cache)) < 10:
-        assert first.poll() is None, "it ended before it could be killed"
+def stopped(command: list[str], by: int, cache: Path, runs: int) -> subprocess.CompletedProcess[str]:
+    """Start a command, send its process a signal when so many runs are kept, wait until its workers are gone too."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(kept(cache)) < runs:
+        assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.02)
-    children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
+    os.kill(process.pid, by)
+    _, said = process.communicate()
     while any(alive(pid) for pid in workers):  # or the test runs into its time limit
         time.sleep(0.02)
+    return subprocess.CompletedProcess(command, process.returncode, stderr=said)
+
+
+def test_a_command_that_was_stopped_continues_and_reports(tmp_path: Path) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    command = [*TINY, "--cache", str(cache), "--out", str(out), "--data", str(tmp_path)]
+    stopped([*command, "--workers", "1"], signal.SIGKILL, cache, 3)
+    before = kept(cache)
+    interrupted = stopped(command, signal.SIGINT, cache, len(before) + 3)
+    assert interrupted.returncode == 1
+    assert interrupted.stderr.splitlines()[-1].endswith("an evaluation with the same command")
+    assert "Traceback" not in interrupted.stderr
+    assert before.items() < kept(cache).items()
     before = kept(cache)
     assert not out.exists()
 

@@ -151,7 +151,7 @@ class Study:
                     progress.set_postfix_str(now, refresh=False)
                     progress.update()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 raise
 
 
@@ -183,9 +183,12 @@ def _checksum(path: Path) -> str:
 
 
 def _make_one(job: Job, stamp: Stamp, data: Path, cache: Path) -> float:
-    """In a worker: make a run and keep it. Returns its final loss."""
-    run = train(*job, data)
-    Cache(cache).put(stamp, run)
+    """In a worker: make a run and keep it, unless another command has. Returns its final loss."""
+    kept = Cache(cache)
+    run = kept.get(stamp)
+    if run is None:
+        run = train(*job, data)
+        kept.put(stamp, run)
     return final_loss(run)
 
 
