@@ -20,7 +20,7 @@ from scipy.stats import trim_mean
 from torch import nn
 
 from meta_train.evaluate import Folders, evaluate, labels_of
-from meta_train.evaluation import losses, tiny
+from meta_train.evaluation import losses, plots, report, tiny
 from meta_train.evaluation.cache import Cache, Run
 from meta_train.evaluation.curve import diverged, running_mean, step_reduction, step_reduction_to_best
 from meta_train.evaluation.definition import definition_of
@@ -495,6 +495,21 @@ def test_rows_and_summaries_with_known_answers() -> None:
     assert [s.generalises for s in found.values()] == [1, 0, 1, 0]
     assert [s.beats_defaults for s in found.values()] == [1, 1, 1, 0]
     assert [(s.diverged, s.runs) for s in found.values()] == [(0, 4), (0, 4), (0, 4), (2, 4)]
+
+
+def test_pictures_and_pages_stand_what_diverged(tmp_path: Path) -> None:
+    split = Split((Task("one", "kind", tiny.wave, 4),))
+    curves = {"AdamW tuned": [3.0, 2.0, 1.0, 1.0], "AdamW defaults": [3.0, 9.0, INF, INF], "broken": [INF] * 4}
+    results = results_of({name: [curve, curve] for name, curve in curves.items()}, split)
+    rows = rows_of(split, results, {("one", r.setting.make): 1.0 for r in results})
+    plots.curves(results, tmp_path / "curves.png")
+    plots.profile(rows, tmp_path / "profile.png")
+    summaries = summaries_of(split, rows, dict.fromkeys(curves, 1))
+    text = report.page(split, rows, summaries, ["broken"], "About.")
+    assert "| one | 1.75 (lr 0.0005) | diverged · never |" in text
+    report.write(tmp_path, "name", (text, report.long_table(rows)), report.described(rows, summaries))
+    assert [row["loss"] for row in json.loads((tmp_path / "name.json").read_text())["rows"]][1:] == [[None, None]] * 2
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("curves", "profile"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ Curve = NDArray[np.float64]
 
 LEAST_SMOOTH = 30  # batches
 SMOOTH = 0.03  # fraction of the steps
+LEAST_LOSS = 1e-12  # lower ones are not told apart
+MOST = 1e3  # no loss is said to be more times better
 
 
 def smooth(steps: int) -> int:
@@ -64,6 +66,16 @@ def step_reduction_to_best(scores: Sequence[tuple[int, float]], reference: Seque
     """
     at, best = min(reference, key=lambda point: point[1])
     return next((at / step for step, loss in scores if loss <= best), 0.0)
+
+
+def loss_reduction(loss: float, reference: float) -> float:
+    """A reference's loss over another one; 0 where that is infinite.
+
+    Example:
+        >>> loss_reduction(0.5, 1.0), loss_reduction(float("inf"), 1.0), loss_reduction(0.0, float("inf"))
+        (2.0, 0.0, 1000.0)
+    """
+    return min(reference / max(loss, LEAST_LOSS), MOST) if np.isfinite(loss) else 0.0
 
 
 def diverged(losses: Sequence[float]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meta_train.evaluation.curve import diverged
+from meta_train.evaluation.curve import diverged, loss_reduction
 from meta_train.evaluation.interquartile import Estimate, estimate
 from meta_train.evaluation.optimizers import DEFAULTS, Make
 from meta_train.evaluation.splits import Split
@@ -105,7 +105,8 @@ def rows_of(split: Split, results: Sequence[Result], seconds: Mapping[tuple[str,
                 held_out=[scores.get("loss", float("inf")) for scores in last],
                 accuracy=[scores["accuracy"] for scores in last if "accuracy" in scores],
                 loss_reduction=[
-                    split.criterion(base) / split.criterion(run) for run, base in zip(runs, reference.runs, strict=True)
+                    loss_reduction(split.criterion(run), split.criterion(base))
+                    for run, base in zip(runs, reference.runs, strict=True)
                 ],
                 reduction=reductions,
                 seconds=seconds[name, result.setting.make],

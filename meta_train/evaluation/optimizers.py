@@ -139,7 +139,8 @@ class Setting:
         return rising * (0.5 + 0.5 * math.cos(math.pi * step / steps)) if self.cosine else rising
 
     def __str__(self) -> str:
-        return f"lr {self.lr:g}{', warm-up' if self.warmup else ''}{', cosine' if self.cosine else ''}"
+        flags = {"warm-up": self.warmup, "cosine": self.cosine, "told": self.told}
+        return ", ".join([f"lr {self.lr:g}", *(name for name, on in flags.items() if on)])
 
 
 @dataclass(frozen=True)

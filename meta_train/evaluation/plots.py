@@ -43,9 +43,9 @@ def curves(results: Sequence[Result], path: Path) -> None:
             look = {"color": colours[result.entry.name]}
             axis.plot(at + 1, lines.mean(0), label=result.entry.name, linewidth=1, **look)
             axis.fill_between(at + 1, lines.min(0), lines.max(0), alpha=0.15, **look)
-        first = [running_mean(run.losses)[0] for result in results if result.task.name == task for run in result.runs]
+        firsts = [run.losses[0] for result in results if result.task.name == task for run in result.runs]
         axis.set(title=task, yscale="log")
-        axis.set_ylim(top=1.3 * max(first))
+        axis.set_ylim(top=1.3 * max(filter(math.isfinite, firsts), default=1.0))
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(tasks) :]:
