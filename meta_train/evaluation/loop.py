@@ -65,4 +65,4 @@ def scores_of(training: Training, optimizers: list[torch.optim.Optimizer]) -> Sc
     for optimizer in switching:
         optimizer.train()
     training.model.train()
-    return scores
+    return {name: score if math.isfinite(score) else math.inf for name, score in scores.items()}
