@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST = 20_000  # training images that are used
+MOST = 20_000  # training images that are used, if not said otherwise
+HELD = 2000  # held-out ones
 CHARACTERS = 96  # that are told apart; the last one stands for all rare ones
 TEXT = 1_000_000  # characters of a text that are used
-PARTS = ("train", "test")
 NOISY = ("this", "conftest")  # modules that print when imported
 
 
@@ -49,19 +49,22 @@ class Examples:
 
 
 @lru_cache(maxsize=4)
-def images(folder: Path, file: str, side: int) -> Examples:
+def images(folder: Path, file: str, side: int, most: int = MOST, held: int = HELD) -> Examples:
     """Standardised images `(count, channels, side, side)` and labels `(count,)`.
 
     Args:
         folder: The data folder.
         file: Its file with arrays `train_xSIDE`, `train_y`, `test_xSIDE` and `test_y`.
         side: Pixels.
+        most: How many training images are used, if there are as many.
+        held: How many test images are held out, if there are as many.
     """
+    counts = {"train": most, "test": held}
     with np.load(folder / file) as found:
-        train, held = (torch.as_tensor(found[f"{part}_x{side}"][:MOST], dtype=torch.float32) for part in PARTS)
-        labels, held_labels = (torch.as_tensor(found[f"{part}_y"][:MOST].astype(np.int64)) for part in PARTS)
-    mean, deviation = train.mean(), train.std()
-    shown, hidden = ((x - mean) / deviation for x in (train, held[:2000]))
+        shown, hidden = (torch.as_tensor(found[f"{p}_x{side}"][:n], dtype=torch.float32) for p, n in counts.items())
+        labels, held_labels = (torch.as_tensor(found[f"{p}_y"][:n].astype(np.int64)) for p, n in counts.items())
+    mean, deviation = shown.mean(), shown.std()
+    shown, hidden = ((x - mean) / deviation for x in (shown, hidden))
     if shown.dim() == 3:  # noqa: PLR2004 - grey
         shown, hidden = shown.unsqueeze(1), hidden.unsqueeze(1)
     else:

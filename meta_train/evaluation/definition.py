@@ -14,8 +14,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-Constant = bool | int | float | str | tuple[Any, ...]
-
 
 def definition_of(thing: Callable[..., Any]) -> str:
     """The definition of a function or class.
@@ -24,11 +22,11 @@ def definition_of(thing: Callable[..., Any]) -> str:
         thing: One that was defined at the top of a module.
 
     Returns:
-        The normalised source of everything that it refers to, in an order that does not depend on where things stand.
+        The normalised source of everything that it refers to, by module and name.
 
     Example:
         >>> print(definition_of(_is_of))
-        _is_of = def _is_of(package: str, thing: Any) -> bool:
+        meta_train.evaluation.definition._is_of = def _is_of(package: str, thing: Any) -> bool:
             return (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__.split('.')[0] == package
     """
     found: dict[str, str] = {}
@@ -39,20 +37,22 @@ def definition_of(thing: Callable[..., Any]) -> str:
 def _collect(thing: Any, package: str, found: dict[str, str]) -> None:
     """Add the definition of `thing` and what it uses."""
     thing = inspect.unwrap(thing)
-    if thing.__qualname__ in found:
+    name = f"{thing.__module__}.{thing.__qualname__}"
+    if name in found:
         return
     tree = _without_docstrings(ast.parse(textwrap.dedent(inspect.getsource(thing))))
-    found[thing.__qualname__] = ast.unparse(tree)
-    scope = vars(sys.modules[thing.__module__])
+    found[name] = ast.unparse(tree)
+    scope: Any = sys.modules[thing.__module__]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):  # module.function
-            owner = scope.get(node.value.id)
-            value = getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
+        if isinstance(node, ast.Name):
+            owner, label = scope, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):  # module.function
+            owner, label = getattr(scope, node.value.id, None), node.attr
         else:
-            value = scope.get(node.id) if isinstance(node, ast.Name) else None
+            continue
+        value = getattr(owner, label, None) if isinstance(owner, ModuleType) else None
         if isinstance(value, bool | int | float | str | tuple):
-            label = node.id if isinstance(node, ast.Name) else ast.unparse(node)
-            found[label] = repr(value)
+            found[f"{owner.__name__}.{label}"] = repr(value)
         elif callable(value) and _is_of(package, inspect.unwrap(value)):
             _collect(value, package, found)
 

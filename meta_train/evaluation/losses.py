@@ -16,17 +16,17 @@ from meta_train.evaluation.task import Scores, Training
 HELD = 1000  # examples on which held-out scores are taken
 
 
-def classification(model: nn.Module, data: Examples, batch_size: int) -> Training:
-    """Cross-entropy, in nats."""
+def classification(model: nn.Module, data: Examples, batch_size: int, held: int = HELD) -> Training:
+    """Cross-entropy, in nats; `held` examples are held out."""
 
     def loss(batches: torch.Generator) -> Tensor:
         index = torch.randint(len(data.x), (batch_size,), generator=batches)
         return F.cross_entropy(model(data.x[index]), data.y[index])
 
     def held_out() -> Scores:
-        scores = model(data.held_x[:HELD])
-        right = (scores.argmax(-1) == data.held_y[:HELD]).float().mean().item()
-        return {"loss": F.cross_entropy(scores, data.held_y[:HELD]).item(), "accuracy": right}
+        scores = model(data.held_x[:held])
+        right = (scores.argmax(-1) == data.held_y[:held]).float().mean().item()
+        return {"loss": F.cross_entropy(scores, data.held_y[:held]).item(), "accuracy": right}
 
     return Training(model, loss, held_out)
 

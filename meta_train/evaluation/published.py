@@ -19,17 +19,18 @@ from meta_train.evaluation.networks import CharacterTransformer, mlp
 from meta_train.evaluation.task import Task, Training
 
 FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
+TRAIN, TEST = 60_000, 10_000  # images at most
 ADAM_RATES = tuple(0.0005 * j for j in range(1, 21))
 
 
 def fashion(data: Path) -> Training:
     """Grey images."""
-    return losses.classification(mlp(64, 32, 10), images(data, FASHION, 8), 128)
+    return losses.classification(mlp(64, 32, 10), images(data, FASHION, 8, TRAIN, TEST), 128, TEST)
 
 
 def cifar(data: Path) -> Training:
     """Coloured images."""
-    return losses.classification(mlp(192, 32, 10), images(data, CIFAR, 8), 128)
+    return losses.classification(mlp(192, 32, 10), images(data, CIFAR, 8, TRAIN, TEST), 128, TEST)
 
 
 def text(_data: Path) -> Training:
