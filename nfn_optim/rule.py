@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from nfn_optim import features
-from nfn_optim.features import CHANNELS, ROW_CHANNELS, TENSOR_CHANNELS, State
+from nfn_optim.features import CHANNELS, CLIP, ROW_CHANNELS, TENSOR_CHANNELS, State
 from nfn_optim.layers import Incidence, TiedStack
 from nfn_optim.symmetry import Symmetry
 
@@ -44,7 +44,7 @@ Hyper = float | Tensor | Mapping[str, float | Tensor]
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
 GAIN_RANGE = 3.0  # no part of a exceeds this in size
 COOLEST = 0.01  # what is left of the learning rate behind the end of the horizon
-FALLBACK_RMS = 30.0  # a direction of larger root mean square (Adam's has about 1) is not trusted
+FALLBACK_RMS = 50.0  # a direction that might be of larger root mean square (Adam's has about 1) is not trusted
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,28 @@ class RuleConfig:
             raise ValueError(f"expected form 'linear' or 'network', found {self.form!r}")
 
 
+@dataclass(frozen=True)
+class Said:
+    """What one tensor and its rows, columns and taps say to its weights.
+
+    Attributes:
+        coefficients: Of each row, `(*batch, shape[0] or 1, channels)`.
+        units: Of the channels, `(*batch, CHANNELS)`.
+        gains: For every dimension `(*batch, shape[dim])`, the first with the tensor's own; `(*batch, 1)` of a scalar.
+        trusted: Whether the direction is certain to stay in range, `(*batch,)`.
+    """
+
+    coefficients: Tensor
+    units: Tensor
+    gains: tuple[Tensor, ...]
+    trusted: Tensor
+
+
 class UpdateRule(nn.Module):
     """A learned update rule; its parameters are theta. A new one equals AdamW (for `power=0`).
+
+    Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
+    parameter): every member then has a rule of its own, as the particles of evolution strategies do.
 
     Args:
         config: What it is made of.
@@ -162,18 +182,27 @@ class UpdateRule(nn.Module):
         names = incidence.names
         params, grads = {n: params[n] for n in names}, {n: grads[n] for n in names}
         moments = features.advance(grads, {n: state[n] for n in names})
+        raw: list[list[Tensor]] = []
+        said: list[Said] = []
         if self.learns:
-            directions = self._learned(params, grads, moments, incidence, total_steps, batch_dims)
-        else:
-            directions = {n: features.nominal_of(moments, n, i, batch_dims) for i, n in enumerate(names)}
+            raw = [
+                features.see(p, grads[n], moments, n, i, batch_dims) for i, (n, p) in enumerate(params.items())
+            ]  # the first pass over the weights ends with pooling
+            said = self._say([features.pool(x, batch_dims) for x in raw], moments, incidence, total_steps, batch_dims)
         cooling = self._cooling(moments.steps, total_steps)
         update = {}
-        for i, (name, direction) in enumerate(directions.items()):
-            p = params[name].to(direction.dtype)
-            rate = _of(lr, name, p, batch_dims)
+        for i, (name, p) in enumerate(params.items()):
+            if self.learns:
+                direction = self._listen(raw[i], said[i], batch_dims)
+                new = moments.state[name]
+                new["fallbacks"] = new["fallbacks"] + (~said[i].trusted).to(new["fallbacks"].dtype)
+            else:
+                direction = features.nominal_of(moments, name, i, batch_dims)
+            rate = _of(lr, name, direction, batch_dims)
             if cooling is not None:
-                rate = rate * features.spread(cooling[..., i], p, batch_dims)
-            update[name] = -rate * (direction + _of(weight_decay, name, p, batch_dims) * p)
+                rate = rate * features.spread(cooling[..., i], direction, batch_dims)
+            decay = _of(weight_decay, name, direction, batch_dims)
+            update[name] = -rate * (direction + decay * p.to(direction.dtype))
         return update, moments.state
 
     def _cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
@@ -184,81 +213,121 @@ class UpdateRule(nn.Module):
         left = (1 - (steps - 1) / total.clamp(min=1)) / self.config.cooldown
         return torch.where(total > 0, left.clamp(COOLEST, 1.0), torch.ones_like(left))
 
-    def _learned(
+    def _say(
         self,
-        params: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor],
+        pooled: list[tuple[list[Tensor], Tensor]],
         moments: features.Moments,
         incidence: Incidence,
         total_steps: Tensor | float | None,
         batch_dims: int,
-    ) -> dict[str, Tensor]:
-        """Directions `(*batch, *shape)` by name: gain (nominal + learned)."""
-        scale, rms = features.scales_of(
-            [p.to(moments.steps.dtype) for p in params.values()], incidence, batch_dims
-        )  # (*batch, T)
-        seen: dict[str, Tensor] = {}
-        segments: dict[tuple[int, int], Tensor] = {}  # first row and length -> rows
-        pooled = []
-        for i, (name, p) in enumerate(params.items()):
-            seen[name] = features.weight_features(p, grads[name], moments, scale[..., i], name, i, batch_dims)
-            by_dim, whole = features.pool(seen[name], batch_dims)
-            for s, rows in zip(incidence.segments[i], by_dim, strict=True):
-                segments[s.start, s.length] = whole.unsqueeze(-2).expand_as(rows) if s.mute else rows
-            pooled.append(whole)
+    ) -> list[Said]:
+        """What every tensor, its rows, columns and taps say to its weights; costs O(neurons).
+
+        Args:
+            pooled: For every tensor the means of its rows by dimension, and its own.
+            moments: For the time.
+            incidence: Where rows, neurons and tensors meet.
+            total_steps: The horizon.
+            batch_dims: How many leading dimensions are batch.
+        """
+        whole = torch.stack([tensor for _, tensor in pooled], -2)  # (*batch, T, ROW_CHANNELS)
+        scale, rms = features.scales_of(whole[..., 3], incidence)  # (*batch, T)
+        units = features.units_of(whole, scale)  # (*batch, T, CHANNELS)
+        described = features.describe(whole, units)
         total = None
         if total_steps is not None:
             total = torch.as_tensor(total_steps, dtype=rms.dtype, device=rms.device).unsqueeze(-1)
-        tensors = features.tensor_features(
-            pooled, scale, rms, features.time_features(moments.steps, total), incidence
-        )  # (*batch, T, TENSOR_CHANNELS)
+        time = features.time_features(moments.steps, total)
+        tensors = features.tensor_features(described, scale, rms, time, incidence)  # (*batch, T, TENSOR_CHANNELS)
+        segments: dict[tuple[int, int], Tensor] = {}  # first row and length -> rows
+        for i, (by_dim, _) in enumerate(pooled):
+            for s, means in zip(incidence.segments[i], by_dim, strict=True):
+                rows = features.describe(means, units[..., i, None, :])
+                segments[s.start, s.length] = described[..., i, None, :].expand_as(rows) if s.mute else rows
         ordered = [segments[key] for key in sorted(segments)]
         everything = torch.cat(ordered, -2) if ordered else tensors.new_zeros((*tensors.shape[:-2], 0, ROW_CHANNELS))
         by_row, by_tensor = self.stack(everything, tensors, incidence)
-        gains = torch.exp(self.power * (scale / SCALE_UNIT).log())  # (*batch, T)
+        by_scale = torch.exp(self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log())  # (*batch, T)
+        by_row_gain, by_tensor_gain = _gain(by_row[..., -1]), _gain(by_tensor[..., -1])  # (*batch, N), (*batch, T)
 
-        by_tensor_gain = gains * _gain(by_tensor[..., -1])  # (*batch, T)
-        by_row_gain = _gain(by_row[..., -1])  # (*batch, N)
-
-        directions = {}
-        for i, (name, f) in enumerate(seen.items()):
-            nominal = f.select(batch_dims, 0)
-            said = by_tensor[..., i, None, :-1]  # (*batch, 1, channels)
-            gain = features.spread(by_tensor_gain[..., i], nominal, batch_dims)
+        said = []
+        for i, (by_dim, tensor) in enumerate(pooled):
+            coefficients = by_tensor[..., i, None, :-1]  # (*batch, 1, channels)
+            first = by_tensor_gain[..., i, None]  # (*batch, 1)
+            gains = []
             for s in incidence.segments[i]:
                 part = slice(s.start, s.start + s.length)
-                gain = gain * _along(by_row_gain[..., part], incidence.ndims[i], s.dim)
-                said = said + by_row[..., part, :-1] if s.dim == 0 else said  # (*batch, shape[0], channels)
-            direction = gain * (nominal + self._answer(f, said, batch_dims))
-            trusted = _rms(direction.detach() / features.spread(gains[..., i], nominal, batch_dims), batch_dims)
-            trusted = trusted <= FALLBACK_RMS  # (*batch,); False for NaN
-            new = moments.state[name]
-            new["fallbacks"] = new["fallbacks"] + (~trusted).to(new["fallbacks"].dtype)
-            directions[name] = torch.where(features.spread(trusted, nominal, batch_dims), direction, nominal)
-        return directions
+                if s.dim == 0:
+                    coefficients = coefficients + by_row[..., part, :-1]  # (*batch, shape[0], channels)
+                    first = first * by_row_gain[..., part]  # (*batch, shape[0])
+                else:
+                    gains.append(by_row_gain[..., part])  # (*batch, shape[dim])
+            means = by_dim[0] if by_dim else tensor.unsqueeze(-2)  # (*batch, shape[0] or 1, ROW_CHANNELS)
+            reach = first * self._reach(means, units[..., i, None, :], coefficients)
+            bound = reach.detach().square().mean(-1).sqrt()  # (*batch,)
+            for gain in gains:
+                bound = bound * gain.detach().amax(-1)
+            trusted = (bound <= FALLBACK_RMS) & torch.isfinite(by_scale[..., i])  # False for NaN
+            first = first * by_scale[..., i, None]
+            said.append(Said(coefficients, units[..., i, :], (first, *gains), trusted))
+        return said
 
-    def _answer(self, f: Tensor, said: Tensor, batch_dims: int) -> Tensor:
-        """The learned part of one tensor, before the gain.
+    def _reach(self, means: Tensor, units: Tensor, coefficients: Tensor) -> Tensor:
+        """A bound on the root mean square of nominal + learned in every row, by Minkowski's inequality.
 
         Args:
-            f: Features `(*batch, CHANNELS, *shape)`.
-            said: What each row says, `(*batch, shape[0] or 1, channels)`.
+            means: Means over the rows of raw channels, `(*batch, rows, ROW_CHANNELS)`.
+            units: `(*batch, 1, CHANNELS)`.
+            coefficients: `(*batch, rows, channels)`.
+
+        Returns:
+            `(*batch, rows)`, NaN where something is.
+        """
+        rms = means[..., :CHANNELS].sqrt() * units
+        if self.config.form == "linear":
+            nominal, *others = (rms * (coefficients + torch.eye(1, CHANNELS).to(rms))).abs().unbind(-1)
+            return nominal + sum(others)
+        activity = rms[..., 0].square().mean(-1, keepdim=True).sqrt()
+        broken = 0 * (rms.sum(-1) + coefficients.sum(-1))  # NaN where something is not finite, which tanh may hide
+        return rms[..., 0] + activity * self.answer.weight.abs().sum((-2, -1)).unsqueeze(-1) + broken
+
+    def _listen(self, raw: list[Tensor], said: Said, batch_dims: int) -> Tensor:
+        """The direction of every weight of one tensor, gain (nominal + learned): the second pass over the weights.
+
+        Args:
+            raw: Raw channels, `(*batch, *shape)` each.
+            said: What the tensor and its rows, columns and taps say.
             batch_dims: How many leading dimensions are batch.
 
         Returns:
-            `(*batch, *shape)`.
+            `(*batch, *shape)`; the nominal direction where the tensor is not trusted.
         """
-        shape = f.shape[batch_dims + 1 :]
-        rest = math.prod(shape) // max(said.shape[-2], 1)
-        rows = f.reshape((*f.shape[: batch_dims + 1], said.shape[-2], rest))  # (*batch, CHANNELS, shape[0], rest)
-        heard = said.transpose(-1, -2).unsqueeze(-1)  # (*batch, channels, shape[0] or 1, 1)
+        nominal, ndim = raw[0], raw[0].dim() - batch_dims
+        trusted = said.trusted.unsqueeze(-1)  # (*batch, 1)
+        first, *gains = (torch.where(trusted, gain, 1.0) for gain in said.gains)
+        units = torch.where(trusted, said.units, 0.0)  # (*batch, CHANNELS)
+        relative, shared = (raw[k] * features.spread(units[..., k], nominal, batch_dims) for k in (3, 4))
+        channels = [*raw[:3], relative, shared.clamp(-CLIP, CLIP)]
+        heard = torch.where(trusted.unsqueeze(-1), said.coefficients, 0.0)  # (*batch, shape[0] or 1, channels)
         if self.config.form == "linear":
-            answer = (rows * heard).sum(batch_dims)  # (*batch, shape[0], rest)
+            learned = sum(x * _along(c, ndim, 0) for x, c in zip(channels, heard.unbind(-1), strict=True))
         else:
-            seen = torch.einsum("...krc,hk->...hrc", rows, self.see.weight) + self.see.bias[:, None, None]
-            answer = torch.einsum("...hrc,h->...rc", torch.tanh(seen + heard), self.answer.weight[0])
-        answer = answer.reshape((*f.shape[:batch_dims], *shape))
-        return answer if self.config.form == "linear" else answer * _activity(f.select(batch_dims, 0), batch_dims)
+            learned = self._network(channels, heard, batch_dims)
+        direction = _along(first, ndim, 0) * (nominal + learned)
+        for dim, gain in enumerate(gains, 1):
+            direction = direction * _along(gain, ndim, dim)
+        return direction
+
+    def _network(self, channels: list[Tensor], heard: Tensor, batch_dims: int) -> Tensor:
+        """The learned part of form "network", `(*batch, *shape)`; arguments as in `_listen`."""
+        f = torch.stack(channels, batch_dims)  # (*batch, CHANNELS, *shape)
+        shape = f.shape[batch_dims + 1 :]
+        rest = math.prod(shape) // max(heard.shape[-2], 1)
+        rows = f.reshape((*f.shape[: batch_dims + 1], heard.shape[-2], rest))  # (*batch, CHANNELS, shape[0], rest)
+        seen = torch.einsum("...krc,...hk->...hrc", rows, self.see.weight) + self.see.bias[..., None, None]
+        answer = torch.tanh(seen + heard.transpose(-1, -2).unsqueeze(-1))  # (*batch, hidden, shape[0], rest)
+        answer = torch.einsum("...hrc,...h->...rc", answer, self.answer.weight[..., 0, :])
+        return answer.reshape((*f.shape[:batch_dims], *shape)) * _activity(channels[0], batch_dims)
 
 
 @lru_cache(maxsize=64)
@@ -283,9 +352,7 @@ def _gain(said: Tensor) -> Tensor:
 
 def _along(value: Tensor, ndim: int, dim: int) -> Tensor:
     """Place `(*batch, length)` on dimension `dim` of `ndim` dimensions: `(*batch, 1, ..., length, ..., 1)`."""
-    shape = [1] * ndim
-    shape[dim] = value.shape[-1]
-    return value.reshape(*value.shape[:-1], *shape)
+    return value.reshape((*value.shape[:-1], *(value.shape[-1] if d == dim else 1 for d in range(ndim))))
 
 
 def _rms(value: Tensor, batch_dims: int) -> Tensor:

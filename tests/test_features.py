@@ -31,13 +31,13 @@ def see(params: dict[str, Tensor], history: list[dict[str, Tensor]]) -> tuple[di
         moments = features.advance(grads, state)
         state = moments.state
     incidence = Incidence(SYMMETRY)
-    scale, rms = features.scales_of(list(params.values()), incidence, 0)
-    seen, pooled = {}, []
-    for i, n in enumerate(NAMES):
-        seen[n] = features.weight_features(params[n], history[-1][n], moments, scale[i], n, i, 0)
-        pooled.append(features.pool(seen[n], 0)[1])
+    raw = {n: features.see(params[n], history[-1][n], moments, n, i, 0) for i, n in enumerate(NAMES)}
+    whole = torch.stack([features.pool(x, 0)[1] for x in raw.values()])
+    scale, rms = features.scales_of(whole[:, 3], incidence)
+    units = features.units_of(whole, scale)
+    seen = {n: torch.stack([x * u for x, u in zip(raw[n], units[i], strict=True)]) for i, n in enumerate(NAMES)}
     time = features.time_features(moments.steps, None)
-    return seen, features.tensor_features(pooled, scale, rms, time, incidence)
+    return seen, features.tensor_features(features.describe(whole, units), scale, rms, time, incidence)
 
 
 @pytest.mark.parametrize("factor", [1e-2, 1e3])
@@ -112,7 +112,8 @@ def test_scales() -> None:
         "lonely": torch.zeros(2),
         "zero": torch.zeros(2, 2),
     }
-    scale, rms = features.scales_of(list(params.values()), Incidence(symmetry), 0)
+    mean_squares = torch.stack([p.square().mean() for p in params.values()])
+    scale, rms = features.scales_of(mean_squares, Incidence(symmetry))
     found = dict(zip(params, scale.tolist(), strict=True))
     expected = {"w": 0.1, "b": 0.2, "u": 0.4, "gain": 1.0, "lonely": features.NO_SCALE, "zero": 0.02}
     assert found == pytest.approx(expected, rel=1e-5)
@@ -132,10 +133,22 @@ def test_time() -> None:
 
 
 def test_rows_are_pooled_over_all_other_dimensions() -> None:
-    f = torch.rand(features.CHANNELS, 3, 2, 4, dtype=torch.float64) + 0.5
-    by_dim, whole = features.pool(f, 0)
+    raw = [torch.rand(3, 2, 4, dtype=torch.float64) + 0.5 for _ in range(features.CHANNELS)]
+    by_dim, whole = features.pool(raw, 0)
     assert [tuple(rows.shape) for rows in by_dim] == [(n, features.ROW_CHANNELS) for n in (3, 2, 4)]
-    expected = torch.log(f[1, :, 1].square().mean().sqrt() + features.FLOOR)
-    torch.testing.assert_close(by_dim[1][1, 1], expected)
-    torch.testing.assert_close(by_dim[0][2, -1], (f[1, 2] * f[2, 2]).mean())
-    torch.testing.assert_close(whole[0], torch.log(f[0].square().mean().sqrt() + features.FLOOR))
+    torch.testing.assert_close(by_dim[1][1, 1], raw[1][:, 1].square().mean())
+    torch.testing.assert_close(by_dim[0][2, -1], (raw[1][2] * raw[2][2]).mean())
+    torch.testing.assert_close(whole[0], raw[0].square().mean())
+
+
+def test_a_description_is_that_of_channels() -> None:
+    """Statistics of channels follow from those of raw ones and the units: those of relative weights and of momentum."""
+    raw = [torch.rand(3, 4, dtype=torch.float64) + 0.5 for _ in range(features.CHANNELS)]
+    by_dim, whole = features.pool(raw, 0)
+    units = features.units_of(whole, torch.tensor(0.1, dtype=torch.float64))
+    found = features.describe(by_dim[0], units)
+    rms = [x.square().mean().sqrt() for x in raw]
+    for k, channel in ((0, raw[0]), (3, raw[3] * rms[0] / 0.1), (4, raw[4] / rms[4])):
+        torch.testing.assert_close(found[:, k], torch.log(channel.square().mean(1).sqrt() + features.FLOOR))
+    broken = features.describe(torch.full((features.ROW_CHANNELS,), torch.nan), units)
+    assert torch.isfinite(broken).all()

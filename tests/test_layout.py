@@ -77,10 +77,16 @@ meta_train.tasks.transformer
 meta_train.tasks.vector
 meta_train.tasks.vit
 meta_train.tasks
+meta_train.theta
 meta_train.objective
+meta_train.imitation
 meta_train.unroll
 meta_train.meta_gradient
 meta_train.checkpoint
+meta_train.distributed
+meta_train.validation
+meta_train.config
+meta_train.summary
 meta_train.trainer
 meta_train.recipes
 meta_train
