@@ -48,6 +48,7 @@ nfn_optim.rule
 nfn_optim.pretrained
 nfn_optim.discovery
 nfn_optim.optimizer
+nfn_optim.differentiable
 nfn_optim
 nfn_optim.__main__
 meta_train.tasks.activation
