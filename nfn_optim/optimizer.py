@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nfn_optim.discovery import Discovery, complete, names_of, symmetry_of_calls, unwrap
+from nfn_optim.kernel import Kernel
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
@@ -203,15 +204,19 @@ class NFNOptimizer(torch.optim.Optimizer):
             "lr": _by_name(slots, "lr"),
             "weight_decay": _by_name(slots, "weight_decay"),
             "total_steps": self.param_groups[0]["total_steps"],
+            "kernel": self._kernel(sum(p.numel() for p in params.values())),
         }
         with torch.autocast(device.type, enabled=False):
-            update, new = functional_call(
+            functional_call(
                 self.rule, self._theta(device, dtype), (params, grads, state, self._restricted(params)), hypers
             )
-        entries = [(value, new[name][key]) for name, p, _ in slots for key, value in self.state[p].items()]
-        torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
-        if moving := [slot for slot in slots if _moves(slot.group)]:
-            torch._foreach_add_([slot.param for slot in moving], [update[slot.name] for slot in moving])
+        if len(dtypes) > 1:
+            entries = [(value, state[name][key]) for name, p, _ in slots for key, value in self.state[p].items()]
+            torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
+
+    def _kernel(self, weights: int) -> Kernel:
+        """How the passes run at this step."""
+        return Kernel(in_place=True, compiled=False)
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rule's tensors where and in which dtype they are needed; empty if that is how they are."""
@@ -446,11 +451,13 @@ def _is_usable(grads: list[Tensor]) -> bool:
             )
         if g.numel() > 0:
             kinds.setdefault((g.device, g.dtype), []).append(g)
-    return all(
-        torch.stack(torch._foreach_norm(dense, math.inf)).max().item()
-        < math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max)
-        for (_, dtype), dense in kinds.items()
-    )
+    for (_, dtype), dense in kinds.items():
+        precise = torch.promote_types(dtype, torch.float32)
+        if not torch.stack(torch._foreach_norm(dense, dtype=precise)).sum().isfinite().item():  # which is fast ...
+            largest = torch.stack(torch._foreach_norm(dense, math.inf)).max().item()  # ... and may overflow
+            if not largest < math.sqrt(torch.finfo(precise).max):
+                return False
+    return True
 
 
 def _moves(group: Mapping[str, Any]) -> bool:
