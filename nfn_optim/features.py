@@ -32,8 +32,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -43,6 +42,7 @@ from nfn_optim.layers import Incidence
 State = dict[str, dict[str, Tensor]]
 """Parameter name -> what is remembered of it. Moments have the parameter's shape, counters the shape `(*batch,)`."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_slow")  # m, v, M
 BETA1, BETA_SLOW, BETA2, EPS = 0.9, 0.99, 0.999, 1e-8
 CHANNELS = 5  # of a weight
 ROW_CHANNELS = CHANNELS + 1
@@ -69,51 +69,11 @@ def init_state(params: Mapping[str, Tensor], batch_dims: int, *, learned: bool) 
     state: State = {}
     for name, p in params.items():
         dtype = torch.promote_types(p.dtype, torch.float32)
-        moments = ("exp_avg", "exp_avg_sq", "exp_avg_slow") if learned else ("exp_avg", "exp_avg_sq")
+        moments = MOMENTS if learned else MOMENTS[:2]
         counters = ("step", "fallbacks") if learned else ("step",)
         state[name] = {key: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for key in moments}
         state[name] |= {key: torch.zeros(p.shape[:batch_dims], dtype=dtype, device=p.device) for key in counters}
     return state
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The new state and Adam's bias-corrected view of it.
-
-    Attributes:
-        state: Name -> new moments and counters.
-        correction1: `(*batch, T)`, 1 - .9^t, of each tensor in order; `correction_slow` and `correction2` likewise.
-        steps: `(*batch, T)`, t.
-    """
-
-    state: State
-    steps: Tensor
-    correction1: Tensor
-    correction_slow: Tensor
-    correction2: Tensor
-
-
-def advance(grads: Mapping[str, Tensor], state: State) -> Moments:
-    """Take one gradient into the moments.
-
-    Args:
-        grads: Name -> gradient `(*batch, *shape)`.
-        state: Name -> state, left as it is.
-    """
-    new: State = {}
-    for name, old in state.items():
-        g = grads[name].to(old["exp_avg"].dtype)
-        new[name] = {
-            **old,
-            "step": old["step"] + 1,
-            "exp_avg": torch.lerp(old["exp_avg"], g, 1 - BETA1),
-            "exp_avg_sq": torch.addcmul(old["exp_avg_sq"] * BETA2, g, g, value=1 - BETA2),
-        }
-        if "exp_avg_slow" in old:
-            new[name]["exp_avg_slow"] = torch.lerp(old["exp_avg_slow"], g, 1 - BETA_SLOW)
-    steps = torch.stack([s["step"] for s in new.values()], -1)
-    corrections = [-torch.expm1(steps * math.log(beta)) for beta in (BETA1, BETA_SLOW, BETA2)]  # 1 - beta^t, exactly
-    return Moments(new, steps, *corrections)
 
 
 def spread(value: Tensor, like: Tensor, batch_dims: int) -> Tensor:
@@ -121,52 +81,17 @@ def spread(value: Tensor, like: Tensor, batch_dims: int) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.dim() - batch_dims))
 
 
-def nominal_of(moments: Moments, name: str, index: int, batch_dims: int) -> Tensor:
-    """Adam's direction m^ / (sqrt(v^) + eps). `(*batch, *shape)`."""
-    return _fast(moments, name, index, batch_dims) / _denominator(moments, name, index, batch_dims)
-
-
-def see(p: Tensor, g: Tensor, moments: Moments, name: str, index: int, batch_dims: int) -> list[Tensor]:
-    """The raw channels of every weight of one tensor.
+def corrections_of(steps: Tensor) -> Tensor:
+    """What moments are multiplied by, since they start at zero.
 
     Args:
-        p: Parameter `(*batch, *shape)`.
-        g: Gradient, the same shape.
-        moments: The moments, `g` included.
-        name: The tensor's name.
-        index: The tensor's number.
-        batch_dims: How many leading dimensions are batch.
+        steps: Steps taken, this one included, `(...)`.
 
     Returns:
-        `CHANNELS` tensors `(*batch, *shape)`.
+        `(..., 3)`: for m, for the square root of v and for M.
     """
-    denominator = _denominator(moments, name, index, batch_dims)
-    fast = _fast(moments, name, index, batch_dims)
-    slow = moments.state[name]["exp_avg_slow"] / spread(moments.correction_slow[..., index], p, batch_dims)
-    newest = (g.to(fast.dtype) / denominator).clamp(-CLIP, CLIP)
-    return [fast / denominator, slow / denominator, newest, p.to(fast.dtype), fast]
-
-
-def pool(raw: Sequence[Tensor], batch_dims: int) -> tuple[list[Tensor], Tensor]:
-    """Means over every row of a tensor, and over the tensor: of the squares of raw channels, and of 1 times 2.
-
-    Args:
-        raw: `CHANNELS` tensors `(*batch, *shape)`.
-        batch_dims: How many leading dimensions are batch.
-
-    Returns:
-        For every dimension d `(*batch, shape[d], ROW_CHANNELS)`, and for the tensor `(*batch, ROW_CHANNELS)`.
-    """
-    products = torch.stack([*(x.square() for x in raw), raw[1] * raw[2]], batch_dims)  # (*batch, ROW_CHANNELS, *shape)
-    dims = range(batch_dims + 1, products.dim())
-    if not dims:
-        return [], products
-    rest = products.mean(dims[0])  # what remains to be done costs no pass over the weights
-    rows = [products.flatten(dims[1]).mean(-1) if len(dims) > 1 else products]
-    for d in dims[:-1]:
-        others = tuple(other for other in dims[:-1] if other != d)
-        rows.append(rest.mean(others) if others else rest)
-    return [row.transpose(-1, -2) for row in rows], rows[0].mean(-1)
+    bias = [-torch.expm1(steps * math.log(beta)) for beta in (BETA1, BETA2, BETA_SLOW)]  # 1 - beta^t, exactly
+    return torch.stack([1 / bias[0], bias[1].rsqrt(), 1 / bias[2]], -1)
 
 
 def units_of(whole: Tensor, scale: Tensor) -> Tensor:
@@ -261,18 +186,6 @@ def tensor_features(described: Tensor, scale: Tensor, rms: Tensor, time: Tensor,
     static = incidence.at(described)["static"].expand(*described.shape[:-1], Incidence.STATIC)
     grown = torch.log(rms / scale + FLOOR).unsqueeze(-1)  # 0 for a matrix, down to log(.05) for a bias of zeros
     return torch.cat([described, grown, static, time], -1)
-
-
-def _fast(moments: Moments, name: str, index: int, batch_dims: int) -> Tensor:
-    """m^."""
-    m = moments.state[name]["exp_avg"]
-    return m / spread(moments.correction1[..., index], m, batch_dims)
-
-
-def _denominator(moments: Moments, name: str, index: int, batch_dims: int) -> Tensor:
-    """sqrt(v^) + eps."""
-    v = moments.state[name]["exp_avg_sq"]
-    return (v + TINY).sqrt() / spread(moments.correction2[..., index].sqrt(), v, batch_dims) + EPS
 
 
 def _finite(value: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nfn_optim.discovery import Discovery, complete, names_of, symmetry_of_calls, unwrap
+from nfn_optim.kernel import Kernel
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
 from nfn_optim.shards import Shards, everywhere, local
@@ -197,26 +198,28 @@ class NFNOptimizer(torch.optim.Optimizer):
         params = {name: local(p) for name, p, _ in slots}
         grads = {name: local(p.grad, p) for name, p, _ in slots}  # type: ignore[arg-type]
         grads = {name: -grads[name] if group["maximize"] else grads[name] for name, _, group in slots}
-        state = {name: {key: local(value) for key, value in self.state[p].items()} for name, p, _ in slots}
-        mine = list(state.items())
-        dtypes = {s["exp_avg"].dtype for s in state.values()}
+        kept = {name: {key: local(value) for key, value in self.state[p].items()} for name, p, _ in slots}
+        dtypes = {s["exp_avg"].dtype for s in kept.values()}
         dtype, device = max(dtypes, key=lambda d: d.itemsize), params[slots[0].name].device
-        if len(dtypes) > 1:
-            state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
+        state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in kept.items()}
         hypers = {
             "lr": _by_name(slots, "lr"),
             "weight_decay": _by_name(slots, "weight_decay"),
             "total_steps": self.param_groups[0]["total_steps"],
+            "kernel": self._kernel(sum(p.numel() for p in params.values())),
             "shards": shards,
         }
         with torch.autocast(device.type, enabled=False):
-            update, new = functional_call(
+            functional_call(
                 self.rule, self._theta(device, dtype), (params, grads, state, self._restricted(params)), hypers
             )
-        entries = [(value, new[name][key]) for name, s in mine for key, value in s.items()]
-        torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
-        if moving := [slot for slot in slots if _moves(slot.group)]:
-            torch._foreach_add_([params[slot.name] for slot in moving], [update[slot.name] for slot in moving])
+        if len(dtypes) > 1:
+            entries = [(value, state[name][key]) for name, s in kept.items() for key, value in s.items()]
+            torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
+
+    def _kernel(self, weights: int) -> Kernel:
+        """How the passes run at this step."""
+        return Kernel(in_place=True, compiled=False)
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rule's tensors where and in which dtype they are needed; empty if that is how they are."""
@@ -451,11 +454,13 @@ def _is_usable(grads: list[Tensor]) -> bool:
             )
         if g.numel() > 0:
             kinds.setdefault((g.device, g.dtype), []).append(g)
-    return all(
-        torch.stack(torch._foreach_norm(dense, math.inf)).max().item()
-        < math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max)
-        for (_, dtype), dense in kinds.items()
-    )
+    for (_, dtype), dense in kinds.items():
+        precise = torch.promote_types(dtype, torch.float32)
+        if not torch.stack(torch._foreach_norm(dense, dtype=precise)).sum().isfinite().item():  # which is fast ...
+            largest = torch.stack(torch._foreach_norm(dense, math.inf)).max().item()  # ... and may overflow
+            if not largest < math.sqrt(torch.finfo(precise).max):
+                return False
+    return True
 
 
 def _moves(group: Mapping[str, Any]) -> bool:

@@ -24,18 +24,21 @@ References:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfn_optim import features
-from nfn_optim.features import CHANNELS, CLIP, ROW_CHANNELS, TENSOR_CHANNELS, State
+from nfn_optim.arrays import Block, Pooled, layouts_of
+from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS, State
+from nfn_optim.kernel import PURE, Kernel
 from nfn_optim.layers import Incidence, TiedStack
+from nfn_optim.passes import Network
 from nfn_optim.shards import Shards
 from nfn_optim.symmetry import Symmetry
 
@@ -83,27 +86,27 @@ class Said:
     """What one tensor and its rows, columns and taps say to its weights.
 
     Attributes:
-        coefficients: Of each row, `(*batch, shape[0] or 1, channels)`.
-        units: Of the channels, `(*batch, CHANNELS)`.
-        gains: For every dimension `(*batch, shape[dim])`, the first with the tensor's own; `(*batch, 1)` of a scalar.
-        activity: Root mean square of the nominal direction, 0 when there is nothing to do; `(*batch,)`.
-        trusted: Whether the direction is certain to stay in range, `(*batch,)`.
+        heard: By each row, see `nfn_optim.passes`, `(*batch, shape[0] or 1, heard channels)`.
+        gains: For every dimension but the first `(*batch, shape[dim])`.
     """
 
-    coefficients: Tensor
-    units: Tensor
-    gains: tuple[Tensor, ...]
-    activity: Tensor
-    trusted: Tensor
+    heard: Tensor
+    gains: tuple[Tensor, ...] = ()
 
     def part(self, name: str, shards: Shards) -> Said:
-        """What is said to those weights of the tensor that are here."""
-        gains = tuple(gain[shards.part(name, dim)] for dim, gain in enumerate(self.gains))
-        return replace(self, coefficients=self.coefficients[shards.part(name, 0)], gains=gains)
+        """What is said to those weights of the tensor that are here; no batch."""
+        gains = tuple(gain[shards.part(name, dim)] for dim, gain in enumerate(self.gains, 1))
+        return replace(self, heard=self.heard[shards.part(name, 0)], gains=gains)
 
 
 class UpdateRule(nn.Module):
     """A learned update rule; its parameters are theta. A new one equals AdamW (for `power=0`).
+
+    Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
+    parameter): every member then has a rule of its own, as the particles of evolution strategies do.
+
+    Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
+    parameter): every member then has a rule of its own, as the particles of evolution strategies do.
 
     Args:
         config: What it is made of.
@@ -167,9 +170,10 @@ class UpdateRule(nn.Module):
         weight_decay: Hyper = 0.0,
         total_steps: Tensor | float | None = None,
         batch_dims: int = 0,
+        kernel: Kernel = PURE,
         shards: Shards | None = None,
     ) -> tuple[dict[str, Tensor], State]:
-        """One step: what to add to the parameters, and the new state. Pure; nothing is changed in place.
+        """One step: what to add to the parameters, and the new state. Pure; nothing is changed unless `kernel` does so.
 
         Args:
             params: Name -> tensor `(*batch, *shape)`; the names of `symmetry`, in its order or another.
@@ -180,6 +184,8 @@ class UpdateRule(nn.Module):
             weight_decay: Decoupled weight decay, per unit of learning rate; as `lr`.
             total_steps: The horizon in steps, if known; 0 where it is not. A number or `(*batch,)`.
             batch_dims: How many leading dimensions of every tensor are batch: independent networks of one shape.
+            kernel: How the passes over the weights run. In place (no batch, no gradients) parameters and state are
+                changed, no update is returned, and parameters whose `lr` is the number 0 keep every bit.
             shards: Where the tensors are parts of larger ones: which, of `symmetry`, is said of the whole. No batch.
 
         Returns:
@@ -187,33 +193,52 @@ class UpdateRule(nn.Module):
         """
         incidence = incidence_of(symmetry)
         names = incidence.names
-        params, grads = {n: params[n] for n in names}, {n: grads[n] for n in names}
-        moments = features.advance(grads, {n: state[n] for n in names})
-        raw: list[list[Tensor]] = []
-        said: list[Said] = []
+        steps = torch.stack([state[n]["step"] for n in names], -1) + 1  # (*batch, T)
+        rate, decay = _by_tensor(lr, names, steps), _by_tensor(weight_decay, names, steps)
+        if (cooling := self._cooling(steps, total_steps)) is not None:
+            rate = rate * cooling
+        corrections = features.corrections_of(steps)
+        tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
+        blocks = [Block.of(x, tensors, corrections) for x in layouts_of([x[0] for x in tensors], batch_dims)]
+        counters = {"step": steps}
         if self.learns:
-            raw = [
-                features.see(p, grads[n], moments, n, i, batch_dims) for i, (n, p) in enumerate(params.items())
-            ]  # the first pass over the weights ends with pooling
-            pooled = [features.pool(x, batch_dims) for x in raw]
-            pooled = pooled if shards is None else shards.gather(names, pooled)
-            said = self._say(pooled, moments, incidence, total_steps, batch_dims)
-            said = said if shards is None else [s.part(n, shards) for n, s in zip(names, said, strict=True)]
-        cooling = self._cooling(moments.steps, total_steps)
-        update = {}
-        for i, (name, p) in enumerate(params.items()):
-            if self.learns:
-                direction = self._listen(raw[i], said[i], batch_dims)
-                new = moments.state[name]
-                new["fallbacks"] = new["fallbacks"] + (~said[i].trusted).to(new["fallbacks"].dtype)
+            pooled: dict[int, Pooled] = {}
+            for block in blocks:
+                pooled |= block.layout.means(*kernel.look(*block.arrays))
+            means = [pooled[i] for i in range(len(names))]
+            means = means if shards is None else shards.gather(names, means)
+            said, untrusted = self._say(means, steps, incidence, total_steps, (rate, decay))
+            counters["fallbacks"] = torch.stack([state[n]["fallbacks"] for n in names], -1) + untrusted
+        else:
+            heard = torch.stack([-rate + 0 * steps, -rate * decay + 0 * steps], -1)  # (*batch, T, 2)
+            heard = heard.index_select(-2, incidence.at(heard)["tensor_of_leading"])
+            said = [Said(x) for x in torch.split(heard, incidence.lengths, -2)]
+        if shards is not None:
+            said = [x.part(name, shards) for name, x in zip(names, said, strict=True)]
+        update: dict[str, Tensor] = {}
+        new: State = {n: dict(state[n]) for n in names}
+        for block in blocks:
+            layout = block.layout
+            parts = [said[i] for i in layout.numbers]
+            heard = parts[0].heard if len(parts) == 1 else torch.cat([x.heard for x in parts], -2)
+            words = (heard, layout.gain([x.gains for x in parts]) if self.learns else None, self._network())
+            still = {i for i in layout.numbers if _is_zero(lr, names[i])}
+            if kernel.in_place:
+                kernel.move_(*block.arrays, *words, still=len(still) == len(layout.numbers))
+                block.write_back(still)
+                continue
+            found, moments = kernel.move(*block.arrays, *words)
+            for i, u, *values in zip(layout.numbers, *(layout.unfold(x) for x in (found, *moments)), strict=True):
+                update[names[i]] = u
+                new[names[i]] |= dict(zip(MOMENTS, values, strict=False))
+        for key, value in counters.items():
+            counts = value.unbind(-1)
+            if kernel.in_place:
+                torch._foreach_copy_([state[n][key] for n in names], counts)
             else:
-                direction = features.nominal_of(moments, name, i, batch_dims)
-            rate = _of(lr, name, direction, batch_dims)
-            if cooling is not None:
-                rate = rate * features.spread(cooling[..., i], direction, batch_dims)
-            decay = _of(weight_decay, name, direction, batch_dims)
-            update[name] = -rate * (direction + decay * p.to(direction.dtype))
-        return update, moments.state
+                for n, count in zip(names, counts, strict=True):
+                    new[n][key] = count
+        return update, state if kernel.in_place else new
 
     def _cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
         """What the learning rate is multiplied by, `(*batch, T)`: 1, falling to zero at the end of a known horizon."""
@@ -225,21 +250,26 @@ class UpdateRule(nn.Module):
 
     def _say(
         self,
-        pooled: list[tuple[list[Tensor], Tensor]],
-        moments: features.Moments,
+        pooled: Sequence[Pooled],
+        steps: Tensor,
         incidence: Incidence,
         total_steps: Tensor | float | None,
-        batch_dims: int,
-    ) -> list[Said]:
+        rates: tuple[Tensor | float, Tensor | float],
+    ) -> tuple[list[Said], Tensor]:
         """What every tensor, its rows, columns and taps say to its weights; costs O(neurons).
 
         Args:
             pooled: For every tensor the means of its rows by dimension, and its own.
-            moments: For the time.
+            steps: Steps taken, `(*batch, T)`.
             incidence: Where rows, neurons and tensors meet.
             total_steps: The horizon.
-            batch_dims: How many leading dimensions are batch.
+            rates: Learning rate and weight decay, numbers or `(*batch or none, T or 1)`.
+
+        Returns:
+            By tensor; and which ones are not trusted to stay in range, so that they say what Adam would,
+            `(*batch, T)`.
         """
+        index = incidence.at(steps)
         whole = torch.stack([tensor for _, tensor in pooled], -2)  # (*batch, T, ROW_CHANNELS)
         scale, rms = features.scales_of(whole[..., 3], incidence)  # (*batch, T)
         units = features.units_of(whole, scale)  # (*batch, T, CHANNELS)
@@ -247,98 +277,98 @@ class UpdateRule(nn.Module):
         total = None
         if total_steps is not None:
             total = torch.as_tensor(total_steps, dtype=rms.dtype, device=rms.device).unsqueeze(-1)
-        time = features.time_features(moments.steps, total)
+        time = features.time_features(steps, total)
         tensors = features.tensor_features(described, scale, rms, time, incidence)  # (*batch, T, TENSOR_CHANNELS)
-        segments: dict[tuple[int, int], Tensor] = {}  # first row and length -> rows
-        for i, (by_dim, _) in enumerate(pooled):
-            for s, means in zip(incidence.segments[i], by_dim, strict=True):
-                rows = features.describe(means, units[..., i, None, :])
-                segments[s.start, s.length] = described[..., i, None, :].expand_as(rows) if s.mute else rows
-        ordered = [segments[key] for key in sorted(segments)]
-        everything = torch.cat(ordered, -2) if ordered else tensors.new_zeros((*tensors.shape[:-2], 0, ROW_CHANNELS))
-        by_row, by_tensor = self.stack(everything, tensors, incidence)
-        by_scale = torch.exp(self.power * (scale / SCALE_UNIT).log())  # (*batch, T)
-        by_row_gain, by_tensor_gain = _gain(by_row[..., -1]), _gain(by_tensor[..., -1])  # (*batch, N), (*batch, T)
+        none = whole[..., :0, :]
+        rows = torch.cat([none, *(x for by_dim, _ in pooled for x in by_dim)], -2).index_select(-2, index["gathered"])
+        rows = features.describe(rows, incidence.tensors_to_rows(units))  # (*batch, N, ROW_CHANNELS)
+        if incidence.mutes:
+            rows = torch.where(index["mute"], incidence.tensors_to_rows(described), rows)
+        by_row, by_tensor = self.stack(rows, tensors, incidence)
 
+        every = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
+        by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, channels + 1)
+        coefficients = by_leading[..., :-1] + by_tensor[..., :-1].index_select(-2, every)
+        gain = _gain(by_leading[..., -1]) * _gain(by_tensor[..., -1]).index_select(-1, every)  # (*batch, F)
+        by_scale = torch.exp(self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log())  # (*batch, T)
+        by_row_gain = _gain(by_row[..., -1])  # (*batch, N)
+        activity = (whole[..., 0] + features.TINY).sqrt()
+
+        means = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
+        reach = gain * self._reach(means, units.index_select(-2, every), coefficients, activity.index_select(-1, every))
+        squares = (reach * reach).detach() * index["leading_share"]
+        bound = torch.zeros_like(activity).index_add(-1, every, squares).sqrt() * self._most(by_row_gain, incidence)
+        trusted = (bound <= FALLBACK_RMS) & torch.isfinite(by_scale)  # False for NaN
+        by_row_gain = torch.where(trusted.index_select(-1, index["tensor_of_row"]), by_row_gain, 1.0)
+        units = torch.where(trusted.unsqueeze(-1), units, 0.0)
+        believed = trusted.index_select(-1, every)
+        gain = torch.where(believed, gain * by_scale.index_select(-1, every), 1.0)
+        coefficients = torch.where(believed.unsqueeze(-1), coefficients, 0.0)
+
+        rate, decay = (x if isinstance(x, float | int) else (x + 0 * steps).index_select(-1, every) for x in rates)
+        heard = self._heard(
+            -rate * gain,
+            coefficients,
+            units.index_select(-2, every),
+            torch.where(trusted, activity, 0.0).index_select(-1, every),
+            -rate * decay + 0 * gain,
+        )
         said = []
-        for i, (by_dim, tensor) in enumerate(pooled):
-            coefficients = by_tensor[..., i, None, :-1]  # (*batch, 1, channels)
-            first = by_tensor_gain[..., i, None]  # (*batch, 1)
-            gains = []
-            for s in incidence.segments[i]:
-                part = slice(s.start, s.start + s.length)
-                if s.dim == 0:
-                    coefficients = coefficients + by_row[..., part, :-1]  # (*batch, shape[0], channels)
-                    first = first * by_row_gain[..., part]  # (*batch, shape[0])
-                else:
-                    gains.append(by_row_gain[..., part])  # (*batch, shape[dim])
-            means = by_dim[0] if by_dim else tensor.unsqueeze(-2)  # (*batch, shape[0] or 1, ROW_CHANNELS)
-            reach = first * self._reach(means, units[..., i, None, :], coefficients)
-            bound = reach.detach().square().mean(-1).sqrt()  # (*batch,)
-            for gain in gains:
-                bound = bound * gain.detach().amax(-1)
-            trusted = (bound <= FALLBACK_RMS) & torch.isfinite(by_scale[..., i])  # False for NaN
-            first = first * by_scale[..., i, None]
-            activity = (tensor[..., 0] + features.TINY).sqrt()
-            said.append(Said(coefficients, units[..., i, :], (first, *gains), activity, trusted))
-        return said
+        for segments, words in zip(incidence.segments, torch.split(heard, incidence.lengths, -2), strict=True):
+            gains = tuple(by_row_gain[..., s.start : s.start + s.length] for s in segments[1:])
+            said.append(Said(words, gains))
+        return said, ~trusted
 
-    def _reach(self, means: Tensor, units: Tensor, coefficients: Tensor) -> Tensor:
+    def _reach(self, means: Tensor, units: Tensor, coefficients: Tensor, activity: Tensor) -> Tensor:
         """A bound on the root mean square of nominal + learned in every row, by Minkowski's inequality.
 
         Args:
-            means: Means over the rows of raw channels, `(*batch, rows, ROW_CHANNELS)`.
-            units: `(*batch, 1, CHANNELS)`.
-            coefficients: `(*batch, rows, channels)`.
+            means: Means over the rows of raw channels, `(*batch, F, ROW_CHANNELS)`.
+            units: `(*batch, F, CHANNELS)`.
+            coefficients: `(*batch, F, channels)`.
+            activity: Root mean square of the nominal direction of the row's tensor, `(*batch, F)`.
 
         Returns:
-            `(*batch, rows)`, NaN where something is.
+            `(*batch, F)`, NaN where something is.
         """
         rms = means[..., :CHANNELS].sqrt() * units
         if self.config.form == "linear":
-            nominal, *others = (rms * (coefficients + torch.eye(1, CHANNELS).to(rms))).abs().unbind(-1)
-            return nominal + sum(others)
-        activity = rms[..., 0].square().mean(-1, keepdim=True).sqrt()
+            return (rms[..., 0] * (1 + coefficients[..., 0])).abs() + (rms * coefficients)[..., 1:].abs().sum(-1)
         broken = 0 * (rms.sum(-1) + coefficients.sum(-1))  # NaN where something is not finite, which tanh may hide
-        return rms[..., 0] + activity * self.answer.weight.abs().sum() + broken
+        return rms[..., 0] + activity * self.answer.weight.abs().sum((-2, -1)).unsqueeze(-1) + broken
 
-    def _listen(self, raw: list[Tensor], said: Said, batch_dims: int) -> Tensor:
-        """The direction of every weight of one tensor, gain (nominal + learned): the second pass over the weights.
+    @staticmethod
+    def _most(by_row_gain: Tensor, incidence: Incidence) -> Tensor:
+        """The most that columns and taps multiply a weight with, `(*batch, N) -> (*batch, T)`."""
+        most = []
+        for segments in incidence.segments:
+            value = torch.ones_like(by_row_gain[..., 0]) if segments else by_row_gain.new_ones(by_row_gain.shape[:-1])
+            for s in segments[1:]:
+                value = value * by_row_gain[..., s.start : s.start + s.length].detach().amax(-1)
+            most.append(value)
+        return torch.stack(most, -1)
+
+    def _heard(self, first: Tensor, coefficients: Tensor, units: Tensor, activity: Tensor, decay: Tensor) -> Tensor:
+        """What `passes.move` wants to hear, `(*batch, F, heard channels)`.
 
         Args:
-            raw: Raw channels, `(*batch, *shape)` each.
-            said: What the tensor and its rows, columns and taps say.
-            batch_dims: How many leading dimensions are batch.
-
-        Returns:
-            `(*batch, *shape)`; the nominal direction where the tensor is not trusted.
+            first: -lr times gain, `(*batch, F)`.
+            coefficients: `(*batch, F, channels)`.
+            units: `(*batch, F, CHANNELS)`.
+            activity: `(*batch, F)`.
+            decay: -lr times weight decay, `(*batch, F)`.
         """
-        nominal, ndim = raw[0], raw[0].dim() - batch_dims
-        trusted = said.trusted.unsqueeze(-1)  # (*batch, 1)
-        first, *gains = (torch.where(trusted, gain, 1.0) for gain in said.gains)
-        units = torch.where(trusted, said.units, 0.0)  # (*batch, CHANNELS)
-        relative, shared = (raw[k] * features.spread(units[..., k], nominal, batch_dims) for k in (3, 4))
-        channels = [*raw[:3], relative, shared.clamp(-CLIP, CLIP)]
-        heard = torch.where(trusted.unsqueeze(-1), said.coefficients, 0.0)  # (*batch, shape[0] or 1, channels)
         if self.config.form == "linear":
-            learned = sum(x * _along(c, ndim, 0) for x, c in zip(channels, heard.unbind(-1), strict=True))
+            nominal, *others = coefficients.unbind(-1)
+            others[2] = others[2] * units[..., 3]
+            words = [first * (1 + nominal), *(first * c for c in others), units[..., 4]]
         else:
-            learned = self._network(channels, heard, batch_dims) * features.spread(said.activity, nominal, batch_dims)
-        direction = _along(first, ndim, 0) * (nominal + learned)
-        for dim, gain in enumerate(gains, 1):
-            direction = direction * _along(gain, ndim, dim)
-        return direction
+            words = [first, units[..., 3], units[..., 4], activity, *coefficients.unbind(-1)]
+        return torch.stack([*words, decay], -1)
 
-    def _network(self, channels: list[Tensor], heard: Tensor, batch_dims: int) -> Tensor:
-        """The learned part of form "network", `(*batch, *shape)`; arguments as in `_listen`."""
-        f = torch.stack(channels, batch_dims)  # (*batch, CHANNELS, *shape)
-        shape = f.shape[batch_dims + 1 :]
-        rest = math.prod(shape) // max(heard.shape[-2], 1)
-        rows = f.reshape((*f.shape[: batch_dims + 1], heard.shape[-2], rest))  # (*batch, CHANNELS, shape[0], rest)
-        seen = torch.einsum("...krc,hk->...hrc", rows, self.see.weight) + self.see.bias[:, None, None]
-        answer = torch.tanh(seen + heard.transpose(-1, -2).unsqueeze(-1))  # (*batch, hidden, shape[0], rest)
-        answer = torch.einsum("...hrc,h->...rc", answer, self.answer.weight[0])
-        return answer.reshape((*f.shape[:batch_dims], *shape))
+    def _network(self) -> Network | None:
+        """The network per weight, if the form has one."""
+        return (self.see.weight, self.see.bias, self.answer.weight) if hasattr(self, "see") else None
 
 
 @lru_cache(maxsize=64)
@@ -347,20 +377,28 @@ def incidence_of(symmetry: Symmetry) -> Incidence:
     return Incidence(symmetry)
 
 
-def _of(hyper: Hyper, name: str, like: Tensor, batch_dims: int) -> Tensor | float:
-    """The value of a hyperparameter for one tensor, made to broadcast against it."""
+def _by_tensor(hyper: Hyper, names: Sequence[str], steps: Tensor) -> Tensor | float:
+    """A hyperparameter as a number or `(*batch or none, T or 1)`, to go with steps `(*batch, T)`."""
+    if isinstance(hyper, Mapping):
+        return torch.cat(
+            [
+                torch.as_tensor(_by_tensor(hyper[n], names, steps)).to(steps).expand((*steps.shape[:-1], 1))
+                for n in names
+            ],
+            -1,
+        )
+    if isinstance(hyper, Tensor):
+        hyper = hyper.to(steps)
+        return hyper.unsqueeze(-1) if hyper.dim() == steps.dim() - 1 > 0 else hyper.reshape((1,))
+    return hyper
+
+
+def _is_zero(hyper: Hyper, name: str) -> bool:
+    """Whether a hyperparameter is the number 0 for a tensor."""
     value = hyper[name] if isinstance(hyper, Mapping) else hyper
-    if isinstance(value, Tensor):
-        value = value.to(like.device, like.dtype)
-        return features.spread(value, like, batch_dims) if value.dim() == batch_dims > 0 else value.reshape(())
-    return value
+    return not isinstance(value, Tensor) and value == 0
 
 
 def _gain(said: Tensor) -> Tensor:
     """A factor of the gain, between exp(-GAIN_RANGE) and exp(GAIN_RANGE)."""
     return torch.exp(GAIN_RANGE * torch.tanh(said / GAIN_RANGE))
-
-
-def _along(value: Tensor, ndim: int, dim: int) -> Tensor:
-    """Place `(*batch, length)` on dimension `dim` of `ndim` dimensions: `(*batch, 1, ..., length, ..., 1)`."""
-    return value.reshape((*value.shape[:-1], *(value.shape[-1] if d == dim else 1 for d in range(ndim))))

@@ -26,13 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nfn_optim.arrays import Pooled
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
-
-Pooled = tuple[list[Tensor], Tensor]
-"""Means over one tensor: over the rest of it for every dimension, `(shape[d], C)`; and over all of it, `(C,)`."""
 
 
 @dataclass(frozen=True)

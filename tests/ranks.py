@@ -14,7 +14,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class Ranks:
         try:
             for end in self._ends:
                 end.send_bytes(pickle.dumps((function, args)))
-            found = [self._receive(rank) for rank in range(WORLD)]
+            answers: dict[int, Any] = {}
+            while len(answers) < WORLD:
+                answers |= self._receive([rank for rank in range(WORLD) if rank not in answers])
             done = True
         finally:
             if not done:
                 self.close()
-        return found
+        return [answers[rank] for rank in range(WORLD)]
 
     def close(self) -> None:
         """End both processes."""
@@ -72,13 +74,18 @@ class Ranks:
             self._processes.append(process)
             self._ends.append(here)
 
-    def _receive(self, rank: int) -> Any:
-        if not self._ends[rank].poll(PATIENCE):
-            raise TimeoutError(f"rank {rank} hangs")
-        error, value = pickle.loads(self._ends[rank].recv_bytes())
-        if error:
-            raise RuntimeError(f"rank {rank} failed:\n{error}")
-        return value
+    def _receive(self, missing: list[int]) -> dict[int, Any]:
+        """Whatever answers come first, by rank: of two ranks one raises and the other hangs."""
+        ready = wait([self._ends[rank] for rank in missing], PATIENCE)
+        if not ready:
+            raise TimeoutError(f"ranks {missing} hang")
+        answers = {}
+        for rank in missing:
+            if self._ends[rank] in ready:
+                error, answers[rank] = pickle.loads(self._ends[rank].recv_bytes())
+                if error:
+                    raise RuntimeError(f"rank {rank} failed:\n{error}")
+        return answers
 
 
 def _serve(rank: int, rendezvous: str, end: Connection) -> None:

@@ -39,6 +39,18 @@ def test_replace_adam_writes_what_it_says(tmp_path: Path) -> None:
     assert "NFNOptimizer" in done.stdout
 
 
+def test_differentiate_through_training_tells_labels_apart(tmp_path: Path) -> None:
+    """In the direction, from few windows."""
+    command = [sys.executable, "examples/differentiate_through_training.py", "--windows", "20", "--seeds", "1"]
+    command += ["--steps", "5", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "differentiate_through_training.json").read_text())
+    assert found["weight of right labels"] > found["weight of wrong labels"] + 0.1
+    assert [len(runs) for runs in found["accuracy"].values()] == [1, 1, 1]
+    assert (tmp_path / "differentiate_through_training.md").read_text().count("\n") == 4 + 3
+
+
 def test_steps_to_a_loss_are_counted_on_the_running_mean(replace_adam: ModuleType) -> None:
     slow = [10.0] * 100 + [1.0] * 100
     fast = [10.0] * 20 + [1.0] * 180
