@@ -97,6 +97,7 @@ class UpdateRule(nn.Module):
         self.config = config = config or RuleConfig()
         self.learns = config.hidden > 0
         if self.learns:
+            self.gains = Gains()
             out = (CHANNELS if config.form == "linear" else config.weight_hidden) + 1  # the last one is the gain's
             self.stack = TiedStack(ROW_CHANNELS, TENSOR_CHANNELS, config.hidden, out, config.rounds)
             self.power = nn.Parameter(torch.tensor(float(config.power)))
@@ -166,7 +167,7 @@ class UpdateRule(nn.Module):
             directions = self._learned(params, grads, moments, incidence, total_steps, batch_dims)
         else:
             directions = {n: features.nominal_of(moments, n, i, batch_dims) for i, n in enumerate(names)}
-        cooling = self._cooling(moments.steps, total_steps)
+        cooling = self.cooling(moments.steps, total_steps)
         update = {}
         for i, (name, direction) in enumerate(directions.items()):
             p = params[name].to(direction.dtype)
@@ -176,8 +177,16 @@ class UpdateRule(nn.Module):
             update[name] = -rate * (direction + _of(weight_decay, name, p, batch_dims) * p)
         return update, moments.state
 
-    def _cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
-        """What the learning rate is multiplied by, `(*batch, T)`: 1, falling to zero at the end of a known horizon."""
+    def cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
+        """What the learning rate is multiplied by: 1, falling to zero at the end of a known horizon.
+
+        Args:
+            steps: Steps taken, this one included, `(*batch, T)`.
+            total_steps: The horizon in steps, as in `forward`.
+
+        Returns:
+            `(*batch, T)`, or None where it is always 1.
+        """
         if not self.config.cooldown or total_steps is None:
             return None
         total = torch.as_tensor(total_steps, dtype=steps.dtype, device=steps.device).unsqueeze(-1)
@@ -217,8 +226,7 @@ class UpdateRule(nn.Module):
         by_row, by_tensor = self.stack(everything, tensors, incidence)
         gains = torch.exp(self.power * (scale / SCALE_UNIT).log())  # (*batch, T)
 
-        by_tensor_gain = gains * _gain(by_tensor[..., -1])  # (*batch, T)
-        by_row_gain = _gain(by_row[..., -1])  # (*batch, N)
+        by_row_gain, by_tensor_gain = self.gains(by_row[..., -1], by_tensor[..., -1], gains)
 
         directions = {}
         for i, (name, f) in enumerate(seen.items()):
@@ -259,6 +267,23 @@ class UpdateRule(nn.Module):
             answer = torch.einsum("...hrc,h->...rc", torch.tanh(seen + heard), self.answer.weight[0])
         answer = answer.reshape((*f.shape[:batch_dims], *shape))
         return answer if self.config.form == "linear" else answer * _activity(f.select(batch_dims, 0), batch_dims)
+
+
+class Gains(nn.Module):
+    """The factors of the gain; a module without parameters, so that they can be heard by a forward hook."""
+
+    def forward(self, by_row: Tensor, by_tensor: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn what was said into factors, each of what was said between exp(-GAIN_RANGE) and exp(GAIN_RANGE).
+
+        Args:
+            by_row: What every row says, `(*batch, N)`.
+            by_tensor: What every tensor says, `(*batch, T)`.
+            units: What a tensor's updates are measured in, over that of a typical one, `(*batch, T)`.
+
+        Returns:
+            The factors of the rows `(*batch, N)` and of the tensors `(*batch, T)`.
+        """
+        return _gain(by_row), units * _gain(by_tensor)
 
 
 @lru_cache(maxsize=64)
