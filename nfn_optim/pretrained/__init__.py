@@ -104,8 +104,9 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
             f"{path} was changed after it was written: expected SHA-256 {stated['sha256']}, found {found}; "
             f"copy or install it again"
         )
-    rule = UpdateRule(RuleConfig(**json.loads(stated["config"])))
-    rule.load_state_dict(theta)
+    with torch.device("meta"):  # nothing is drawn: whoever seeds before the optimizer is made gets the same numbers
+        rule = UpdateRule(RuleConfig(**json.loads(stated["config"])))
+    rule.load_state_dict(theta, assign=True)
     return rule.requires_grad_(False).eval()
 
 
