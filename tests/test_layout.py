@@ -53,6 +53,14 @@ nfn_optim.pretrained
 nfn_optim.discovery
 nfn_optim.optimizer
 nfn_optim.differentiable
+nfn_optim.monitor.sample
+nfn_optim.monitor.ear
+nfn_optim.monitor.journal
+nfn_optim.monitor.reading
+nfn_optim.monitor.lines
+nfn_optim.monitor.page
+nfn_optim.monitor.observer
+nfn_optim.monitor
 nfn_optim
 nfn_optim.__main__
 meta_train.tasks.activation
