@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/replace_adam.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ python -m meta_train recipes
 python -m meta_train train digits --out runs/digits
 python -m meta_train resume runs/digits
 torchrun --nproc-per-node 2 -m meta_train train broad --out runs/broad
+python -m meta_train evaluate --rule runs/digits/theta.safetensors
 tensorboard --logdir runs
 """
 
@@ -22,6 +23,7 @@ from meta_train import checkpoint
 from meta_train import tasks as task_families
 from meta_train.config import Config
 from meta_train.distributed import rank
+from meta_train.evaluate import evaluate
 from meta_train.meta_gradient import Estimator
 from meta_train.recipes import RECIPES
 from meta_train.tasks import TaskDistribution
@@ -165,7 +167,13 @@ def tasks() -> None:
             sys.stdout.write(f"{name:<26}{(family.__doc__ or '').splitlines()[0]}\n")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "resume": resume, "recipes": recipes, "tasks": tasks}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "resume": resume,
+    "evaluate": evaluate,
+    "recipes": recipes,
+    "tasks": tasks,
+}
 
 
 def main() -> None:
@@ -178,7 +186,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; continue with `python -m meta_train resume DIR`")
+        sys.exit("interrupted; continue with `python -m meta_train resume DIR`, an evaluation with the same command")
 
 
 if __name__ == "__main__":

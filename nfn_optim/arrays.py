@@ -6,6 +6,7 @@ memory. All vectors and scalars of a network are one array, row after row, with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Matrix:
         """`(*batch, *shape) -> (*batch, rows, rest)`, a view where that can be."""
         (x,) = tensors
         x = x.permute(*range(len(self.batch)), *(len(self.batch) + d for d in self.order))
-        return x.reshape(*self.batch, self.sizes[0], -1)
+        return x.reshape(*self.batch, self.sizes[0], math.prod(self.sizes[1:]))
 
     def unfold(self, array: Tensor) -> list[Tensor]:
         """The inverse of `fold`."""

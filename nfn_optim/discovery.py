@@ -16,11 +16,13 @@ References:
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ from nfn_optim.symmetry import Symmetry
 from nfn_optim.trace import symmetry_of
 
 Axis = tuple[int, str]  # number of the call, name of the axis there
+
+_TRACING = ContextVar("tracing", default=False)  # other listeners should not hear what is traced
 
 
 @dataclass(frozen=True)
@@ -57,25 +61,47 @@ class TensorSpec:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
-@dataclass(frozen=True)
 class Call:
-    """One outermost call of a module.
+    """One outermost call of a module; whoever heard it has the same object, so that it is traced once.
 
     Args:
-        module: The module that was called, without wrappers.
-        args: Its positional arguments, a `TensorSpec` in place of every tensor.
+        module: The module that was called. Only weakly referenced.
+        args: Its positional arguments; of a tensor the `TensorSpec` is kept.
         kwargs: Its keyword arguments, likewise.
     """
 
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._module = weakref.ref(module)
+        self.args, self.kwargs = tree_map_only(Tensor, _spec_of, (args, kwargs))
+        self._symmetry: Symmetry | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that was called, without wrappers; it must still be there."""
+        module = self._module()
+        assert module is not None
+        return unwrap(module)
 
     def symmetry(self) -> Symmetry:
-        """Trace the call."""
-        args, kwargs = tree_map_only(TensorSpec, TensorSpec.zeros, (self.args, self.kwargs))
-        symmetry: Symmetry = symmetry_of(self.module, *args, **kwargs)
-        return symmetry
+        """Trace the call.
+
+        Inputs come in the precision of the parameters: autocast and FSDP2, which compute in another one, are not there.
+        """
+        if self._symmetry is None:
+            module = self.module
+            own = {p.dtype for p in module.parameters() if p.is_floating_point()}
+
+            def stand_in(spec: TensorSpec) -> Tensor:
+                cast = spec.dtype.is_floating_point and len(own) == 1
+                return replace(spec, dtype=next(iter(own))).zeros() if cast else spec.zeros()
+
+            args, kwargs = tree_map_only(TensorSpec, stand_in, (self.args, self.kwargs))
+            token = _TRACING.set(True)
+            try:
+                self._symmetry = symmetry_of(module, *args, **kwargs)
+            finally:
+                _TRACING.reset(token)
+        return self._symmetry
 
 
 class Discovery:
@@ -86,8 +112,10 @@ class Discovery:
             found by a global hook, because what is called may be a wrapper or a part of the model.
     """
 
+    _latest: tuple[Any, ...] = (None,)  # what identifies the call that somebody heard last, and a reference to it
+
     def __init__(self, model: nn.Module | None = None) -> None:
-        self._calls: dict[int, tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]]] = {}
+        self._calls: dict[int, tuple[weakref.ref[nn.Module], Call]] = {}
         hook = _hook_of(weakref.ref(self))
         if model is not None and "_orig_mod" in model._modules:
             handle = model.register_forward_hook(hook, with_kwargs=True)
@@ -109,35 +137,52 @@ class Discovery:
         Other calls are forgotten.
         """
         wanted = {id(p) for p in params}
-        heard = [(module(), args, kwargs) for module, args, kwargs in list(self._calls.values())]
+        heard = [(module(), call) for module, call in list(self._calls.values())]
         self._calls.clear()
-        return [
-            Call(unwrap(module), args, kwargs)
-            for module, args, kwargs in heard
-            if module is not None and any(id(p) in wanted for p in module.parameters())
-        ]
+        calls = [call for module, call in heard if module is not None]
+        return [call for call in calls if any(id(p) in wanted for p in call.module.parameters())]
 
     def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call that has ended; the calls inside it are not outermost any more."""
         if next(module.parameters(), None) is None:
             return
-        if self._calls:
+        key, calls = id(module), self._calls
+        _, before = calls.get(key, (None, None))
+        if calls:
             for inner in module.modules():
-                self._calls.pop(id(inner), None)
+                calls.pop(id(inner), None)
         if isinstance(module, UpdateRule):
             return
-        args, kwargs = tree_map_only(Tensor, _spec_of, (args, kwargs))
-        key, calls = id(module), self._calls
-        calls[key] = (weakref.ref(module, lambda _: calls.pop(key, None)), args, kwargs)
+        call = self._shared(module, args, kwargs, before)
+        calls[key] = (weakref.ref(module, lambda _: calls.pop(key, None)), call)
+
+    @staticmethod
+    def _shared(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: Call | None) -> Call:
+        """The call as the listener before us noted it, if it is the same one: all are told of it in turn."""
+        event = id(module), id(args), id(kwargs)
+        *latest, reference = Discovery._latest
+        call: Call | None = reference() if tuple(latest) == event else None
+        if call is None or call is before:
+            call = Call(module, args, kwargs)
+            Discovery._latest = *event, weakref.ref(call)
+        return call
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DistributedDataParallel and DataParallel, which take the same arguments."""
+    """The module that others stand for which take the same arguments.
+
+    It is inside `torch.compile`, DistributedDataParallel and DataParallel; of what `higher` makes functional, module
+    and parts alike, it is in the closure of the forward.
+    """
     while True:
+        kind = type(module)
         if (compiled := module._modules.get("_orig_mod")) is not None:
             module = compiled
         elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             module = module.module
+        elif hasattr(kind, "direct_submodule_call"):
+            forward = getattr(kind, "boxed_forward", kind.forward)
+            module = inspect.getclosurevars(forward).nonlocals["module"]
         else:
             return module
 
@@ -291,7 +336,7 @@ def _hook_of(discovery: weakref.ref[Discovery]) -> Callable[..., None]:
     """A forward hook that does not keep its listener alive, and does nothing while a graph is being compiled."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _TRACING.get():
             return
         listener = discovery()
         if listener is not None:

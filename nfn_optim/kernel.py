@@ -83,7 +83,7 @@ class Kernel:
         """Parts of the rows of an array, of `TOGETHER` rows at least."""
         rows, rest = p.shape
         step = max(self.band // max(rest, 1) // TOGETHER, 1) * TOGETHER
-        for start in range(0, rows, step):
+        for start in range(0, rows, step) or (0,):  # an empty shard is one empty band
             yield slice(start, min(start + step, rows))
 
     def _compiles(self, p: Tensor) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,6 +37,12 @@ def unwrap(module: nn.Module) -> tuple[nn.Module, str]:
         inner, prefix = unwrap(module.module)
         return inner, f"module.{prefix}"
     return module, ""
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Whether parameters lie flat in shards of FSDP1, without their shapes; to run such a module on fakes breaks it."""
+    package = sys.modules.get("torch.distributed.fsdp")
+    return package is not None and any(isinstance(m, package.FullyShardedDataParallel) for m in module.modules())
 
 
 def find_tensors(value: Any, strict: bool = False, seen: set[int] | None = None) -> list[Tensor]:
@@ -81,6 +88,21 @@ def minimised(output: Any) -> Any:
     if isinstance(loss, Tensor) and not loss.dim() and loss.is_floating_point():
         return {name: fields[name] for name in ("loss", "logits") if name in fields}
     return {name: value for name, value in fields.items() if name not in CACHES}
+
+
+def disconnect(module: nn.Module) -> None:
+    """Take off the hooks by which FSDP2 and tensor parallelism communicate around a forward pass.
+
+    Without them the module computes the same from whole tensors; `untouched` puts them back.
+    """
+    for sub in module.modules():
+        for hooks in (sub._forward_pre_hooks, sub._forward_hooks):
+            for key in [key for key, hook in hooks.items() if _origin_of(hook).startswith("torch.distributed.")]:
+                del hooks[key]
+
+
+def _origin_of(hook: Any) -> str:
+    return getattr(hook, "__module__", None) or ""
 
 
 @contextlib.contextmanager

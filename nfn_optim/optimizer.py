@@ -27,6 +27,7 @@ from nfn_optim.discovery import Discovery, complete, names_of, symmetry_of_calls
 from nfn_optim.kernel import Kernel, can_compile
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
+from nfn_optim.shards import Shards, everywhere, local
 from nfn_optim.symmetry import Symmetry
 
 BETAS = (0.9, 0.999)
@@ -183,7 +184,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         grads = [p.grad for p, _ in everyone if p.grad is not None]
         if not grads:
             return loss
-        if not _is_usable(grads):
+        if not everywhere(_is_usable([local(g) for g in grads]), grads):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             return loss
@@ -199,25 +200,27 @@ class NFNOptimizer(torch.optim.Optimizer):
 
     def _update(self, slots: list[Slot]) -> None:
         """Call the rule for parameters of one device and write back what it says."""
-        params = {name: p for name, p, _ in slots}
-        grads = {name: -p.grad if group["maximize"] else p.grad for name, p, group in slots}  # type: ignore[operator]
-        state = {name: self.state[p] for name, p, _ in slots}
-        dtypes = {s["exp_avg"].dtype for s in state.values()}
-        dtype, device = max(dtypes, key=lambda d: d.itemsize), slots[0].param.device
-        if len(dtypes) > 1:
-            state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
+        shards = Shards.of({name: p for name, p, _ in slots})
+        params = {name: local(p) for name, p, _ in slots}
+        grads = {name: local(p.grad, p) for name, p, _ in slots}  # type: ignore[arg-type]
+        grads = {name: -grads[name] if group["maximize"] else grads[name] for name, _, group in slots}
+        kept = {name: {key: local(value) for key, value in self.state[p].items()} for name, p, _ in slots}
+        dtypes = {s["exp_avg"].dtype for s in kept.values()}
+        dtype, device = max(dtypes, key=lambda d: d.itemsize), params[slots[0].name].device
+        state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in kept.items()}
         hypers = {
             "lr": _by_name(slots, "lr"),
             "weight_decay": _by_name(slots, "weight_decay"),
             "total_steps": self.param_groups[0]["total_steps"],
             "kernel": self._kernel(sum(p.numel() for p in params.values())),
+            "shards": shards,
         }
         with torch.autocast(device.type, enabled=False):
             functional_call(
                 self.rule, self._theta(device, dtype), (params, grads, state, self._restricted(params)), hypers
             )
         if len(dtypes) > 1:
-            entries = [(value, state[name][key]) for name, p, _ in slots for key, value in self.state[p].items()]
+            entries = [(value, state[name][key]) for name, s in kept.items() for key, value in s.items()]
             torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
 
     def _kernel(self, weights: int) -> Kernel:

@@ -25,7 +25,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -39,6 +39,7 @@ from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS,
 from nfn_optim.kernel import Kernel
 from nfn_optim.layers import Incidence, TiedStack
 from nfn_optim.passes import Network
+from nfn_optim.shards import Shards
 from nfn_optim.symmetry import Symmetry
 
 Hyper = float | Tensor | Mapping[str, float | Tensor]
@@ -92,12 +93,14 @@ class Said:
     heard: Tensor
     gains: tuple[Tensor, ...] = ()
 
+    def part(self, name: str, shards: Shards) -> Said:
+        """What is said to those weights of the tensor that are here; no batch."""
+        gains = tuple(gain[shards.part(name, dim)] for dim, gain in enumerate(self.gains, 1))
+        return replace(self, heard=self.heard[shards.part(name, 0)], gains=gains)
+
 
 class UpdateRule(nn.Module):
     """A learned update rule; its parameters are theta. A new one equals AdamW (for `power=0`).
-
-    Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
-    parameter): every member then has a rule of its own, as the particles of evolution strategies do.
 
     Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
     parameter): every member then has a rule of its own, as the particles of evolution strategies do.
@@ -119,6 +122,7 @@ class UpdateRule(nn.Module):
         self.config = config = config or RuleConfig()
         self.learns = config.hidden > 0
         if self.learns:
+            self.gains = Gains()
             out = (CHANNELS if config.form == "linear" else config.weight_hidden) + 1  # the last one is the gain's
             self.stack = TiedStack(ROW_CHANNELS, TENSOR_CHANNELS, config.hidden, out, config.rounds)
             self.power = nn.Parameter(torch.tensor(float(config.power)))
@@ -165,6 +169,7 @@ class UpdateRule(nn.Module):
         total_steps: Tensor | float | None = None,
         batch_dims: int = 0,
         kernel: Kernel | None = None,
+        shards: Shards | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         """One step: what to add to the parameters, and the new state. Pure, unless there is a `kernel`.
 
@@ -179,6 +184,7 @@ class UpdateRule(nn.Module):
             batch_dims: How many leading dimensions of every tensor are batch: independent networks of one shape.
             kernel: Change parameters and state in place instead, and return no update. There is no batch then, nothing
                 is differentiated, and parameters whose `lr` is the number 0 keep every bit.
+            shards: Where the tensors are parts of larger ones: which, of `symmetry`, is said of the whole. No batch.
 
         Returns:
             Update and state; new parameters are `params + update`.
@@ -187,7 +193,7 @@ class UpdateRule(nn.Module):
         names = incidence.names
         steps = torch.stack([state[n]["step"] for n in names], -1) + 1  # (*batch, T)
         rate, decay = _by_tensor(lr, names, steps), _by_tensor(weight_decay, names, steps)
-        if (cooling := self._cooling(steps, total_steps)) is not None:
+        if (cooling := self.cooling(steps, total_steps)) is not None:
             rate = rate * cooling
         corrections = features.corrections_of(steps)
         tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
@@ -199,14 +205,16 @@ class UpdateRule(nn.Module):
             for k, block in enumerate(blocks):
                 sums = passes.sums_of(seen[k][1]) if kernel is None else kernel.look(*block.arrays)
                 pooled |= block.layout.means(*sums)
-            said, untrusted = self._say(
-                [pooled[i] for i in range(len(names))], steps, incidence, total_steps, (rate, decay)
-            )
+            means = [pooled[i] for i in range(len(names))]
+            means = means if shards is None else shards.gather(names, means)
+            said, untrusted = self._say(means, steps, incidence, total_steps, (rate, decay))
             counters["fallbacks"] = torch.stack([state[n]["fallbacks"] for n in names], -1) + untrusted
         else:
             heard = torch.stack([-rate + 0 * steps, -rate * decay + 0 * steps], -1)  # (*batch, T, 2)
             heard = heard.index_select(-2, incidence.at(heard)["tensor_of_leading"])
             said = [Said(x) for x in torch.split(heard, incidence.lengths, -2)]
+        if shards is not None:
+            said = [x.part(name, shards) for name, x in zip(names, said, strict=True)]
         update: dict[str, Tensor] = {}
         new: State = {n: dict(state[n]) for n in names}
         for k, block in enumerate(blocks):
@@ -233,8 +241,16 @@ class UpdateRule(nn.Module):
                     new[n][key] = count
         return update, new if kernel is None else state
 
-    def _cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
-        """What the learning rate is multiplied by, `(*batch, T)`: 1, falling to zero at the end of a known horizon."""
+    def cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
+        """What the learning rate is multiplied by: 1, falling to zero at the end of a known horizon.
+
+        Args:
+            steps: Steps taken, this one included, `(*batch, T)`.
+            total_steps: The horizon in steps, as in `forward`.
+
+        Returns:
+            `(*batch, T)`, or None where it is always 1.
+        """
         if not self.config.cooldown or total_steps is None:
             return None
         total = torch.as_tensor(total_steps, dtype=steps.dtype, device=steps.device).unsqueeze(-1)
@@ -282,20 +298,23 @@ class UpdateRule(nn.Module):
         every = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
         by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, channels + 1)
         coefficients = by_leading[..., :-1] + by_tensor[..., :-1].index_select(-2, every)
-        gain = _gain(by_leading[..., -1]) * _gain(by_tensor[..., -1]).index_select(-1, every)  # (*batch, F)
         by_scale = torch.exp(self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log())  # (*batch, T)
-        by_row_gain = _gain(by_row[..., -1])  # (*batch, N)
+        by_row_gain, by_tensor_gain = self.gains(
+            by_row[..., -1], by_tensor[..., -1], by_scale
+        )  # (*batch, N), (*batch, T)
+        gain = F.pad(by_row_gain, (0, 1), value=1.0).index_select(-1, index["leading"])  # (*batch, F)
+        gain = gain * by_tensor_gain.index_select(-1, every)
         activity = (whole[..., 0] + features.TINY).sqrt()
 
         means = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
         reach = gain * self._reach(means, units.index_select(-2, every), coefficients, activity.index_select(-1, every))
         squares = (reach * reach).detach() * index["leading_share"]
         bound = torch.zeros_like(activity).index_add(-1, every, squares).sqrt() * self._most(by_row_gain, incidence)
-        trusted = (bound <= FALLBACK_RMS) & torch.isfinite(by_scale)  # False for NaN
+        trusted = bound / by_scale.detach() <= FALLBACK_RMS  # in units of the tensor's scale; False for NaN
         by_row_gain = torch.where(trusted.index_select(-1, index["tensor_of_row"]), by_row_gain, 1.0)
         units = torch.where(trusted.unsqueeze(-1), units, 0.0)
         believed = trusted.index_select(-1, every)
-        gain = torch.where(believed, gain * by_scale.index_select(-1, every), 1.0)
+        gain = torch.where(believed, gain, 1.0)
         coefficients = torch.where(believed.unsqueeze(-1), coefficients, 0.0)
 
         rate, decay = (x if isinstance(x, float | int) else (x + 0 * steps).index_select(-1, every) for x in rates)
@@ -362,6 +381,23 @@ class UpdateRule(nn.Module):
     def _network(self) -> Network | None:
         """The network per weight, if the form has one."""
         return (self.see.weight, self.see.bias, self.answer.weight) if hasattr(self, "see") else None
+
+
+class Gains(nn.Module):
+    """The factors of the gain; a module without parameters, so that they can be heard by a forward hook."""
+
+    def forward(self, by_row: Tensor, by_tensor: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn what was said into factors, each of what was said between exp(-GAIN_RANGE) and exp(GAIN_RANGE).
+
+        Args:
+            by_row: What every row says, `(*batch, N)`.
+            by_tensor: What every tensor says, `(*batch, T)`.
+            units: What a tensor's updates are measured in, over that of a typical one, `(*batch, T)`.
+
+        Returns:
+            The factors of the rows `(*batch, N)` and of the tensors `(*batch, T)`.
+        """
+        return _gain(by_row), units * _gain(by_tensor)
 
 
 @lru_cache(maxsize=64)

@@ -41,7 +41,7 @@ from nfn_optim.axes import IN, OUT, Dim, Dims, atoms_of, fix, fresh, shape_of, u
 from nfn_optim.certificate import Certificate, certify
 from nfn_optim.layer_rules import channel_norm
 from nfn_optim.naming import symmetry_from
-from nfn_optim.network import find_tensors, minimised, tensors_of, untouched, unwrap
+from nfn_optim.network import disconnect, find_tensors, is_flattened, minimised, tensors_of, untouched, unwrap
 from nfn_optim.op_call import Call, Result, Rule
 from nfn_optim.op_rules import KEEP_UNIFORM, RULES, opaque, pointwise
 from nfn_optim.symmetry import Symmetry
@@ -74,6 +74,8 @@ def symmetry_of(module: nn.Module, *inputs: Any, **kwargs: Any) -> Symmetry:
     tensors = tensors_of(module)
     inner, _ = unwrap(module)
     try:
+        if is_flattened(inner):
+            raise RuntimeError("FSDP1 flattens parameters; FSDP2, fully_shard, keeps their shapes")
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 dims, joints, unknown = _trace(inner, list(tensors.values()), inputs, kwargs)
@@ -131,6 +133,7 @@ def _trace(
 
     tracer = _Tracer(module)
     with untouched(module):
+        disconnect(module)
         fakes = {id(tensor): faked(tensor) for tensor in [*tensors, *scalars]}
         for tensor in tensors:
             tracer.adopt(tensor, fakes[id(tensor)])

@@ -93,6 +93,15 @@ def test_keyword_arguments_only() -> None:
     assert hidden_axes(optimizer) == {f"net.{name}": dims for name, dims in HIDDEN.items()}
 
 
+def test_inputs_in_the_precision_of_autocast() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 3))
+    optimizer = NFNOptimizer(model.parameters(), rule=UpdateRule())
+    with torch.autocast("cpu", torch.bfloat16):
+        step(optimizer, lambda: model(torch.randn(5, 1, 8, 8, dtype=torch.bfloat16)))
+    assert optimizer.symmetry is not None
+    assert [optimizer.symmetry.sizes[axis] for axis in optimizer.symmetry.free] == [6]
+
+
 def test_forward_inside_the_closure() -> None:
     model = net()
     optimizer = NFNOptimizer(model.parameters(), rule=UpdateRule())
@@ -239,6 +248,30 @@ def test_listening_keeps_neither_tensors_nor_modules() -> None:
     assert discovery.calls_that_own(params) == []
     assert len(gc.get_referrers(x)) == references
     discovery.close()
+
+
+def test_listeners_share_a_call_and_its_trace() -> None:
+    model, listeners = net(), [Discovery() for _ in range(3)]
+    shapes = []
+    for batch in (5, 7):
+        model(torch.randn(batch, 4))
+        (call, *others) = [listener.calls_that_own(model.parameters())[0] for listener in listeners]
+        assert all(other is call for other in others)
+        assert call.symmetry() is others[0].symmetry()
+        shapes.append(call.args[0].shape)
+    assert shapes == [(5, 4), (7, 4)]
+    for listener in listeners:
+        listener.close()
+
+
+def test_a_trace_is_not_heard() -> None:
+    model, first, second = Keywords(), Discovery(), Discovery()
+    model(batch={"x": torch.randn(5, 4)})
+    (call,) = first.calls_that_own(model.parameters())
+    call.symmetry()
+    assert second.calls_that_own(model.parameters()) == [call]
+    for listener in (first, second):
+        listener.close()
 
 
 def test_calls_inside_others_are_dropped() -> None:

@@ -52,17 +52,16 @@ def save(rule: UpdateRule, path: str | os.PathLike[str]) -> str:
         The SHA-256 of configuration and theta, hexadecimal.
     """
     path = Path(path)
-    theta = {name: value.detach().cpu().contiguous() for name, value in rule.state_dict().items()}
-    config = json.dumps(asdict(rule.config), sort_keys=True)
-    digest = _digest(config, theta)
+    config, theta = _written(rule)
+    sha256 = _digest(config, theta)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         # one entry, since the order of several is not the same from file to file
-        save_file(theta, partial, metadata={FORMAT: json.dumps({"config": config, "sha256": digest})})
+        save_file(theta, partial, metadata={FORMAT: json.dumps({"config": config, "sha256": sha256})})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return digest
+    return sha256
 
 
 def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
@@ -105,9 +104,21 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
             f"{path} was changed after it was written: expected SHA-256 {stated['sha256']}, found {found}; "
             f"copy or install it again"
         )
-    rule = UpdateRule(RuleConfig(**json.loads(stated["config"])))
-    rule.load_state_dict(theta)
+    with torch.device("meta"):  # nothing is drawn: whoever seeds before the optimizer is made gets the same numbers
+        rule = UpdateRule(RuleConfig(**json.loads(stated["config"])))
+    rule.load_state_dict(theta, assign=True)
     return rule.requires_grad_(False).eval()
+
+
+def digest(rule: UpdateRule) -> str:
+    """The SHA-256 of a rule's configuration and theta, hexadecimal, as `save` writes it."""
+    return _digest(*_written(rule))
+
+
+def _written(rule: UpdateRule) -> tuple[str, dict[str, Tensor]]:
+    """Configuration and theta as they stand in a file."""
+    theta = {name: value.detach().cpu().contiguous() for name, value in rule.state_dict().items()}
+    return json.dumps(asdict(rule.config), sort_keys=True), theta
 
 
 def _digest(config: str, theta: Mapping[str, Tensor]) -> str:

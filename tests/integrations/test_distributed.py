@@ -1,0 +1,132 @@
+"""Two gloo ranks: they stay together, and do what one process does with the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import parallel_training
+import pytest
+import torch
+from digits import SYMMETRY, axes_of, batches, falls, network, train
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+from nfn_optim import NFNOptimizer
+from nfn_optim.features import ROW_CHANNELS
+from nfn_optim.rule import UpdateRule
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Two processes."""
+    started = Ranks()
+    yield started
+    started.close()
+
+
+def alone(hidden: int = 24, rule: UpdateRule | str = "default") -> list[Tensor]:
+    """The parameters after the same training in one process."""
+    model = network(hidden)
+    train(model, NFNOptimizer(model, rule=rule), batches(parallel_training.STEPS))
+    return [p.detach() for p in model.parameters()]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Bit-equal."""
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def check(outcomes: list[Any], expected: list[Tensor]) -> None:
+    """Ranks are bit-equal, and equal to one process but for rounding."""
+    first, second = outcomes
+    assert first["losses"] == second["losses"]
+    assert equal(first["params"], second["params"])
+    assert first["axes"] == second["axes"]
+    for found, p in zip(first["params"], expected, strict=True):
+        torch.testing.assert_close(found, p, rtol=1e-4, atol=1e-6)
+
+
+def test_data_parallel(ranks: Ranks) -> None:
+    outcomes = ranks.run(parallel_training.data_parallel)
+    check(outcomes, alone())
+    assert falls(outcomes[0]["losses"])
+    assert outcomes[0]["axes"] == SYMMETRY
+
+
+@pytest.mark.parametrize("hidden", [16, 7])
+def test_fully_sharded(ranks: Ranks, hidden: int) -> None:
+    outcomes = ranks.run(parallel_training.fully_sharded, hidden)
+    check(outcomes, alone(hidden))
+    rows = (hidden + 64) + hidden + (10 + hidden) + 10
+    for outcome in outcomes:  # whether all gradients are finite, and then the means of rows and tensors: never a tensor
+        assert outcome["sent"] == [1, ROW_CHANNELS * (rows + 4)]
+        assert falls(outcome["losses"])
+        assert outcome["axes"] == SYMMETRY
+
+
+@pytest.mark.parametrize("config", [{"form": "linear"}, {"form": "network", "power": 0.5}])
+def test_fully_sharded_with_a_rule_of_which_nothing_is_zero(ranks: Ranks, config: dict[str, Any]) -> None:
+    check(
+        ranks.run(partial(parallel_training.fully_sharded, 7, **config)),
+        alone(7, parallel_training.full_rule(**config)),
+    )
+
+
+def test_a_rank_without_any_part(ranks: Ranks) -> None:
+    check(ranks.run(parallel_training.fully_sharded, 1), alone(1))
+
+
+def test_fully_sharded_in_mixed_precision(ranks: Ranks) -> None:
+    first, second = ranks.run(parallel_training.mixed_precision)
+    assert falls(first["losses"])
+    assert first["axes"] == SYMMETRY
+    assert equal(first["params"], second["params"])
+    assert all(p.dtype == torch.float32 for p in first["params"])
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_flat_shards_are_trained_one_by_one_with_a_warning(ranks: Ranks, use_orig_params: bool) -> None:
+    for outcome in ranks.run(parallel_training.flattened, use_orig_params):
+        assert falls(outcome["losses"])
+        assert outcome["axes"] == {}
+        (message,) = (text for text in outcome["warnings"] if "deprecated" not in text)
+        assert "FSDP1 flattens parameters" in message
+
+
+def test_tensor_parallel(ranks: Ranks) -> None:
+    outcomes = ranks.run(parallel_training.tensor_parallel)
+    check(outcomes, alone(8))
+    assert outcomes[0]["axes"] == SYMMETRY
+
+
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(ranks: Ranks) -> None:
+    assert ranks.run(parallel_training.poisoned) == [{"skipped": 1, "kept": True}] * 2
+
+
+def test_sharded_state_is_saved_whole_and_resumes(ranks: Ranks) -> None:
+    first, second = ranks.run(parallel_training.sharded_checkpoint)
+    for outcome in (first, second):
+        assert outcome["losses"] == outcome["uninterrupted"]
+    assert equal(first["params"], second["params"])
+    model = network(7)
+    model.load_state_dict(first["weights"])
+    optimizer = NFNOptimizer(model)
+    set_optimizer_state_dict(model, optimizer, first["saved"], options=StateDictOptions(full_state_dict=True))
+    losses = train(model, optimizer, batches(parallel_training.STEPS)[parallel_training.STEPS // 2 :])
+    assert axes_of(optimizer) == SYMMETRY
+    torch.testing.assert_close(losses, first["losses"], rtol=1e-4, atol=0)
+
+
+def test_zero_redundancy(ranks: Ranks) -> None:
+    first, second = ranks.run(parallel_training.zero_redundancy)
+    for outcome in (first, second):
+        assert outcome["losses"] == outcome["uninterrupted"]
+        assert falls([*outcome["first"], *outcome["losses"]])
+    assert equal(first["params"], second["params"])
+    parts = first["axes"], second["axes"]
+    assert sorted([*parts[0], *parts[1]]) == sorted(SYMMETRY)

@@ -1,0 +1,208 @@
+"""What each rank does in the tests of distributed training: train on its share of digits and tell what came out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from digits import axes_of, batches, network
+from ranks import WORLD
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nfn_optim import NFNOptimizer
+from nfn_optim.rule import RuleConfig, UpdateRule
+
+STEPS = 12
+Outcome = dict[str, Any]
+
+
+class Wire(TorchDispatchMode):
+    """Notes how many numbers each collective call sends."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator."""
+        if "c10d" in func.namespace and "wait" not in func.__name__:
+            self.sent.append(sum(leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        return func(*args, **(kwargs or {}))
+
+
+def share(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """This rank's part of a batch."""
+    images, classes = (part[dist.get_rank() :: WORLD] for part in batch)
+    return images, classes
+
+
+def train(model: nn.Module, optimizer: Any, first: int = 0, last: int = STEPS, divide: bool = True) -> list[float]:
+    """One step for each batch, this rank's share of it or all; returns the mean loss over ranks before each."""
+    losses = []
+    for batch in batches(STEPS)[first:last]:
+        images, classes = share(batch) if divide else batch
+        loss = F.cross_entropy(model(images), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach().float()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / WORLD)
+    return losses
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter as a plain tensor."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def outcome(model: nn.Module, optimizer: NFNOptimizer, losses: list[float]) -> Outcome:
+    """What the tests look at."""
+    return {
+        "losses": losses,
+        "params": [whole(p) for p in model.parameters()],
+        "axes": axes_of(optimizer),
+        "fallbacks": optimizer.fallbacks,
+    }
+
+
+def sharded(hidden: int, **options: Any) -> nn.Sequential:
+    """The network in FSDP2, each layer a unit of its own."""
+    model = network(hidden)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def full_rule(**config: Any) -> UpdateRule:
+    """A rule of which no part is zero."""
+    torch.manual_seed(0)
+    rule = UpdateRule(RuleConfig(**config))
+    with torch.no_grad():
+        for value in rule.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    return rule
+
+
+# ------------------------------------------------------------------------------------------------- run by every rank
+
+
+def data_parallel() -> Outcome:
+    """DistributedDataParallel."""
+    model = nn.parallel.DistributedDataParallel(network())
+    optimizer = NFNOptimizer(model.parameters())
+    return outcome(model, optimizer, train(model, optimizer))
+
+
+def fully_sharded(hidden: int, **config: Any) -> Outcome:
+    """FSDP2, and what a step of the optimizer sends."""
+    model = sharded(hidden)
+    optimizer = NFNOptimizer(model.parameters(), rule=full_rule(**config) if config else "default")
+    found = outcome(model, optimizer, train(model, optimizer))
+    with Wire() as wire:
+        optimizer.step()
+    return {**found, "sent": wire.sent}
+
+
+def mixed_precision() -> Outcome:
+    """FSDP2 that computes in bfloat16: parameters and state are float32, inputs of the modules are not."""
+    model = sharded(8, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    optimizer = NFNOptimizer(model.parameters())
+    return outcome(model, optimizer, train(model, optimizer))
+
+
+def flattened(use_orig_params: bool) -> Outcome:
+    """FSDP1, which cuts parameters into flat shards, and what is said about it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    optimizer = NFNOptimizer(model.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = train(model, optimizer)
+    return {"losses": losses, "axes": axes_of(optimizer), "warnings": [str(warning.message) for warning in caught]}
+
+
+def tensor_parallel() -> Outcome:
+    """Rows of the first layer and columns of the second divided; every rank sees the whole batch."""
+    model, mesh = network(8), init_device_mesh("cpu", (WORLD,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    optimizer = NFNOptimizer(model.parameters())
+    return outcome(model, optimizer, train(model, optimizer, divide=False))
+
+
+def poisoned() -> Outcome:
+    """FSDP2, with a gradient that is not finite on one rank only."""
+    model = sharded(8)
+    optimizer = NFNOptimizer(model.parameters())
+    train(model, optimizer, last=2)
+    before = [whole(p) for p in model.parameters()]
+    grad = model[0].weight.grad
+    assert isinstance(grad, DTensor)
+    if dist.get_rank() == 1:
+        grad.to_local()[0, 0] = torch.nan
+    optimizer.step()
+    kept = all(torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True))
+    return {"skipped": optimizer.skipped_steps, "kept": kept}
+
+
+def sharded_checkpoint() -> Outcome:
+    """FSDP2, saved whole and loaded into new shards by torch.distributed.checkpoint."""
+    options = StateDictOptions(full_state_dict=True)
+
+    def start() -> tuple[nn.Module, NFNOptimizer]:
+        model = sharded(7)
+        return model, NFNOptimizer(model.parameters())
+
+    model, optimizer = start()
+    train(model, optimizer, last=STEPS // 2)
+    weights = copy.deepcopy(get_model_state_dict(model, options=options))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    losses = train(model, optimizer, STEPS // 2)
+    again, resumed = start()
+    set_model_state_dict(again, dict(weights), options=options)
+    set_optimizer_state_dict(again, resumed, copy.deepcopy(saved), options=options)
+    found = outcome(again, resumed, train(again, resumed, STEPS // 2))
+    return {**found, "uninterrupted": losses, "weights": weights, "saved": saved}
+
+
+def zero_redundancy() -> Outcome:
+    """ZeroRedundancyOptimizer: each rank steps some of the parameters; saved and resumed."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def start() -> tuple[nn.Module, ZeroRedundancyOptimizer]:
+        model = nn.parallel.DistributedDataParallel(network())
+        return model, ZeroRedundancyOptimizer(model.parameters(), NFNOptimizer, lr=1e-3)
+
+    model, optimizer = start()
+    first = train(model, optimizer, last=STEPS // 2)
+    optimizer.consolidate_state_dict(to=0)
+    saved = [copy.deepcopy(optimizer.state_dict()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved)
+    weights = copy.deepcopy(model.state_dict())
+    losses = train(model, optimizer, STEPS // 2)
+    again, resumed = start()
+    again.load_state_dict(weights)
+    assert saved[0] is not None
+    resumed.load_state_dict(saved[0])
+    mine = resumed.optim
+    assert isinstance(mine, NFNOptimizer)
+    return {**outcome(again, mine, train(again, resumed, STEPS // 2)), "first": first, "uninterrupted": losses}

@@ -1,0 +1,59 @@
+"""However a tensor is cut, its parts' shares of a mean add up to the mean; two real processes are in integrations/."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nfn_optim.shards import Shard, Shards, everywhere, local
+
+MESH: Any = None  # who is asked is not asked here
+CUTS = {
+    "whole": ((7, 5), ([0, 7], [0, 5])),
+    "rows, unevenly": ((7, 5), ([0, 4, 7], [0, 5])),
+    "rows, one part empty": ((1, 5), ([0, 1, 1], [0, 5])),
+    "columns": ((7, 5), ([0, 7], [0, 2, 4, 5])),
+    "rows and columns": ((7, 5), ([0, 3, 7], [0, 2, 5])),
+    "a vector": ((7,), ([0, 4, 7],)),
+    "a kernel": ((4, 3, 3, 3), ([0, 2, 4], [0, 3], [0, 3], [0, 3])),
+    "a scalar": ((), ()),
+}
+
+
+def pool(x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Means of numbers and of their squares, over the rest of every dimension and over all."""
+    products = torch.stack([x, x.square()], -1)
+    others = [tuple(other for other in range(x.dim()) if other != d) for d in range(x.dim())]
+    return [products.mean(dims) if dims else products for dims in others], products.reshape(-1, 2).mean(0)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_shares_add_up(cut: str) -> None:
+    shape, borders = CUTS[cut]
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows, whole = pool(x)
+    sums = [torch.zeros_like(means) for means in (*rows, whole)]
+    for spans in itertools.product(*([slice(*pair) for pair in itertools.pairwise(cuts)] for cuts in borders)):
+        for total, share in zip(sums, Shard(MESH, shape, spans, counts=True).share(pool(x[spans])), strict=True):
+            total.add_(share)
+    for total, means in zip(sums, (*rows, whole), strict=True):
+        torch.testing.assert_close(total, means)
+
+
+def test_a_copy_does_not_count() -> None:
+    x = torch.randn(4, 3)
+    shares = Shard(MESH, (4, 3), (slice(0, 4), slice(0, 3)), counts=False).share(pool(x))
+    assert [share.shape for share in shares] == [(4, 2), (3, 2), (2,)]
+    assert not any(share.any() for share in shares)
+
+
+def test_plain_tensors_are_whole() -> None:
+    x = torch.randn(4, 3)
+    assert Shards.of({"x": x}) is None
+    assert local(x) is x
+    assert everywhere(True, [x])
+    assert not everywhere(False, [x])
