@@ -409,13 +409,8 @@ def incidence_of(symmetry: Symmetry) -> Incidence:
 def _by_tensor(hyper: Hyper, names: Sequence[str], steps: Tensor) -> Tensor | float:
     """A hyperparameter as a number or `(*batch or none, T or 1)`, to go with steps `(*batch, T)`."""
     if isinstance(hyper, Mapping):
-        return torch.cat(
-            [
-                torch.as_tensor(_by_tensor(hyper[n], names, steps)).to(steps).expand((*steps.shape[:-1], 1))
-                for n in names
-            ],
-            -1,
-        )
+        ones = torch.ones_like(steps[..., :1])
+        return torch.cat([_by_tensor(hyper[n], names, steps) * ones for n in names], -1)
     if isinstance(hyper, Tensor):
         hyper = hyper.to(steps)
         return hyper.unsqueeze(-1) if hyper.dim() == steps.dim() - 1 > 0 else hyper.reshape((1,))

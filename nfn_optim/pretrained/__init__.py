@@ -89,7 +89,8 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            # copies, since products of matrices round differently where these are not aligned as torch does it
+            theta = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or install it again") from error
     if FORMAT not in metadata:
