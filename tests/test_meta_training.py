@@ -263,6 +263,30 @@ def test_speed_is_steps_over_steps() -> None:
     assert speed_of(torch.ones(100), slow) == 0.0
 
 
+@pytest.mark.parametrize("estimator", ["backprop", "pes"])
+def test_an_inner_run_may_follow_on_another(config: Config, estimator: str) -> None:
+    """The networks are those that the run before left, the optimizer's state is new."""
+    following = replace(config, restart=1.0, horizon=(2, 2), slots=1, estimator=estimator)  # type: ignore[arg-type]
+    run = trainer.begin(following)
+    before, ended = run.slots[0], []
+    call = Estimation.__call__
+
+    def noted(*args: object) -> Estimate:
+        found = call(*args)  # type: ignore[arg-type]
+        ended.append(found.carry)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Estimation, "__call__", noted)
+        trainer.iterate(run, following)
+    after, count = run.slots[0].carry, 2 // before.carry.copies
+    assert run.slots[0].task is before.task
+    assert after.steps == 0
+    for name, p in ended[0].params.items():
+        assert all(torch.equal(copy, p[:count]) for copy in after.params[name].split(count))
+        assert not any(value.any() for value in after.state[name].values())
+
+
 def test_horizons_grow_over_the_curriculum() -> None:
     config = Config(horizon=(100, 1600), curriculum=100)
     assert [config.horizon_at(i) for i in (0, 50, 100, 500)] == [(100, 100), (100, 400), (100, 1600), (100, 1600)]
