@@ -66,7 +66,8 @@ def test_neurons_of_a_complex_network_are_found_and_may_be_renamed() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_state_is_complex_in_full_precision(dtype: torch.dtype) -> None:
     params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((3, 2), (), (0, 2))]
-    optimizer = NFNOptimizer(params, rule=RULE, symmetry=Symmetry.separate({"a": (3, 2), "b": (), "c": (0, 2)}))
+    separate = Symmetry.separate({"a": (3, 2), "b": (), "c": (0, 2)})
+    optimizer = NFNOptimizer(params, lr=0.02, rule=RULE, symmetry=separate)
     for p in params:
         p.grad = torch.full_like(p, 1 - 2j)
     optimizer.step()

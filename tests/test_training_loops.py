@@ -187,7 +187,8 @@ def test_a_gradient_scaler_changes_nothing_but_what_overflows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    model, optimizer = made()
+    model = net()
+    optimizer = NFNOptimizer(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     first = loss_of(model).item()
     for _ in range(20):

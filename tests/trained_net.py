@@ -23,10 +23,11 @@ def net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
 
 def random_rule() -> UpdateRule:
     """A rule of which nothing is zero."""
-    generator, rule = torch.Generator().manual_seed(0), UpdateRule()
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        rule = UpdateRule()
         for value in rule.parameters():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator))
+            value.add_(0.2 * torch.randn(value.shape))
     return rule
 
 
