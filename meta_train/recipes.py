@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from meta_train.config import Config
+from meta_train.objective import Objective
 from meta_train.tasks import (
     Augment,
     AutoencoderDistribution,
@@ -19,7 +21,7 @@ from meta_train.tasks import (
     ViTDistribution,
     has_file,
 )
-from meta_train.trainer import Config
+from meta_train.validation import Validation
 from nfn_optim.rule import RuleConfig
 
 
@@ -28,7 +30,13 @@ def digits() -> Config:
 
     Stopped after a quarter of its schedule, where development tasks other than digits were learned fastest.
     """
-    return Config(rule=RuleConfig(power=1.0, cooldown=0.2), iterations=2000, until=500, window=40, averaged=0.5)
+    return Config(
+        rule=RuleConfig(power=1.0, cooldown=0.2),
+        iterations=2000,
+        until=500,
+        window=40,
+        objective=Objective(averaged=0.5),
+    )
 
 
 def broad() -> Config:
@@ -56,10 +64,31 @@ def broad() -> Config:
     return Config(
         rule=RuleConfig(power=1.0, cooldown=0.2),
         distribution=families,
+        validation=validation(),
         iterations=2000,
+        tasks=4,
+        members=4,
+        slots=32,
         window=40,
-        averaged=0.5,
-        reject=10.0,
+        horizon=(100, 600),
+        objective=Objective(averaged=0.5),
+        reject=100.0,
+        checkpoint_every=50,
+        validate_every=50,
+    )
+
+
+def validation() -> Validation:
+    """Fixed tasks of several kinds, wider than those trained on, for choosing the best theta."""
+    return Validation(
+        (
+            MLPDistribution(width=(96, 192), zooms=(2,)),
+            CNNDistribution(data=("mnist14",)),
+            TransformerDistribution(data=("code",), width=(32, 48)),
+            GRUDistribution(data=("code",)),
+            AutoencoderDistribution(data=("mnist5k",)),
+        ),
+        steps=300,
     )
 
 
@@ -68,6 +97,7 @@ def smoke() -> Config:
     return Config(
         rule=RuleConfig(hidden=4, power=1.0),
         distribution=MLPDistribution(width=(4, 8), batch_size=(8, 16), zooms=(1,), augment=Augment(0.5, 0.0, 0.0)),
+        validation=Validation((MLPDistribution(width=(8, 12), batch_size=(8, 16), zooms=(1,)),), steps=40),
         iterations=60,
         lr=4e-3,
         members=2,
@@ -76,6 +106,7 @@ def smoke() -> Config:
         horizon=(10, 30),
         warmup=5,
         checkpoint_every=5,
+        validate_every=20,
     )
 
 

@@ -1,20 +1,21 @@
 """Meta-training: the loop, top to bottom.
 
-Inner runs of several tasks stand in *slots*, each at another age. An iteration takes the next slot, trains its members
-for one window under the current theta, differentiates, moves theta, and puts the slot back, or starts a new task in it
-when its horizon is reached. All randomness comes from one generator, so that a run continues bit for bit from its
-checkpoint.
+Inner runs of several tasks stand in *slots*, each at another age and with randomness of its own. An iteration takes the
+next slots, estimates the meta-gradient from a window of each under the current theta, moves theta by their mean, and
+puts the slots back, or starts a new task where the horizon is reached. Several processes share the slots out among
+themselves and see the same theta; a run continues bit for bit from its checkpoint, whatever their number.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,64 +23,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meta_train import checkpoint
-from meta_train.meta_gradient import truncated_backprop
-from meta_train.tasks import MLPDistribution, Task, TaskDistribution
+from meta_train import checkpoint, theta
+from meta_train.config import Config
+from meta_train.distributed import ALONE, Ranks, joined, restarts
+from meta_train.meta_gradient import Estimate, combine
+from meta_train.summary import Summary
+from meta_train.tasks import Task
 from meta_train.unroll import Carry, start
+from meta_train.validation import Comparison, score_of
 from nfn_optim import pretrained
 from nfn_optim.rule import RuleConfig, UpdateRule
 
-THETA = "theta.safetensors"
+THETA, BEST = "theta.safetensors", "best.safetensors"
+MODULES, COUNTERS = ("rule", "average", "optimizer"), ("iteration", "dropped", "seconds", "best", "stale")  # of a `Run`
 
 
-@dataclass(frozen=True)
-class Config:
-    """What a meta-training run is made of.
+@dataclass
+class Slot:
+    """An inner run under way.
 
-    Args:
-        rule: The architecture of the rule.
-        start: Name or file of the rule to start from, of that architecture; None for a new one.
-        distribution: What it is trained on.
-        iterations: Updates of theta that the learning rate is scheduled for.
-        until: Updates of theta after which to stop, if earlier.
-        members: Members of a task that are trained side by side.
-        slots: Tasks that are under way at once.
-        window: Steps differentiated at once.
-        horizon: Shortest and longest inner run, in steps, log-uniform, rounded up to whole windows.
-        lr: Peak learning rate of theta (AdamW), per iteration; linear warm-up, then cosine to a tenth.
-        warmup: Iterations of warm-up.
-        clip: Meta-gradients of larger norm are scaled down to it.
-        reject: Meta-gradients of larger norm come from a window that exploded; they are dropped.
-        average: Decay of the exponential moving average of theta that is exported, per iteration.
-        second_order: Whether inner gradients are differentiated too.
-        averaged: Share of the objective that is measured at the average of a window's parameters, 0 to 1.
-        seed: Of everything random.
-        checkpoint_every: Iterations between checkpoints.
+    Attributes:
+        task: What is trained.
+        carry: Where it stands.
+        generator: The only source of its randomness.
     """
 
-    rule: RuleConfig = field(default_factory=RuleConfig)
-    start: str | None = None
-    distribution: TaskDistribution[Any] = field(default_factory=MLPDistribution)
-    iterations: int = 5000
-    until: int | None = None
-    members: int = 8
-    slots: int = 16
-    window: int = 20
-    horizon: tuple[int, int] = (100, 1000)
-    lr: float = 1e-3
-    warmup: int = 50
-    clip: float = 1.0
-    reject: float = math.inf
-    average: float = 0.99
-    second_order: bool = True
-    averaged: float = 0.0
-    seed: int = 0
-    checkpoint_every: int = 100
-
-    @property
-    def last(self) -> int:
-        """The iteration after which the run is over."""
-        return self.iterations if self.until is None else min(self.until, self.iterations)
+    task: Task
+    carry: Carry
+    generator: torch.Generator
 
 
 @dataclass
@@ -90,21 +61,23 @@ class Run:
         rule: Theta as it is being trained.
         average: Its exponential moving average.
         optimizer: The outer one.
-        slots: Tasks and where their inner runs stand.
-        generator: The only source of randomness.
+        slots: By number, those of this process.
         iteration: Updates of theta tried so far.
-        dropped: Those of them that were not finite, or far too large, and left theta as it was.
+        dropped: Those of them that had no usable estimate and left theta as it was.
         seconds: Time spent so far.
+        best: The lowest validation score so far.
+        stale: Validations since then.
     """
 
     rule: UpdateRule
     average: UpdateRule
     optimizer: torch.optim.Optimizer
-    slots: list[tuple[Task, Carry]]
-    generator: torch.Generator
+    slots: dict[int, Slot]
     iteration: int = 0
     dropped: int = 0
     seconds: float = 0.0
+    best: float = math.inf
+    stale: int = 0
 
 
 def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool = False) -> UpdateRule:
@@ -112,47 +85,59 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
 
     Args:
         config: What the run is made of.
-        out: Folder for checkpoint, exported theta and TensorBoard events.
+        out: Folder for checkpoints, exported theta and TensorBoard events.
         describe: How to make `config` again; stored in the checkpoint.
-        resume: Continue the run in `out` instead of starting one.
+        resume: Continue the run in `out` instead of starting one. After a restart by `torchrun` it is continued anyway.
 
     Returns:
-        The rule with the averaged theta, also exported to `out / "theta.safetensors"`.
+        The rule with the averaged theta, also exported to `out / "theta.safetensors"`; the one with the lowest
+        validation score, if there is validation, is in `out / "best.safetensors"`.
 
     Raises:
         FileExistsError: `out` holds a run already and `resume` is False.
         FileNotFoundError: `out` holds no run and `resume` is True.
+        ValueError: The slots cannot be shared out among the processes.
         KeyboardInterrupt: Ctrl-C was pressed; the iteration under way was finished and the checkpoint written.
     """
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
     from tqdm import tqdm  # noqa: PLC0415 - an extra
 
-    if not resume and (out / checkpoint.NAME).exists():
-        raise FileExistsError(f"{out} holds a run already; continue it with `resume {out}` or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    run = restore(config, checkpoint.load(out)) if resume else begin(config)
-    if not resume:
-        save(run, config, out, describe)
-    writer = SummaryWriter(str(out), purge_step=run.iteration + 1)
-    progress = tqdm(total=config.last, initial=run.iteration, desc="meta-training", dynamic_ncols=True)
-    begun = time.monotonic() - run.seconds
-    try:
-        with deferred_interrupt() as interrupted:
-            while run.iteration < config.last and not interrupted.is_set():
-                report = iterate(run, config)
+    with joined(torch.device(config.device)) as ranks, deferred_interrupt() as interrupted:
+        found = bool(checkpoint.paths(out))
+        resume = resume or (found and restarts() > 0)
+        if found and not resume:
+            raise FileExistsError(f"{out} holds a run; continue it with `resume {out}` or choose another folder")
+        config.check(ranks.size)
+        ranks.wait()
+        out.mkdir(parents=True, exist_ok=True)
+        run = restore(config, ranks, checkpoint.load(out)) if resume else begin(config, ranks)
+        if not resume:
+            save(run, config, ranks, out, describe)
+        summary = Summary(out, run.iteration) if ranks.first else None
+        progress = tqdm(total=config.last, initial=run.iteration, desc="meta-training", disable=not ranks.first)
+        begun = time.monotonic() - run.seconds
+        stop = False
+        try:
+            while run.iteration < config.last and not stop:
+                report = iterate(run, config, ranks)
                 run.seconds = time.monotonic() - begun
-                for tag, value in report.items():
-                    writer.add_scalar(tag, value, run.iteration)
-                if run.iteration % config.checkpoint_every == 0:
-                    save(run, config, out, describe)
+                if summary is not None:
+                    summary.scalars(report, run.iteration)
+                if config.validates(run.iteration):
+                    validate(run, config, ranks, out, summary)
+                stop = ranks.any(interrupted.is_set() or is_spent(run, config))
+                if run.iteration % config.checkpoint_every == 0 or stop or run.iteration == config.last:
+                    save(run, config, ranks, out, describe)
                 progress.update()
-                progress.set_postfix(objective=f"{report['meta/objective']:.3f}", dropped=run.dropped, refresh=False)
-            save(run, config, out, describe)
+                progress.set_postfix(objective=f"{report['meta/objective']:.3f}", best=f"{run.best:.3f}", refresh=False)
+            if summary is not None:
+                scores = {"final/best_score": run.best} if math.isfinite(run.best) else {}
+                summary.hparams(config, {"final/dropped": float(run.dropped), "final/seconds": run.seconds, **scores})
+        finally:
+            progress.close()
+            if summary is not None:
+                summary.close()
         if interrupted.is_set():
             raise KeyboardInterrupt
-    finally:
-        writer.close()
-        progress.close()
     return run.average
 
 
@@ -175,50 +160,92 @@ def deferred_interrupt() -> Iterator[threading.Event]:
             signal.signal(signal.SIGINT, before)
 
 
-def iterate(run: Run, config: Config) -> dict[str, float]:
-    """One iteration: differentiate a window, move theta, put the slot back.
+def is_spent(run: Run, config: Config) -> bool:
+    """Whether the time is used up, or validation has not improved for too long."""
+    late = config.minutes is not None and run.seconds >= 60 * config.minutes
+    return late or (config.patience is not None and run.stale >= config.patience)
+
+
+def iterate(run: Run, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
+    """One iteration: estimate, move theta, put the slots back.
 
     Returns:
         Scalars to watch, by TensorBoard tag.
     """
-    place = run.iteration % config.slots
-    task, carry = run.slots[place]
-    found = truncated_backprop(
-        run.rule,
-        task,
-        carry,
-        config.window,
-        run.generator,
-        second_order=config.second_order,
-        averaged=config.averaged,
-    )
+    estimation = config.estimation(run.iteration)
+    places = [(run.iteration * config.tasks + j) % config.slots for j in range(config.tasks)]
+    mine = []
+    for place in ranks.share(places):
+        slot = run.slots[place]
+        if slot.carry.copies != estimation.copies:  # another estimator takes over
+            slot = run.slots[place] = fresh_slot(run, config, slot.generator)
+        mine.append((place, estimation(run.rule, slot.task, slot.carry, slot.generator)))
+    samples = torch.cat(ranks.gather([found.samples.cpu() for _, found in mine]))
+    reports = ranks.gather([reported(run.slots[place].task, found) for place, found in mine])
+
     run.iteration += 1
-    norm = torch.cat([g.flatten() for g in found.grads]).norm()
+    bounded = estimation.estimator == "backprop"  # the others' estimates are large, and only their mean says something
+    each, reject = (config.clip, config.reject) if bounded else (math.inf, math.inf)
+    combined = combine(samples, config.clip, each=each, reject=reject)
     rate = learning_rate(config, run.iteration)
-    if found.finite and norm <= config.reject:
-        scale = min(1.0, config.clip / (norm.item() + 1e-12))
-        for p, g in zip(run.rule.parameters(), found.grads, strict=True):
-            p.grad = g * scale
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-        with torch.no_grad():
-            for slow, fast in zip(run.average.parameters(), run.rule.parameters(), strict=True):
-                slow.lerp_(fast, 1 - min(config.average, 1 - 1 / run.iteration))
+    if combined.usable:
+        move(run, config, combined.gradient, rate)
     else:
         run.dropped += 1
-    alive = found.finite and is_sound(found.carry, found.losses)
-    over = not alive or found.carry.steps >= found.carry.horizon
-    run.slots[place] = fresh_slot(run.rule, config, run.generator) if over else (task, found.carry)
+    for place, found in mine:
+        slot = run.slots[place]
+        over = not is_sound(found) or found.carry.steps >= found.carry.horizon
+        run.slots[place] = fresh_slot(run, config, slot.generator) if over else replace(slot, carry=found.carry)
     return {
-        "meta/objective": found.objective.item(),
-        "meta/gradient_norm": norm.item(),
-        "meta/dropped": float(run.dropped),
+        "meta/objective": sum(r["objective"] for r in reports) / len(reports),
+        "meta/gradient_norm": combined.norm,
+        "meta/signal_to_noise": combined.signal_to_noise,
+        "meta/dropped": combined.dropped,
         "meta/learning_rate": rate,
-        f"inner_loss/{task.name.split('-')[0]}": found.losses[-1].mean().item(),
-        "meta/restarted": float(not alive),
-        "inner/steps": float(carry.steps),
+        "meta/restarted": float(sum(not r["sound"] for r in reports)),
+        "meta/inner_steps": sum(r["steps"] for r in reports) / len(reports),
+        **{f"objective/{r['family']}": r["objective"] for r in reports},
     }
+
+
+def reported(task: Task, found: Estimate) -> dict[str, Any]:
+    """What is told of a window: family, mean objective, steps of the inner run, whether it goes on."""
+    return {
+        "family": task.name.split("-")[0],
+        "objective": found.objective.nanmean().item(),
+        "steps": float(found.carry.steps),
+        "sound": is_sound(found),
+    }
+
+
+def move(run: Run, config: Config, gradient: Tensor, rate: float) -> None:
+    """Move theta along a gradient `(size of theta,)`, and its average behind it."""
+    for name, value in theta.unflatten(run.rule, gradient).items():
+        p = run.rule.get_parameter(name)
+        p.grad = value.to(p.device, copy=True)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    with torch.no_grad():
+        for slow, fast in zip(run.average.parameters(), run.rule.parameters(), strict=True):
+            slow.lerp_(fast, 1 - min(config.average, 1 - 1 / run.iteration))
+
+
+def validate(run: Run, config: Config, ranks: Ranks, out: Path, summary: Summary | None) -> list[Comparison]:
+    """Compare the averaged theta with AdamW, and keep it if it is the best so far."""
+    assert config.validation is not None
+    numbers = ranks.share(range(len(config.validation.distributions)))
+    mine = [config.validation.compare(run.average, number) for number in numbers]
+    found = ranks.gather(mine)
+    score = score_of(found)
+    run.stale += 1
+    if score < run.best:
+        run.best, run.stale = score, 0
+        if ranks.first:
+            pretrained.save(run.average, out / BEST)
+    if summary is not None:
+        summary.validation(run.average, found, run.iteration)
+    return found
 
 
 def learning_rate(config: Config, iteration: int) -> float:
@@ -227,19 +254,30 @@ def learning_rate(config: Config, iteration: int) -> float:
     return config.lr * warm * (0.55 + 0.45 * math.cos(math.pi * min(iteration / config.iterations, 1.0)))
 
 
-def begin(config: Config) -> Run:
+def begin(config: Config, ranks: Ranks = ALONE) -> Run:
     """A run before its first iteration."""
-    generator = torch.Generator().manual_seed(config.seed)
+    run = blank(config)
+    if config.start is not None:
+        run.rule.load_state_dict(started_from(config.start, config.rule).state_dict())
+        run.average.load_state_dict(run.rule.state_dict())
+    for place in ranks.share(range(config.slots)):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
+        slot = fresh_slot(run, config, generator)
+        windows = math.ceil(
+            slot.carry.horizon / config.window * (place + 1) / config.slots
+        )  # staggered: not all at once
+        run.slots[place] = replace(slot, carry=replace(slot.carry, horizon=windows * config.window))
+    return run
+
+
+def blank(config: Config) -> Run:
+    """A run without slots, its theta the initial one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        rule, average = UpdateRule(config.rule), UpdateRule(config.rule)
-    if config.start is not None:
-        rule.load_state_dict(started_from(config.start, config.rule).state_dict())
-    average.load_state_dict(rule.state_dict())
-    average.requires_grad_(False)
+        rule = UpdateRule(config.rule).to(config.device)
+    average = copy.deepcopy(rule).requires_grad_(False)
     optimizer = torch.optim.AdamW(rule.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    slots = [fresh_slot(rule, config, generator) for _ in range(config.slots)]
-    return Run(rule, average, optimizer, slots, generator)
+    return Run(rule, average, optimizer, {})
 
 
 def started_from(name: str, config: RuleConfig) -> UpdateRule:
@@ -254,50 +292,54 @@ def started_from(name: str, config: RuleConfig) -> UpdateRule:
     return found
 
 
-def fresh_slot(rule: UpdateRule, config: Config, generator: torch.Generator) -> tuple[Task, Carry]:
+def fresh_slot(run: Run, config: Config, generator: torch.Generator) -> Slot:
     """Draw a task, its members and a horizon of whole windows."""
     task = config.distribution.sample(generator)
-    low, high = config.horizon
+    low, high = config.horizon_at(run.iteration)
     steps = low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()
     horizon = math.ceil(steps / config.window) * config.window
-    return task, start(rule, task, config.members, horizon, generator)
+    copies = config.estimation(run.iteration).copies
+    return Slot(task, start(run.rule, task, config.members, horizon, generator, copies=copies), generator)
 
 
-def is_sound(carry: Carry, losses: Tensor) -> bool:
-    """Whether an inner run is worth continuing: no member is worse than twice where it began."""
-    return bool((losses[-1] < 2 * carry.first_loss + 1).all())  # False for NaN
+def is_sound(found: Estimate) -> bool:
+    """Whether an inner run is worth continuing: at least half of its members have not diverged."""
+    return bool(found.carry.alive.float().mean() >= 0.5)  # noqa: PLR2004
 
 
-def save(run: Run, config: Config, out: Path, describe: dict[str, Any]) -> None:
-    """Write the checkpoint, and the averaged theta as a rule file."""
-    slots: list[dict[str, Any]] = [
-        {"task": config.distribution.describe(task), "carry": vars(carry)} for task, carry in run.slots
-    ]
-    checkpoint.save(
-        out,
+def save(run: Run, config: Config, ranks: Ranks, out: Path, describe: dict[str, Any]) -> None:
+    """Write a checkpoint, and the averaged theta as a rule file."""
+    mine = [
         {
-            "describe": describe,
-            "rule": run.rule.state_dict(),
-            "average": run.average.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "slots": slots,
-            "generator": run.generator.get_state(),
-            "iteration": run.iteration,
-            "dropped": run.dropped,
-            "seconds": run.seconds,
-        },
-    )
+            "task": config.distribution.describe(slot.task),
+            "carry": vars(slot.carry),
+            "generator": slot.generator.get_state(),
+        }
+        for slot in run.slots.values()
+    ]
+    slots = ranks.gather(mine)
+    if not ranks.first:
+        return
+    content = {
+        "describe": describe,
+        "slots": slots,
+        **{name: getattr(run, name).state_dict() for name in MODULES},
+        **{name: getattr(run, name) for name in COUNTERS},
+    }
+    checkpoint.save(out, run.iteration, content)
     pretrained.save(run.average, out / THETA)
 
 
-def restore(config: Config, content: dict[str, Any]) -> Run:
-    """The run that a checkpoint holds."""
-    run = begin(config)
-    run.rule.load_state_dict(content["rule"])
-    run.average.load_state_dict(content["average"])
-    run.optimizer.load_state_dict(content["optimizer"])
-    run.slots = [(config.distribution.rebuild(slot["task"]), Carry(**slot["carry"])) for slot in content["slots"]]
-    generator_state: Tensor = content["generator"]
-    run.generator.set_state(generator_state)
-    run.iteration, run.dropped, run.seconds = content["iteration"], content["dropped"], content["seconds"]
+def restore(config: Config, ranks: Ranks, content: dict[str, Any]) -> Run:
+    """The run that a checkpoint holds, with this process's share of the slots."""
+    run = blank(config)
+    for name in MODULES:
+        getattr(run, name).load_state_dict(content[name])
+    for name in COUNTERS:
+        setattr(run, name, content[name])
+    for place in ranks.share(range(config.slots)):
+        slot = content["slots"][place]
+        generator = torch.Generator()
+        generator.set_state(slot["generator"])
+        run.slots[place] = Slot(config.distribution.rebuild(slot["task"]), Carry(**slot["carry"]), generator)
     return run

@@ -3,16 +3,24 @@
     loss_k = loss(p_k, batch_k)       g_k = d loss_k / d p_k       p_{k+1} = p_k + rule(p_k, g_k, state_k)
 
 for all members of a task at once. The inner gradient is that of the sum of the vmapped losses, which are independent:
-cheaper than a gradient inside `vmap`, and the same numbers.
+cheaper than a gradient inside `vmap`, and the same numbers. Theta may be one for all members or one for each.
+
+With `segment`, activations are kept at the borders of segments only and computed again on the way back: a window of k
+steps in segments of s needs the memory of k/s + s steps and one more forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
+from meta_train.imitation import Expert, disagreement
+from meta_train.objective import worst
 from meta_train.tasks import Params, Task, Tensors
 from nfn_optim.features import State
 from nfn_optim.rule import UpdateRule
@@ -30,8 +38,12 @@ class Carry:
         member: What distinguishes the members.
         total_steps: `(members,)`, the horizon where the member's rule is told, else 0.
         first_loss: `(members,)`, the loss before the first step.
+        alive: `(members,)`, False from where a member diverged.
         steps: Steps taken.
         horizon: Steps after which the inner run ends.
+        copies: How often every member stands in it, all of them one after the other; copies see the same batches.
+        drift: `(members / copies, size of theta)`, the perturbations summed over the windows so far; of evolution
+            strategies only, else None.
     """
 
     params: Params
@@ -39,29 +51,90 @@ class Carry:
     member: Tensors
     total_steps: Tensor
     first_loss: Tensor
+    alive: Tensor
     steps: int
     horizon: int
+    copies: int = 1
+    drift: Tensor | None = None
 
     def detach(self) -> Carry:
         """The same numbers without their history."""
-        return Carry(
-            {name: p.detach() for name, p in self.params.items()},
-            {name: {key: value.detach() for key, value in s.items()} for name, s in self.state.items()},
-            self.member,
-            self.total_steps,
-            self.first_loss,
-            self.steps,
-            self.horizon,
-        )
+        params = {name: p.detach() for name, p in self.params.items()}
+        state = {name: {key: value.detach() for key, value in s.items()} for name, s in self.state.items()}
+        return replace(self, params=params, state=state)
 
 
-def start(rule: UpdateRule, task: Task, members: int, horizon: int, generator: torch.Generator) -> Carry:
-    """Begin an inner run; every member is told its horizon with probability one half."""
-    params, member = task.draw(members, generator)
-    told = torch.rand(members, generator=generator) < 0.5  # noqa: PLR2004
+@dataclass(frozen=True)
+class Unrolling:
+    """How inner training is carried out.
+
+    Args:
+        lr: Learning rate that the rule is given, per step; a number or `(members,)`.
+        second_order: Whether inner gradients are differentiated too.
+        segment: Steps between two points at which activations are kept; 0 keeps all.
+        held_out: Whether losses are measured on data that is held out, instead of the batches trained on.
+        expert: Optimizer whose updates are compared with the rule's, or None.
+    """
+
+    lr: float | Tensor = LR
+    second_order: bool = True
+    segment: int = 0
+    held_out: bool = False
+    expert: Expert | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """What came of some steps.
+
+    Attributes:
+        losses: `(steps, members)`, after the first step, ..., after the last.
+        carry: Where inner training stands now.
+        mean_params: The mean of the parameters after the steps of the second half, `(members, *shape)` by name.
+        disagreement: `(members,)`, with the expert, mean over steps; 0 without one.
+    """
+
+    losses: Tensor
+    carry: Carry
+    mean_params: Params
+    disagreement: Tensor
+
+
+def start(
+    rule: UpdateRule, task: Task, members: int, horizon: int, generator: torch.Generator, *, copies: int = 1
+) -> Carry:
+    """Begin an inner run; every member is told its horizon with probability one half.
+
+    Args:
+        rule: The update rule.
+        task: What is trained.
+        members: How many, copies included.
+        horizon: Steps after which the run ends.
+        generator: Of everything random.
+        copies: How often every member is to stand in the carry.
+
+    Raises:
+        ValueError: The members are not a multiple of the copies.
+    """
+    if members % copies or members < 1:
+        raise ValueError(f"expected a number of members that is a multiple of {copies}, found {members}")
+    count = members // copies
+    params, member = task.draw(count, generator)
+    told = (torch.rand(count, generator=generator) < 0.5) * float(horizon)  # noqa: PLR2004
     with torch.no_grad():
-        first_loss = losses_of(task, params, member, task.batch(members, generator))
-    return Carry(params, rule.init(params, batch_dims=1), member, told * float(horizon), first_loss, 0, horizon)
+        first_loss = losses_of(task, params, member, task.batch(count, generator))
+    params = _repeated(params, copies)
+    return Carry(
+        params=params,
+        state=rule.init(params, batch_dims=1),
+        member=_repeated(member, copies),
+        total_steps=told.to(first_loss.device).repeat(copies),
+        first_loss=first_loss.repeat(copies),
+        alive=torch.ones(members, dtype=torch.bool, device=first_loss.device),
+        steps=0,
+        horizon=horizon,
+        copies=copies,
+    )
 
 
 def losses_of(task: Task, params: Params, member: Tensors, batch: Tensors) -> Tensor:
@@ -69,56 +142,97 @@ def losses_of(task: Task, params: Params, member: Tensors, batch: Tensors) -> Te
     return torch.func.vmap(task.loss)(params, member, batch)
 
 
+def batch_of(task: Task, carry: Carry, generator: torch.Generator, *, held_out: bool = False) -> Tensors:
+    """A batch for every member; copies get the same."""
+    batch = task.batch(len(carry.total_steps) // carry.copies, generator, held_out=held_out)
+    return _repeated(batch, carry.copies)
+
+
 def unroll(
-    rule: UpdateRule, task: Task, carry: Carry, steps: int, generator: torch.Generator, *, second_order: bool = True
-) -> tuple[Tensor, Carry, Params]:
-    """Train for some steps; with gradients enabled, losses and carry depend on theta.
+    rule: UpdateRule,
+    task: Task,
+    carry: Carry,
+    steps: int,
+    generator: torch.Generator,
+    *,
+    theta: dict[str, Tensor] | None = None,
+    how: Unrolling = Unrolling(),
+) -> Window:
+    """Train for some steps; with gradients enabled, what comes of it depends on theta.
 
     Args:
         rule: The update rule.
         task: What is trained.
         carry: Where training stands; not changed.
         steps: How many steps.
-        generator: For the batches: one for each step and one more.
-        second_order: Whether the inner gradient is differentiated too.
-
-    Returns:
-        Losses `(steps, members)`: after the first step, ..., after the last, each on the batch that comes next; the
-        carry after the last step; and the mean of the parameters after the steps of the second half.
+        generator: For the batches.
+        theta: The rule's parameters, `(*shape)` or `(members, *shape)` by name; by default its own.
+        how: How it is carried out.
     """
     differentiable = torch.is_grad_enabled()
-    params, state = carry.params, carry.state
-    members = len(carry.total_steps)
-    losses = []
     tail = steps - steps // 2
+
+    def segment(
+        params: Params, state: State, batches: Sequence[tuple[Tensors, Tensors]], weights: Sequence[float]
+    ) -> tuple[Params, State, list[Tensor], list[Tensor], Params]:
+        losses, apart = [], []
+        mean: Params = {}
+        for (batch, unseen), weight in zip(batches, weights, strict=True):
+            loss, grads = _inner_gradient(task, params, carry.member, batch, how.second_order)
+            hypers = {"lr": how.lr, "total_steps": carry.total_steps, "batch_dims": 1}
+            update, state = functional_call(rule, theta or {}, (params, grads, state, task.symmetry), hypers)
+            params = {name: p + update[name] for name, p in params.items()}
+            losses.append(losses_of(task, params, carry.member, unseen) if how.held_out else loss)
+            if how.expert is not None:
+                apart.append(disagreement(how.expert, update, state, how.lr))
+            if weight:
+                mean = {name: mean[name] + p * weight if mean else p * weight for name, p in params.items()}
+        return params, state, losses, apart, mean
+
+    params, state = carry.params, carry.state
+    losses: list[Tensor] = []
+    apart: list[Tensor] = []
     mean: Params = {}
-    for step in range(steps + 1):
-        batch = task.batch(members, generator)
-        if step == steps:
-            losses.append(losses_of(task, params, carry.member, batch))
-            break
-        with torch.enable_grad():
-            if not differentiable or step == 0:
-                params = {name: p.detach().requires_grad_() for name, p in params.items()}
-            loss = losses_of(task, params, carry.member, batch)
-            grads = torch.autograd.grad(
-                loss.sum(),
-                list(params.values()),
-                create_graph=differentiable and second_order,
-                retain_graph=differentiable,
-            )
-        if step > 0:
-            losses.append(loss if differentiable else loss.detach())
-        update, state = rule(
-            params,
-            dict(zip(params, grads, strict=True)),
-            state,
-            task.symmetry,
-            lr=LR,
-            total_steps=carry.total_steps,
-            batch_dims=1,
+    length = how.segment or (steps if differentiable else 1)
+    for first in range(0, steps, length):
+        span = range(first, min(first + length, steps))
+        batches = [
+            (batch_of(task, carry, generator), batch_of(task, carry, generator, held_out=True) if how.held_out else {})
+            for _ in span
+        ]
+        weights = [1 / tail if step >= steps - tail else 0.0 for step in span]
+        if differentiable and how.segment:
+            found = checkpoint(segment, params, state, batches, weights, use_reentrant=False)
+        else:
+            found = segment(params, state, batches, weights)
+        params, state, more, further, part = found
+        losses, apart = losses + more, apart + further
+        mean = {name: mean[name] + value if mean else value for name, value in part.items()} if part else mean
+    if not how.held_out:  # the loss before every step is that after the one before, on the batch that comes next
+        losses = [*losses[1:], losses_of(task, params, carry.member, batch_of(task, carry, generator))]
+    seen = torch.stack(losses)
+    alive = carry.alive & (seen[-1].detach() < worst(carry.first_loss))  # False for NaN
+    end = replace(carry, params=params, state=state, steps=carry.steps + steps, alive=alive)
+    return Window(seen, end, mean, torch.stack(apart).mean(0) if apart else torch.zeros_like(carry.first_loss))
+
+
+def _inner_gradient(
+    task: Task, params: Params, member: Tensors, batch: Tensors, second_order: bool
+) -> tuple[Tensor, Params]:
+    """The loss of every member, `(members,)`, and the gradients by name."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
+        loss = losses_of(task, leaves, member, batch)
+        grads = torch.autograd.grad(
+            loss.sum(),
+            list(leaves.values()),
+            create_graph=differentiable and second_order,
+            retain_graph=differentiable,
         )
-        params = {name: p + update[name] for name, p in params.items()}
-        if step >= steps - tail:
-            mean = {name: mean[name] + p / tail if mean else p / tail for name, p in params.items()}
-    return torch.stack(losses), replace(carry, params=params, state=state, steps=carry.steps + steps), mean
+    return loss if differentiable else loss.detach(), dict(zip(params, grads, strict=True))
+
+
+def _repeated(tensors: Tensors, copies: int) -> Tensors:
+    """Each member as often, all of them one after the other. `(count, ...) -> (copies * count, ...)`."""
+    return {name: value.repeat(copies, *(1,) * (value.dim() - 1)) for name, value in tensors.items()}

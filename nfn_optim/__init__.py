@@ -1,9 +1,10 @@
 """A learned optimizer for PyTorch: a neural functional network in the place of Adam."""
 
+from nfn_optim.monitor import watch
 from nfn_optim.optimizer import NFNOptimizer
 from nfn_optim.rule import RuleConfig, UpdateRule
 from nfn_optim.symmetry import Symmetry
 from nfn_optim.trace import symmetry_of
 
 __version__ = "0.1.0"
-__all__ = ["NFNOptimizer", "RuleConfig", "Symmetry", "UpdateRule", "symmetry_of"]
+__all__ = ["NFNOptimizer", "RuleConfig", "Symmetry", "UpdateRule", "symmetry_of", "watch"]

@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections import Counter
@@ -111,11 +112,8 @@ class Discovery:
         wanted = {id(p) for p in params}
         heard = [(module(), args, kwargs) for module, args, kwargs in list(self._calls.values())]
         self._calls.clear()
-        return [
-            Call(unwrap(module), args, kwargs)
-            for module, args, kwargs in heard
-            if module is not None and any(id(p) in wanted for p in module.parameters())
-        ]
+        calls = [Call(unwrap(module), args, kwargs) for module, args, kwargs in heard if module is not None]
+        return [call for call in calls if any(id(p) in wanted for p in call.module.parameters())]
 
     def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call that has ended; the calls inside it are not outermost any more."""
@@ -132,12 +130,20 @@ class Discovery:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DistributedDataParallel and DataParallel, which take the same arguments."""
+    """The module that others stand for which take the same arguments.
+
+    It is inside `torch.compile`, DistributedDataParallel and DataParallel; of what `higher` makes functional, module
+    and parts alike, it is in the closure of the forward.
+    """
     while True:
+        kind = type(module)
         if (compiled := module._modules.get("_orig_mod")) is not None:
             module = compiled
         elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             module = module.module
+        elif hasattr(kind, "direct_submodule_call"):
+            forward = getattr(kind, "boxed_forward", kind.forward)
+            module = inspect.getclosurevars(forward).nonlocals["module"]
         else:
             return module
 

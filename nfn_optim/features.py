@@ -6,17 +6,23 @@ For every parameter p with gradient g the state keeps three moments (floats a pa
     M  <- .99 M  + .01 g                a slow one                    M^ = M / (1 - .99^t)
     v  <- .999 v + .001 g^2             Adam's second moment          v^ = v / (1 - .999^t)
 
-and a weight has the following channels, none of which changes when the loss or the tensor is multiplied by a constant
-(but for Adam's epsilon; rms is over the tensor, and s its *scale*, see `scales_of`):
+and a weight has the following channels, each the product of a raw channel and of a unit that its whole tensor shares
+(rms is over the tensor, and s its *scale*, see `scales_of`):
 
-    0  m^ / sqrt(v^)         Adam's direction, the nominal one          3  p / s, times the rms of channel 0
-    1  M^ / sqrt(v^)         the same from the slow moment              4  m^ / rms(m^), the direction of momentum SGD
-    2  g / sqrt(v^)          the newest gradient
+    raw                                 unit
+    0  m^ / sqrt(v^)                    1                     Adam's direction, the nominal one
+    1  M^ / sqrt(v^)                    1                     the same from the slow moment
+    2  g / sqrt(v^)                     1                     the newest gradient
+    3  p                                rms of channel 0 / s  the weight itself
+    4  m^                               1 / rms of m^         the direction of momentum SGD
 
-All of them are zero when gradient and moments are. Channels 2 and 4 are clipped at `CLIP`. A row (one entry of one
-dimension) is described by the root mean square of each channel over the rest of the tensor, on a log scale, and by
-the mean of channel 1 times 2, which is negative where training oscillates; a tensor by the same over all of it, its
-order and sizes, and time.
+None of them changes when the loss or the tensor is multiplied by a constant (but for Adam's epsilon), and all of them
+are zero when gradient and moments are. Channels 2 and 4 are clipped at `CLIP`, the latter only where it is used.
+
+A row (one entry of one dimension) is described by the root mean square of each channel over the rest of the tensor, on
+a log scale, and by the mean of channel 1 times 2, which is negative where training oscillates; a tensor by the same
+over all of it, its order and sizes, and time. Since a unit is a number for each tensor, all of these follow from mean
+squares of raw channels: one pass over the weights finds them, a second one can use them.
 
 References:
     Practical tradeoffs between memory, compute, and performance in learned optimizers (Metz et al., 2022), App. A
@@ -26,8 +32,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -37,6 +42,7 @@ from nfn_optim.layers import Incidence
 State = dict[str, dict[str, Tensor]]
 """Parameter name -> what is remembered of it. Moments have the parameter's shape, counters the shape `(*batch,)`."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_slow")  # m, v, M
 BETA1, BETA_SLOW, BETA2, EPS = 0.9, 0.99, 0.999, 1e-8
 CHANNELS = 5  # of a weight
 ROW_CHANNELS = CHANNELS + 1
@@ -63,51 +69,11 @@ def init_state(params: Mapping[str, Tensor], batch_dims: int, *, learned: bool) 
     state: State = {}
     for name, p in params.items():
         dtype = torch.promote_types(p.dtype, torch.float32)
-        moments = ("exp_avg", "exp_avg_sq", "exp_avg_slow") if learned else ("exp_avg", "exp_avg_sq")
+        moments = MOMENTS if learned else MOMENTS[:2]
         counters = ("step", "fallbacks") if learned else ("step",)
         state[name] = {key: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for key in moments}
         state[name] |= {key: torch.zeros(p.shape[:batch_dims], dtype=dtype, device=p.device) for key in counters}
     return state
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The new state and Adam's bias-corrected view of it.
-
-    Attributes:
-        state: Name -> new moments and counters.
-        correction1: `(*batch, T)`, 1 - .9^t, of each tensor in order; `correction_slow` and `correction2` likewise.
-        steps: `(*batch, T)`, t.
-    """
-
-    state: State
-    steps: Tensor
-    correction1: Tensor
-    correction_slow: Tensor
-    correction2: Tensor
-
-
-def advance(grads: Mapping[str, Tensor], state: State) -> Moments:
-    """Take one gradient into the moments.
-
-    Args:
-        grads: Name -> gradient `(*batch, *shape)`.
-        state: Name -> state, left as it is.
-    """
-    new: State = {}
-    for name, old in state.items():
-        g = grads[name].to(old["exp_avg"].dtype)
-        new[name] = {
-            **old,
-            "step": old["step"] + 1,
-            "exp_avg": torch.lerp(old["exp_avg"], g, 1 - BETA1),
-            "exp_avg_sq": torch.addcmul(old["exp_avg_sq"] * BETA2, g, g, value=1 - BETA2),
-        }
-        if "exp_avg_slow" in old:
-            new[name]["exp_avg_slow"] = torch.lerp(old["exp_avg_slow"], g, 1 - BETA_SLOW)
-    steps = torch.stack([s["step"] for s in new.values()], -1)
-    corrections = [-torch.expm1(steps * math.log(beta)) for beta in (BETA1, BETA_SLOW, BETA2)]  # 1 - beta^t, exactly
-    return Moments(new, steps, *corrections)
 
 
 def spread(value: Tensor, like: Tensor, batch_dims: int) -> Tensor:
@@ -115,13 +81,50 @@ def spread(value: Tensor, like: Tensor, batch_dims: int) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.dim() - batch_dims))
 
 
-def nominal_of(moments: Moments, name: str, index: int, batch_dims: int) -> Tensor:
-    """Adam's direction m^ / (sqrt(v^) + eps). `(*batch, *shape)`."""
-    m = moments.state[name]["exp_avg"]
-    return m / _denominator(moments, name, index, batch_dims) / spread(moments.correction1[..., index], m, batch_dims)
+def corrections_of(steps: Tensor) -> Tensor:
+    """What moments are multiplied by, since they start at zero.
+
+    Args:
+        steps: Steps taken, this one included, `(...)`.
+
+    Returns:
+        `(..., 3)`: for m, for the square root of v and for M.
+    """
+    bias = [-torch.expm1(steps * math.log(beta)) for beta in (BETA1, BETA2, BETA_SLOW)]  # 1 - beta^t, exactly
+    return torch.stack([1 / bias[0], bias[1].rsqrt(), 1 / bias[2]], -1)
 
 
-def scales_of(params: Sequence[Tensor], incidence: Incidence, batch_dims: int) -> tuple[Tensor, Tensor]:
+def units_of(whole: Tensor, scale: Tensor) -> Tensor:
+    """What raw channels are multiplied by.
+
+    Args:
+        whole: Means over the tensors, `(*batch, T, ROW_CHANNELS)`.
+        scale: `(*batch, T)`.
+
+    Returns:
+        `(*batch, T, CHANNELS)`.
+    """
+    one = torch.ones_like(scale)
+    relative = (whole[..., 0] + TINY).sqrt() / scale
+    shared = (whole[..., 4] + EPS**2).rsqrt()  # as Adam's epsilon: below it there is no scale to be free of
+    return torch.stack([one, one, one, relative, shared], -1)
+
+
+def describe(means: Tensor, units: Tensor) -> Tensor:
+    """Mean squares of raw channels become log(rms of the channel + FLOOR); other means stay.
+
+    Args:
+        means: `(..., ROW_CHANNELS)`.
+        units: `(..., CHANNELS)`, broadcastable.
+
+    Returns:
+        `(..., ROW_CHANNELS)`, finite.
+    """
+    rms = (means[..., :CHANNELS] + TINY).sqrt() * units
+    return torch.cat([torch.log(_finite(rms) + FLOOR), _finite(means[..., CHANNELS:])], -1)
+
+
+def scales_of(mean_squares: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:
     """The scale of every tensor: its own root mean square or, where that says nothing, that of its kin.
 
     The scale is what one unit of the update is measured in. A vector counts at least as much as the matrices with which
@@ -129,15 +132,13 @@ def scales_of(params: Sequence[Tensor], incidence: Incidence, batch_dims: int) -
     do); a matrix at least a tenth of that. A tensor of zeros without kin gets `NO_SCALE`.
 
     Args:
-        params: Tensors `(*batch, *shape)` in the order of `incidence`.
+        mean_squares: Of the parameters, `(*batch, T)` in the order of `incidence`.
         incidence: Who shares axes with whom.
-        batch_dims: How many leading dimensions are batch.
 
     Returns:
         Scales and root mean squares, `(*batch, T)` each.
     """
-    index = incidence.at(params[0])
-    mean_squares = torch.stack([_mean_square(p, batch_dims).reshape(p.shape[:batch_dims]) for p in params], -1)
+    index = incidence.at(mean_squares)
     rms = (torch.nan_to_num(mean_squares) + TINY).sqrt()
     alive = (rms > 1e-8).to(rms.dtype)  # noqa: PLR2004 - a tensor of zeros has no scale to give
     weight = alive @ index["kin"].T
@@ -145,58 +146,6 @@ def scales_of(params: Sequence[Tensor], incidence: Incidence, batch_dims: int) -
     least = of_kin * torch.where(index["static"][:, 0] > 0, 1.0, 0.1).to(rms.dtype)
     scale = torch.maximum(rms, torch.where(weight > 0, least, NO_SCALE * (1 - alive)))
     return scale, rms
-
-
-def weight_features(
-    p: Tensor, g: Tensor, moments: Moments, scale: Tensor, name: str, index: int, batch_dims: int
-) -> Tensor:
-    """The channels of every weight of one tensor.
-
-    Args:
-        p: Parameter `(*batch, *shape)`.
-        g: Gradient, the same shape.
-        moments: The moments, `g` included.
-        scale: The tensor's scale, `(*batch,)`.
-        name: The tensor's name.
-        index: The tensor's number.
-        batch_dims: How many leading dimensions are batch.
-
-    Returns:
-        `(*batch, CHANNELS, *shape)`: channels before the shape, since whole tensors are then stacked, pooled and summed
-        at the speed of memory.
-    """
-    new = moments.state[name]
-    denominator = _denominator(moments, name, index, batch_dims)
-    fast = new["exp_avg"] / spread(moments.correction1[..., index], p, batch_dims)
-    slow = new["exp_avg_slow"] / (denominator * spread(moments.correction_slow[..., index], p, batch_dims))
-    nominal = fast / denominator
-    newest = (g.to(fast.dtype) / denominator).clamp(-CLIP, CLIP)
-    relative = p.to(fast.dtype) * (_mean_square(nominal, batch_dims) + TINY).sqrt() / spread(scale, p, batch_dims)
-    shared = (fast * (_mean_square(fast, batch_dims) + TINY).rsqrt()).clamp(-CLIP, CLIP)
-    return torch.stack([nominal, slow, newest, relative, shared], batch_dims)  # (*batch, CHANNELS, *shape)
-
-
-def pool(features: Tensor, batch_dims: int) -> tuple[list[Tensor], Tensor]:
-    """Describe every row of a tensor, and the tensor, by the statistics of its weights.
-
-    Args:
-        features: `(*batch, CHANNELS, *shape)`.
-        batch_dims: How many leading dimensions are batch.
-
-    Returns:
-        For every dimension d `(*batch, shape[d], ROW_CHANNELS)`, and for the tensor `(*batch, ROW_CHANNELS)`.
-    """
-    squares = features.square()
-    agreement = features.select(batch_dims, 1) * features.select(batch_dims, 2)
-    agreement = agreement.unsqueeze(batch_dims)  # (*batch, 1, *shape)
-    dims = range(batch_dims + 1, features.dim())
-    rows = []
-    for d in dims:
-        others = tuple(other for other in dims if other != d)
-        parts = [part.mean(others) if others else part for part in (squares, agreement)]
-        rows.append(torch.cat(parts, batch_dims).transpose(-1, -2))  # (*batch, shape[d], ROW_CHANNELS)
-    whole = rows[0].mean(-2) if rows else torch.cat([squares, agreement], -1)
-    return [_on_log_scale(row) for row in rows], _on_log_scale(whole)
 
 
 def time_features(steps: Tensor, total_steps: Tensor | float | None) -> Tensor:
@@ -221,11 +170,11 @@ def time_features(steps: Tensor, total_steps: Tensor | float | None) -> Tensor:
     return torch.stack([*age, known, done, left], -1)
 
 
-def tensor_features(pooled: Sequence[Tensor], scale: Tensor, rms: Tensor, time: Tensor, incidence: Incidence) -> Tensor:
+def tensor_features(described: Tensor, scale: Tensor, rms: Tensor, time: Tensor, incidence: Incidence) -> Tensor:
     """Put together what is known of every tensor.
 
     Args:
-        pooled: For every tensor `(*batch, ROW_CHANNELS)`.
+        described: `(*batch, T, ROW_CHANNELS)`.
         scale: `(*batch, T)`.
         rms: `(*batch, T)`.
         time: `(*batch, T, TIME_CHANNELS)`.
@@ -234,25 +183,11 @@ def tensor_features(pooled: Sequence[Tensor], scale: Tensor, rms: Tensor, time: 
     Returns:
         `(*batch, T, TENSOR_CHANNELS)`.
     """
-    stacked = torch.stack(list(pooled), -2)  # (*batch, T, ROW_CHANNELS)
-    static = incidence.at(stacked)["static"].expand(*stacked.shape[:-1], Incidence.STATIC)
+    static = incidence.at(described)["static"].expand(*described.shape[:-1], Incidence.STATIC)
     grown = torch.log(rms / scale + FLOOR).unsqueeze(-1)  # 0 for a matrix, down to log(.05) for a bias of zeros
-    return torch.cat([stacked, grown, static, time], -1)
+    return torch.cat([described, grown, static, time], -1)
 
 
-def _mean_square(value: Tensor, batch_dims: int) -> Tensor:
-    """Over all but the batch. `(*batch, *shape) -> (*batch, 1, ..., 1)`."""
-    dims = tuple(range(batch_dims, value.dim()))
-    return value.square().mean(dims, keepdim=True) if dims else value.square()
-
-
-def _denominator(moments: Moments, name: str, index: int, batch_dims: int) -> Tensor:
-    v = moments.state[name]["exp_avg_sq"]
-    return (v + TINY).sqrt() / spread(moments.correction2[..., index].sqrt(), v, batch_dims) + EPS
-
-
-def _on_log_scale(moments: Tensor) -> Tensor:
-    """Mean squares become log(rms + FLOOR), means stay. `(..., ROW_CHANNELS) -> (..., ROW_CHANNELS)`."""
-    moments = torch.nan_to_num(moments, nan=0.0, posinf=MOST, neginf=-MOST)  # of an empty or a broken tensor
-    squares = moments[..., :CHANNELS]
-    return torch.cat([torch.log((squares + TINY).sqrt() + FLOOR), moments[..., CHANNELS:]], -1)
+def _finite(value: Tensor) -> Tensor:
+    """Of an empty or a broken tensor too."""
+    return torch.nan_to_num(value, nan=0.0, posinf=MOST, neginf=-MOST)

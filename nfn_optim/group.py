@@ -73,11 +73,10 @@ def moves(group: Mapping[str, Any]) -> bool:
 
 
 def by_name(slots: list[Slot], key: str) -> Any:
-    """A number: one value if the groups agree, else by name of the parameter."""
-    first = slots[0].group[key]
-    if all(slot.group is slots[0].group or _same(slot.group[key], first) for slot in slots):
-        return first
-    return {slot.name: slot.group[key] for slot in slots}
+    """A number: one value if the groups agree, else by name of the parameter. A learning rate of 0 is the number 0."""
+    values = {id(slot.group): 0.0 if key == "lr" and not moves(slot.group) else slot.group[key] for slot in slots}
+    first, *others = values.values()
+    return {slot.name: values[id(slot.group)] for slot in slots} if any(not _same(first, v) for v in others) else first
 
 
 def _same(a: object, b: object) -> bool:

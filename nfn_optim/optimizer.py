@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from nfn_optim import param_state
 from nfn_optim.group import BETAS, Slot, by_name, check_betas, check_numbers, moves
+from nfn_optim.kernel import Kernel
 from nfn_optim.layout import Layout
 from nfn_optim.param_state import ParamState
 from nfn_optim.pretrained import load
@@ -211,15 +212,17 @@ class NFNOptimizer(torch.optim.Optimizer):
             "lr": by_name(slots, "lr"),
             "weight_decay": by_name(slots, "weight_decay"),
             "total_steps": self.param_groups[0]["total_steps"],
+            "kernel": self._kernel(sum(p.numel() for p in params.values())),
         }
         with torch.autocast(device.type, enabled=False):
-            update, new = functional_call(
-                self.rule, self._theta(device, dtype), (params, grads, state, symmetry), hypers
-            )
-        entries = [(value, new[name][key]) for name, s in kept.items() for key, value in s.items()]
-        torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
-        if moving := [slot.name for slot in slots if moves(slot.group)]:
-            torch._foreach_add_([params[name] for name in moving], [update[name] for name in moving])
+            functional_call(self.rule, self._theta(device, dtype), (params, grads, state, symmetry), hypers)
+        if len(dtypes) > 1:
+            entries = [(value, state[name][key]) for name, s in kept.items() for key, value in s.items()]
+            torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
+
+    def _kernel(self, weights: int) -> Kernel:
+        """How the passes run at this step."""
+        return Kernel(in_place=True, compiled=False)
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rule's tensors where and in which dtype they are needed; empty if that is how they are."""
@@ -347,8 +350,10 @@ def _is_usable(grads: list[Tensor]) -> bool:
             )
         if g.numel() > 0:
             kinds.setdefault((g.device, g.dtype), []).append(g)
-    return all(
-        torch.stack(torch._foreach_norm(dense, math.inf)).max().item()
-        < math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max)
-        for (_, dtype), dense in kinds.items()
-    )
+    for (_, dtype), dense in kinds.items():
+        precise = torch.promote_types(dtype, torch.float32)
+        if not torch.stack(torch._foreach_norm(dense, dtype=precise)).sum().isfinite().item():  # which is fast ...
+            largest = torch.stack(torch._foreach_norm(dense, math.inf)).max().item()  # ... and may overflow
+            if not largest < math.sqrt(torch.finfo(precise).max):
+                return False
+    return True

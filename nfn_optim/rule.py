@@ -24,18 +24,21 @@ References:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfn_optim import features
-from nfn_optim.features import CHANNELS, ROW_CHANNELS, TENSOR_CHANNELS, State
+from nfn_optim.arrays import Block, Pooled, layouts_of
+from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS, State
+from nfn_optim.kernel import PURE, Kernel
 from nfn_optim.layers import Incidence, TiedStack
+from nfn_optim.passes import Network
 from nfn_optim.symmetry import Symmetry
 
 Hyper = float | Tensor | Mapping[str, float | Tensor]
@@ -44,7 +47,7 @@ Hyper = float | Tensor | Mapping[str, float | Tensor]
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
 GAIN_RANGE = 3.0  # no part of a exceeds this in size
 COOLEST = 0.01  # what is left of the learning rate behind the end of the horizon
-FALLBACK_RMS = 30.0  # a direction of larger root mean square (Adam's has about 1) is not trusted
+FALLBACK_RMS = 50.0  # a direction that might be of larger root mean square (Adam's has about 1) is not trusted
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,24 @@ class RuleConfig:
             raise ValueError(f"expected form 'linear' or 'network', found {self.form!r}")
 
 
+@dataclass(frozen=True)
+class Said:
+    """What one tensor and its rows, columns and taps say to its weights.
+
+    Attributes:
+        heard: By each row, see `nfn_optim.passes`, `(*batch, shape[0] or 1, heard channels)`.
+        gains: For every dimension but the first `(*batch, shape[dim])`.
+    """
+
+    heard: Tensor
+    gains: tuple[Tensor, ...] = ()
+
+
 class UpdateRule(nn.Module):
     """A learned update rule; its parameters are theta. A new one equals AdamW (for `power=0`).
+
+    Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
+    parameter): every member then has a rule of its own, as the particles of evolution strategies do.
 
     Args:
         config: What it is made of.
@@ -97,6 +116,7 @@ class UpdateRule(nn.Module):
         self.config = config = config or RuleConfig()
         self.learns = config.hidden > 0
         if self.learns:
+            self.gains = Gains()
             out = (CHANNELS if config.form == "linear" else config.weight_hidden) + 1  # the last one is the gain's
             self.stack = TiedStack(ROW_CHANNELS, TENSOR_CHANNELS, config.hidden, out, config.rounds)
             self.power = nn.Parameter(torch.tensor(float(config.power)))
@@ -142,8 +162,9 @@ class UpdateRule(nn.Module):
         weight_decay: Hyper = 0.0,
         total_steps: Tensor | float | None = None,
         batch_dims: int = 0,
+        kernel: Kernel = PURE,
     ) -> tuple[dict[str, Tensor], State]:
-        """One step: what to add to the parameters, and the new state. Pure; nothing is changed in place.
+        """One step: what to add to the parameters, and the new state. Pure; nothing is changed unless `kernel` does so.
 
         Args:
             params: Name -> tensor `(*batch, *shape)`; the names of `symmetry`, in its order or another.
@@ -154,111 +175,216 @@ class UpdateRule(nn.Module):
             weight_decay: Decoupled weight decay, per unit of learning rate; as `lr`.
             total_steps: The horizon in steps, if known; 0 where it is not. A number or `(*batch,)`.
             batch_dims: How many leading dimensions of every tensor are batch: independent networks of one shape.
+            kernel: How the passes over the weights run. In place (no batch, no gradients) parameters and state are
+                changed, no update is returned, and parameters whose `lr` is the number 0 keep every bit.
 
         Returns:
             Update and state; new parameters are `params + update`.
         """
         incidence = incidence_of(symmetry)
         names = incidence.names
-        params, grads = {n: params[n] for n in names}, {n: grads[n] for n in names}
-        moments = features.advance(grads, {n: state[n] for n in names})
+        steps = torch.stack([state[n]["step"] for n in names], -1) + 1  # (*batch, T)
+        rate, decay = _by_tensor(lr, names, steps), _by_tensor(weight_decay, names, steps)
+        if (cooling := self.cooling(steps, total_steps)) is not None:
+            rate = rate * cooling
+        corrections = features.corrections_of(steps)
+        tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
+        blocks = [Block.of(x, tensors, corrections) for x in layouts_of([x[0] for x in tensors], batch_dims)]
+        counters = {"step": steps}
         if self.learns:
-            directions = self._learned(params, grads, moments, incidence, total_steps, batch_dims)
+            pooled: dict[int, Pooled] = {}
+            for block in blocks:
+                pooled |= block.layout.means(*kernel.look(*block.arrays))
+            said, untrusted = self._say(
+                [pooled[i] for i in range(len(names))], steps, incidence, total_steps, (rate, decay)
+            )
+            counters["fallbacks"] = torch.stack([state[n]["fallbacks"] for n in names], -1) + untrusted
         else:
-            directions = {n: features.nominal_of(moments, n, i, batch_dims) for i, n in enumerate(names)}
-        cooling = self._cooling(moments.steps, total_steps)
-        update = {}
-        for i, (name, direction) in enumerate(directions.items()):
-            p = params[name].to(direction.dtype)
-            rate = _of(lr, name, p, batch_dims)
-            if cooling is not None:
-                rate = rate * features.spread(cooling[..., i], p, batch_dims)
-            update[name] = -rate * (direction + _of(weight_decay, name, p, batch_dims) * p)
-        return update, moments.state
+            heard = torch.stack([-rate + 0 * steps, -rate * decay + 0 * steps], -1)  # (*batch, T, 2)
+            heard = heard.index_select(-2, incidence.at(heard)["tensor_of_leading"])
+            said = [Said(x) for x in torch.split(heard, incidence.lengths, -2)]
+        update: dict[str, Tensor] = {}
+        new: State = {n: dict(state[n]) for n in names}
+        for block in blocks:
+            layout = block.layout
+            parts = [said[i] for i in layout.numbers]
+            heard = parts[0].heard if len(parts) == 1 else torch.cat([x.heard for x in parts], -2)
+            words = (heard, layout.gain([x.gains for x in parts]) if self.learns else None, self._network())
+            still = {i for i in layout.numbers if _is_zero(lr, names[i])}
+            if kernel.in_place:
+                kernel.move_(*block.arrays, *words, still=len(still) == len(layout.numbers))
+                block.write_back(still)
+                continue
+            found, moments = kernel.move(*block.arrays, *words)
+            for i, u, *values in zip(layout.numbers, *(layout.unfold(x) for x in (found, *moments)), strict=True):
+                update[names[i]] = u
+                new[names[i]] |= dict(zip(MOMENTS, values, strict=False))
+        for key, value in counters.items():
+            counts = value.unbind(-1)
+            if kernel.in_place:
+                torch._foreach_copy_([state[n][key] for n in names], counts)
+            else:
+                for n, count in zip(names, counts, strict=True):
+                    new[n][key] = count
+        return update, state if kernel.in_place else new
 
-    def _cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
-        """What the learning rate is multiplied by, `(*batch, T)`: 1, falling to zero at the end of a known horizon."""
+    def cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
+        """What the learning rate is multiplied by: 1, falling to zero at the end of a known horizon.
+
+        Args:
+            steps: Steps taken, this one included, `(*batch, T)`.
+            total_steps: The horizon in steps, as in `forward`.
+
+        Returns:
+            `(*batch, T)`, or None where it is always 1.
+        """
         if not self.config.cooldown or total_steps is None:
             return None
         total = torch.as_tensor(total_steps, dtype=steps.dtype, device=steps.device).unsqueeze(-1)
         left = (1 - (steps - 1) / total.clamp(min=1)) / self.config.cooldown
         return torch.where(total > 0, left.clamp(COOLEST, 1.0), torch.ones_like(left))
 
-    def _learned(
+    def _say(
         self,
-        params: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor],
-        moments: features.Moments,
+        pooled: Sequence[Pooled],
+        steps: Tensor,
         incidence: Incidence,
         total_steps: Tensor | float | None,
-        batch_dims: int,
-    ) -> dict[str, Tensor]:
-        """Directions `(*batch, *shape)` by name: gain (nominal + learned)."""
-        scale, rms = features.scales_of(
-            [p.to(moments.steps.dtype) for p in params.values()], incidence, batch_dims
-        )  # (*batch, T)
-        seen: dict[str, Tensor] = {}
-        segments: dict[tuple[int, int], Tensor] = {}  # first row and length -> rows
-        pooled = []
-        for i, (name, p) in enumerate(params.items()):
-            seen[name] = features.weight_features(p, grads[name], moments, scale[..., i], name, i, batch_dims)
-            by_dim, whole = features.pool(seen[name], batch_dims)
-            for s, rows in zip(incidence.segments[i], by_dim, strict=True):
-                segments[s.start, s.length] = whole.unsqueeze(-2).expand_as(rows) if s.mute else rows
-            pooled.append(whole)
+        rates: tuple[Tensor | float, Tensor | float],
+    ) -> tuple[list[Said], Tensor]:
+        """What every tensor, its rows, columns and taps say to its weights; costs O(neurons).
+
+        Args:
+            pooled: For every tensor the means of its rows by dimension, and its own.
+            steps: Steps taken, `(*batch, T)`.
+            incidence: Where rows, neurons and tensors meet.
+            total_steps: The horizon.
+            rates: Learning rate and weight decay, numbers or `(*batch or none, T or 1)`.
+
+        Returns:
+            By tensor; and which ones are not trusted to stay in range, so that they say what Adam would,
+            `(*batch, T)`.
+        """
+        index = incidence.at(steps)
+        whole = torch.stack([tensor for _, tensor in pooled], -2)  # (*batch, T, ROW_CHANNELS)
+        scale, rms = features.scales_of(whole[..., 3], incidence)  # (*batch, T)
+        units = features.units_of(whole, scale)  # (*batch, T, CHANNELS)
+        described = features.describe(whole, units)
         total = None
         if total_steps is not None:
             total = torch.as_tensor(total_steps, dtype=rms.dtype, device=rms.device).unsqueeze(-1)
-        tensors = features.tensor_features(
-            pooled, scale, rms, features.time_features(moments.steps, total), incidence
-        )  # (*batch, T, TENSOR_CHANNELS)
-        ordered = [segments[key] for key in sorted(segments)]
-        everything = torch.cat(ordered, -2) if ordered else tensors.new_zeros((*tensors.shape[:-2], 0, ROW_CHANNELS))
-        by_row, by_tensor = self.stack(everything, tensors, incidence)
-        gains = torch.exp(self.power * (scale / SCALE_UNIT).log())  # (*batch, T)
+        time = features.time_features(steps, total)
+        tensors = features.tensor_features(described, scale, rms, time, incidence)  # (*batch, T, TENSOR_CHANNELS)
+        none = whole[..., :0, :]
+        rows = torch.cat([none, *(x for by_dim, _ in pooled for x in by_dim)], -2).index_select(-2, index["gathered"])
+        rows = features.describe(rows, incidence.tensors_to_rows(units))  # (*batch, N, ROW_CHANNELS)
+        if incidence.mutes:
+            rows = torch.where(index["mute"], incidence.tensors_to_rows(described), rows)
+        by_row, by_tensor = self.stack(rows, tensors, incidence)
 
-        by_tensor_gain = gains * _gain(by_tensor[..., -1])  # (*batch, T)
-        by_row_gain = _gain(by_row[..., -1])  # (*batch, N)
+        every = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
+        by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, channels + 1)
+        coefficients = by_leading[..., :-1] + by_tensor[..., :-1].index_select(-2, every)
+        by_scale = torch.exp(self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log())  # (*batch, T)
+        by_row_gain, by_tensor_gain = self.gains(
+            by_row[..., -1], by_tensor[..., -1], by_scale
+        )  # (*batch, N), (*batch, T)
+        gain = F.pad(by_row_gain, (0, 1), value=1.0).index_select(-1, index["leading"])  # (*batch, F)
+        gain = gain * by_tensor_gain.index_select(-1, every)
+        activity = (whole[..., 0] + features.TINY).sqrt()
 
-        directions = {}
-        for i, (name, f) in enumerate(seen.items()):
-            nominal = f.select(batch_dims, 0)
-            said = by_tensor[..., i, None, :-1]  # (*batch, 1, channels)
-            gain = features.spread(by_tensor_gain[..., i], nominal, batch_dims)
-            for s in incidence.segments[i]:
-                part = slice(s.start, s.start + s.length)
-                gain = gain * _along(by_row_gain[..., part], incidence.ndims[i], s.dim)
-                said = said + by_row[..., part, :-1] if s.dim == 0 else said  # (*batch, shape[0], channels)
-            direction = gain * (nominal + self._answer(f, said, batch_dims))
-            trusted = _rms(direction.detach() / features.spread(gains[..., i], nominal, batch_dims), batch_dims)
-            trusted = trusted <= FALLBACK_RMS  # (*batch,); False for NaN
-            new = moments.state[name]
-            new["fallbacks"] = new["fallbacks"] + (~trusted).to(new["fallbacks"].dtype)
-            directions[name] = torch.where(features.spread(trusted, nominal, batch_dims), direction, nominal)
-        return directions
+        means = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
+        reach = gain * self._reach(means, units.index_select(-2, every), coefficients, activity.index_select(-1, every))
+        squares = (reach * reach).detach() * index["leading_share"]
+        bound = torch.zeros_like(activity).index_add(-1, every, squares).sqrt() * self._most(by_row_gain, incidence)
+        trusted = bound / by_scale.detach() <= FALLBACK_RMS  # in units of the tensor's scale; False for NaN
+        by_row_gain = torch.where(trusted.index_select(-1, index["tensor_of_row"]), by_row_gain, 1.0)
+        units = torch.where(trusted.unsqueeze(-1), units, 0.0)
+        believed = trusted.index_select(-1, every)
+        gain = torch.where(believed, gain, 1.0)
+        coefficients = torch.where(believed.unsqueeze(-1), coefficients, 0.0)
 
-    def _answer(self, f: Tensor, said: Tensor, batch_dims: int) -> Tensor:
-        """The learned part of one tensor, before the gain.
+        rate, decay = (x if isinstance(x, float | int) else (x + 0 * steps).index_select(-1, every) for x in rates)
+        heard = self._heard(
+            -rate * gain,
+            coefficients,
+            units.index_select(-2, every),
+            torch.where(trusted, activity, 0.0).index_select(-1, every),
+            -rate * decay + 0 * gain,
+        )
+        said = []
+        for segments, words in zip(incidence.segments, torch.split(heard, incidence.lengths, -2), strict=True):
+            gains = tuple(by_row_gain[..., s.start : s.start + s.length] for s in segments[1:])
+            said.append(Said(words, gains))
+        return said, ~trusted
+
+    def _reach(self, means: Tensor, units: Tensor, coefficients: Tensor, activity: Tensor) -> Tensor:
+        """A bound on the root mean square of nominal + learned in every row, by Minkowski's inequality.
 
         Args:
-            f: Features `(*batch, CHANNELS, *shape)`.
-            said: What each row says, `(*batch, shape[0] or 1, channels)`.
-            batch_dims: How many leading dimensions are batch.
+            means: Means over the rows of raw channels, `(*batch, F, ROW_CHANNELS)`.
+            units: `(*batch, F, CHANNELS)`.
+            coefficients: `(*batch, F, channels)`.
+            activity: Root mean square of the nominal direction of the row's tensor, `(*batch, F)`.
 
         Returns:
-            `(*batch, *shape)`.
+            `(*batch, F)`, NaN where something is.
         """
-        shape = f.shape[batch_dims + 1 :]
-        rest = math.prod(shape) // max(said.shape[-2], 1)
-        rows = f.reshape((*f.shape[: batch_dims + 1], said.shape[-2], rest))  # (*batch, CHANNELS, shape[0], rest)
-        heard = said.transpose(-1, -2).unsqueeze(-1)  # (*batch, channels, shape[0] or 1, 1)
+        rms = means[..., :CHANNELS].sqrt() * units
         if self.config.form == "linear":
-            answer = (rows * heard).sum(batch_dims)  # (*batch, shape[0], rest)
+            return (rms[..., 0] * (1 + coefficients[..., 0])).abs() + (rms * coefficients)[..., 1:].abs().sum(-1)
+        broken = 0 * (rms.sum(-1) + coefficients.sum(-1))  # NaN where something is not finite, which tanh may hide
+        return rms[..., 0] + activity * self.answer.weight.abs().sum((-2, -1)).unsqueeze(-1) + broken
+
+    @staticmethod
+    def _most(by_row_gain: Tensor, incidence: Incidence) -> Tensor:
+        """The most that columns and taps multiply a weight with, `(*batch, N) -> (*batch, T)`."""
+        most = []
+        for segments in incidence.segments:
+            value = torch.ones_like(by_row_gain[..., 0]) if segments else by_row_gain.new_ones(by_row_gain.shape[:-1])
+            for s in segments[1:]:
+                value = value * by_row_gain[..., s.start : s.start + s.length].detach().amax(-1)
+            most.append(value)
+        return torch.stack(most, -1)
+
+    def _heard(self, first: Tensor, coefficients: Tensor, units: Tensor, activity: Tensor, decay: Tensor) -> Tensor:
+        """What `passes.move` wants to hear, `(*batch, F, heard channels)`.
+
+        Args:
+            first: -lr times gain, `(*batch, F)`.
+            coefficients: `(*batch, F, channels)`.
+            units: `(*batch, F, CHANNELS)`.
+            activity: `(*batch, F)`.
+            decay: -lr times weight decay, `(*batch, F)`.
+        """
+        if self.config.form == "linear":
+            nominal, *others = coefficients.unbind(-1)
+            others[2] = others[2] * units[..., 3]
+            words = [first * (1 + nominal), *(first * c for c in others), units[..., 4]]
         else:
-            seen = torch.einsum("...krc,hk->...hrc", rows, self.see.weight) + self.see.bias[:, None, None]
-            answer = torch.einsum("...hrc,h->...rc", torch.tanh(seen + heard), self.answer.weight[0])
-        answer = answer.reshape((*f.shape[:batch_dims], *shape))
-        return answer if self.config.form == "linear" else answer * _activity(f.select(batch_dims, 0), batch_dims)
+            words = [first, units[..., 3], units[..., 4], activity, *coefficients.unbind(-1)]
+        return torch.stack([*words, decay], -1)
+
+    def _network(self) -> Network | None:
+        """The network per weight, if the form has one."""
+        return (self.see.weight, self.see.bias, self.answer.weight) if hasattr(self, "see") else None
+
+
+class Gains(nn.Module):
+    """The factors of the gain; a module without parameters, so that they can be heard by a forward hook."""
+
+    def forward(self, by_row: Tensor, by_tensor: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn what was said into factors, each of what was said between exp(-GAIN_RANGE) and exp(GAIN_RANGE).
+
+        Args:
+            by_row: What every row says, `(*batch, N)`.
+            by_tensor: What every tensor says, `(*batch, T)`.
+            units: What a tensor's updates are measured in, over that of a typical one, `(*batch, T)`.
+
+        Returns:
+            The factors of the rows `(*batch, N)` and of the tensors `(*batch, T)`.
+        """
+        return _gain(by_row), units * _gain(by_tensor)
 
 
 @lru_cache(maxsize=64)
@@ -267,34 +393,28 @@ def incidence_of(symmetry: Symmetry) -> Incidence:
     return Incidence(symmetry)
 
 
-def _of(hyper: Hyper, name: str, like: Tensor, batch_dims: int) -> Tensor | float:
-    """The value of a hyperparameter for one tensor, made to broadcast against it."""
+def _by_tensor(hyper: Hyper, names: Sequence[str], steps: Tensor) -> Tensor | float:
+    """A hyperparameter as a number or `(*batch or none, T or 1)`, to go with steps `(*batch, T)`."""
+    if isinstance(hyper, Mapping):
+        return torch.cat(
+            [
+                torch.as_tensor(_by_tensor(hyper[n], names, steps)).to(steps).expand((*steps.shape[:-1], 1))
+                for n in names
+            ],
+            -1,
+        )
+    if isinstance(hyper, Tensor):
+        hyper = hyper.to(steps)
+        return hyper.unsqueeze(-1) if hyper.dim() == steps.dim() - 1 > 0 else hyper.reshape((1,))
+    return hyper
+
+
+def _is_zero(hyper: Hyper, name: str) -> bool:
+    """Whether a hyperparameter is the number 0 for a tensor."""
     value = hyper[name] if isinstance(hyper, Mapping) else hyper
-    if isinstance(value, Tensor):
-        value = value.to(like.device, like.dtype)
-        return features.spread(value, like, batch_dims) if value.dim() == batch_dims > 0 else value.reshape(())
-    return value
+    return not isinstance(value, Tensor) and value == 0
 
 
 def _gain(said: Tensor) -> Tensor:
     """A factor of the gain, between exp(-GAIN_RANGE) and exp(GAIN_RANGE)."""
     return torch.exp(GAIN_RANGE * torch.tanh(said / GAIN_RANGE))
-
-
-def _along(value: Tensor, ndim: int, dim: int) -> Tensor:
-    """Place `(*batch, length)` on dimension `dim` of `ndim` dimensions: `(*batch, 1, ..., length, ..., 1)`."""
-    shape = [1] * ndim
-    shape[dim] = value.shape[-1]
-    return value.reshape(*value.shape[:-1], *shape)
-
-
-def _rms(value: Tensor, batch_dims: int) -> Tensor:
-    """Root mean square over all but the batch. `(*batch, *shape) -> (*batch,)`."""
-    batch = value.shape[:batch_dims]
-    flat = value.reshape(*batch, -1) if value.numel() else value.new_zeros((*batch, 1))
-    return flat.square().mean(-1).sqrt()
-
-
-def _activity(nominal: Tensor, batch_dims: int) -> Tensor:
-    """Root mean square of the nominal direction, 0 when there is nothing to do. `(*batch, 1, ..., 1)`."""
-    return features.spread((_rms(nominal, batch_dims).square() + features.TINY).sqrt(), nominal, batch_dims)

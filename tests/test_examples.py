@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,32 @@ def test_replace_adam_writes_what_it_says(tmp_path: Path) -> None:
     assert (tmp_path / "replace_adam.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "events").rglob("events.out.*"))) >= 3 * (14 + 2) + 3 * 2
     assert "NFNOptimizer" in done.stdout
+
+
+def test_differentiate_through_training_tells_labels_apart(tmp_path: Path) -> None:
+    """In the direction, from few windows."""
+    command = [sys.executable, "examples/differentiate_through_training.py", "--windows", "20", "--seeds", "1"]
+    command += ["--steps", "5", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "differentiate_through_training.json").read_text())
+    assert found["weight of right labels"] > found["weight of wrong labels"] + 0.1
+    assert [len(runs) for runs in found["accuracy"].values()] == [1, 1, 1]
+    assert (tmp_path / "differentiate_through_training.md").read_text().count("\n") == 4 + 3
+
+
+def test_watch_in_tensorboard_writes_charts(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/watch_in_tensorboard.py", "--steps", "60", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"tensorboard --logdir {tmp_path}" in done.stdout
+    (run,) = tmp_path.iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    tags = events.Tags()
+    assert "custom_scalars__config__" in tags["tensors"]
+    assert tags["histograms"]
+    assert [event.step for event in events.Scalars("optimizer.cosine/head")] == [1, 50]
+    assert events.Scalars("optimizer.final/accuracy")[0].value > 0.2
 
 
 def test_steps_to_a_loss_are_counted_on_the_running_mean(replace_adam: ModuleType) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfn_optim import features
+from nfn_optim import features, passes
+from nfn_optim.arrays import layouts_of
+from nfn_optim.kernel import PURE
 from nfn_optim.layers import Incidence
 from nfn_optim.symmetry import Symmetry
 
@@ -26,18 +28,24 @@ def draw(seed: int, batch: tuple[int, ...] = ()) -> dict[str, Tensor]:
 
 def see(params: dict[str, Tensor], history: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
     """Features of every tensor, and the tensor features, after a list of gradients."""
-    state = features.init_state(params, 0, learned=True)
-    for grads in history:
-        moments = features.advance(grads, state)
-        state = moments.state
-    incidence = Incidence(SYMMETRY)
-    scale, rms = features.scales_of(list(params.values()), incidence, 0)
-    seen, pooled = {}, []
-    for i, n in enumerate(NAMES):
-        seen[n] = features.weight_features(params[n], history[-1][n], moments, scale[i], n, i, 0)
-        pooled.append(features.pool(seen[n], 0)[1])
-    time = features.time_features(moments.steps, None)
-    return seen, features.tensor_features(pooled, scale, rms, time, incidence)
+    steps = torch.full((len(NAMES),), float(len(history)), dtype=torch.float64)
+    corrections = features.corrections_of(steps)[:1]
+    raw, whole = {}, []
+    for n, p in params.items():
+        moments = list(features.init_state({n: p.reshape(len(p) if p.dim() else 1, -1)}, 0, learned=True)[n].values())[
+            :3
+        ]
+        for grads in history:
+            moments = passes.advance(grads[n].reshape(moments[0].shape), moments)
+        array, g = p.reshape(moments[0].shape), history[-1][n].reshape(moments[0].shape)
+        raw[n] = [x.reshape(p.shape) for x in passes.see(array, g, moments, corrections)]
+        whole.append(torch.stack([x.mean() for x in passes.products_of(raw[n])]))
+    incidence, means = Incidence(SYMMETRY), torch.stack(whole)
+    scale, rms = features.scales_of(means[:, 3], incidence)
+    units = features.units_of(means, scale)
+    seen = {n: torch.stack([x * u for x, u in zip(raw[n], units[i], strict=True)]) for i, n in enumerate(NAMES)}
+    time = features.time_features(steps, None)
+    return seen, features.tensor_features(features.describe(means, units), scale, rms, time, incidence)
 
 
 @pytest.mark.parametrize("factor", [1e-2, 1e3])
@@ -112,7 +120,8 @@ def test_scales() -> None:
         "lonely": torch.zeros(2),
         "zero": torch.zeros(2, 2),
     }
-    scale, rms = features.scales_of(list(params.values()), Incidence(symmetry), 0)
+    mean_squares = torch.stack([p.square().mean() for p in params.values()])
+    scale, rms = features.scales_of(mean_squares, Incidence(symmetry))
     found = dict(zip(params, scale.tolist(), strict=True))
     expected = {"w": 0.1, "b": 0.2, "u": 0.4, "gain": 1.0, "lonely": features.NO_SCALE, "zero": 0.02}
     assert found == pytest.approx(expected, rel=1e-5)
@@ -131,11 +140,32 @@ def test_time() -> None:
     assert torch.isfinite(known).all()
 
 
-def test_rows_are_pooled_over_all_other_dimensions() -> None:
-    f = torch.rand(features.CHANNELS, 3, 2, 4, dtype=torch.float64) + 0.5
-    by_dim, whole = features.pool(f, 0)
-    assert [tuple(rows.shape) for rows in by_dim] == [(n, features.ROW_CHANNELS) for n in (3, 2, 4)]
-    expected = torch.log(f[1, :, 1].square().mean().sqrt() + features.FLOOR)
-    torch.testing.assert_close(by_dim[1][1, 1], expected)
-    torch.testing.assert_close(by_dim[0][2, -1], (f[1, 2] * f[2, 2]).mean())
-    torch.testing.assert_close(whole[0], torch.log(f[0].square().mean().sqrt() + features.FLOOR))
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)])
+def test_rows_are_pooled_over_all_other_dimensions(order: tuple[int, ...]) -> None:
+    """However the dimensions lie in memory."""
+    p, g = (torch.rand(3, 2, 4, dtype=torch.float64).permute(order).contiguous().permute(order) for _ in range(2))
+    moments = [torch.zeros_like(p) for _ in range(3)]
+    corrections = features.corrections_of(torch.ones(1, 1, dtype=torch.float64))
+    (layout,) = layouts_of([p], 0)
+    arrays = [layout.fold([x]) for x in (p, g, *moments)]
+    by_dim, whole = layout.means(*PURE.look(arrays[0], arrays[1], arrays[2:], corrections[0]))[0]
+    raw = passes.see(arrays[0], arrays[1], passes.advance(arrays[1], arrays[2:]), corrections[0])
+    raw = [layout.unfold(x)[0] for x in raw]
+    assert [tuple(rows.shape) for rows in by_dim] == [(n, features.ROW_CHANNELS) for n in p.shape]
+    torch.testing.assert_close(by_dim[1][1, 1], raw[1][:, 1].square().mean())
+    torch.testing.assert_close(by_dim[0][2, -1], (raw[1][2] * raw[2][2]).mean())
+    torch.testing.assert_close(by_dim[2][3, 3], p[:, :, 3].square().mean())
+    torch.testing.assert_close(whole[0], raw[0].square().mean())
+
+
+def test_a_description_is_that_of_channels() -> None:
+    """Statistics of channels follow from those of raw ones and the units: those of relative weights and of momentum."""
+    raw = [torch.rand(3, 4, dtype=torch.float64) + 0.5 for _ in range(features.CHANNELS)]
+    products = torch.stack(passes.products_of(raw), -1)
+    units = features.units_of(products.mean((0, 1)), torch.tensor(0.1, dtype=torch.float64))
+    found = features.describe(products.mean(1), units)
+    rms = [x.square().mean().sqrt() for x in raw]
+    for k, channel in ((0, raw[0]), (3, raw[3] * rms[0] / 0.1), (4, raw[4] / rms[4])):
+        torch.testing.assert_close(found[:, k], torch.log(channel.square().mean(1).sqrt() + features.FLOOR))
+    broken = features.describe(torch.full((features.ROW_CHANNELS,), torch.nan), units)
+    assert torch.isfinite(broken).all()

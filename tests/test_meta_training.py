@@ -1,4 +1,4 @@
-"""Meta-training: the gradient is right, a killed run resumes bit for bit, and nothing bad gets into theta."""
+"""Meta-training: a killed run resumes bit for bit, nothing bad gets into theta, and the best theta is kept."""
 
 from __future__ import annotations
 
@@ -13,130 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from meta_train import checkpoint, trainer
-from meta_train.meta_gradient import MetaGradient, truncated_backprop
+from meta_train import checkpoint, theta, trainer
+from meta_train.config import Config
+from meta_train.distributed import ALONE
+from meta_train.meta_gradient import Estimate, Estimation
 from meta_train.recipes import smoke
-from meta_train.tasks import MLPTask, Tensors, digits
-from meta_train.tasks.mlp import Augment, MLPShape
+from meta_train.tasks import Task
 from meta_train.unroll import Carry, start, unroll
-from nfn_optim import RuleConfig, UpdateRule
+from meta_train.validation import speed_of
+from nfn_optim import UpdateRule
 from nfn_optim.pretrained import load
-
-SHAPE = MLPShape(zoom=1, widths=(5, 4), activation="gelu", layer_norm=True, zero_bias=False, batch_size=6)
-
-
-class DoubleTask(MLPTask):
-    """The same task in float64."""
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensors, Tensors]:
-        params, member = super().draw(count, generator)
-        return {n: p.double() for n, p in params.items()}, {n: _double(v) for n, v in member.items()}
-
-    def batch(self, count: int, generator: torch.Generator) -> Tensors:
-        return {n: _double(v) for n, v in super().batch(count, generator).items()}
-
-
-def _double(value: torch.Tensor) -> torch.Tensor:
-    return value.double() if value.is_floating_point() else value
-
-
-def task() -> DoubleTask:
-    return DoubleTask(SHAPE, digits(), Augment())
-
-
-def rule(form: str = "linear") -> UpdateRule:
-    torch.manual_seed(0)
-    made = UpdateRule(RuleConfig(hidden=4, form=form, power=1.0)).double()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return made
-
-
-def carried(members: int = 2) -> Carry:
-    """An inner run three steps old."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        return unroll(rule(), task(), start(rule(), task(), members, 40, generator), 3, generator)[1]
-
-
-@pytest.mark.parametrize("form", ["linear", "network"])
-@pytest.mark.parametrize("averaged", [0.0, 0.5])
-def test_meta_gradient_equals_finite_differences(form: str, averaged: float) -> None:
-    learned, carry = rule(form), carried()
-
-    def estimate() -> MetaGradient:
-        generator = torch.Generator().manual_seed(2)
-        return truncated_backprop(learned, task(), carry, 5, generator, averaged=averaged)
-
-    exact = estimate().grads
-    theta = list(learned.parameters())
-    torch.manual_seed(3)
-    for _ in range(3):
-        direction = [torch.randn_like(p) for p in theta]
-        values = []
-        for sign in (1, -2, 1):  # to +eps, to -eps, and back
-            with torch.no_grad():
-                for p, d in zip(theta, direction, strict=True):
-                    p.add_(d, alpha=sign * 1e-5)
-            values.append(estimate().objective.item())
-        numeric = (values[0] - values[1]) / 2e-5
-        analytic = sum((g * d).sum().item() for g, d in zip(exact, direction, strict=True))
-        assert analytic == pytest.approx(numeric, rel=1e-6)
-
-
-def test_first_order_gradients_differ_and_the_unroll_does_not() -> None:
-    found = {
-        second: truncated_backprop(rule(), task(), carried(), 4, torch.Generator().manual_seed(2), second_order=second)
-        for second in (True, False)
-    }
-    assert torch.equal(found[True].losses, found[False].losses)
-    assert not torch.allclose(found[True].grads[0], found[False].grads[0], rtol=1e-3)
-
-
-def test_members_are_trained_as_if_alone() -> None:
-    """A member's losses and parameters are those of an unroll of it alone, on the same batches."""
-    carry, members = carried(3), 3
-
-    class Fixed(DoubleTask):
-        """Takes its batches from a list, for some of the members only."""
-
-        def batch(self, count: int, generator: torch.Generator) -> Tensors:
-            whole = super().batch(members, generator)
-            return whole if count == members else {n: v[self.only : self.only + 1] for n, v in whole.items()}
-
-    together, end, _ = unroll(rule(), Fixed(SHAPE, digits(), Augment()), carry, 4, torch.Generator().manual_seed(5))
-    for only in range(members):
-        one = Fixed(SHAPE, digits(), Augment())
-        one.only = only  # type: ignore[attr-defined]
-        part = slice(only, only + 1)
-        alone = replace(
-            carry,
-            params={n: p[part] for n, p in carry.params.items()},
-            state={n: {k: v[part] for k, v in s.items()} for n, s in carry.state.items()},
-            member={n: v[part] for n, v in carry.member.items()},
-            total_steps=carry.total_steps[part],
-        )
-        losses, last, _ = unroll(rule(), one, alone, 4, torch.Generator().manual_seed(5))
-        torch.testing.assert_close(losses[:, 0], together[:, only], rtol=1e-10, atol=1e-12)
-        for name, p in last.params.items():
-            torch.testing.assert_close(p[0], end.params[name][only], rtol=1e-10, atol=1e-12)
-
-
-def test_a_task_knows_its_symmetry_and_its_reparametrisation() -> None:
-    one = task()
-    params, member = one.draw(1, torch.Generator().manual_seed(0))
-    batch = {n: v[0] for n, v in one.batch(1, torch.Generator().manual_seed(0)).items()}
-    single, of_member = {n: p[0] for n, p in params.items()}, {n: v[0] for n, v in member.items()}
-    before = one.loss(single, of_member, batch)
-    one.symmetry.check(single)
-    permuted = one.symmetry.permute(single, one.symmetry.random_permutations(torch.Generator().manual_seed(0)))
-    torch.testing.assert_close(one.loss(permuted, of_member, batch), before, rtol=1e-12, atol=0)
-    assert set(one.symmetry.free) == {"h0", "h1"}
-    plain = {n: p * of_member[n] for n, p in single.items()}
-    ones = {n: torch.ones_like(v) if n in single else v for n, v in of_member.items()}
-    torch.testing.assert_close(one.loss(plain, ones, batch), before, rtol=1e-12, atol=0)
-    assert any(not torch.equal(plain[n], single[n]) for n in single)
 
 
 def command(*words: str) -> list[str]:
@@ -148,7 +34,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     straight = subprocess.Popen(command("train", "smoke", "--out", str(whole)), stderr=subprocess.DEVNULL)
     broken = subprocess.Popen(command("train", "smoke", "--out", str(killed)), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (killed / checkpoint.NAME).exists() or checkpoint.load(killed)["iteration"] < 20:
+    while not checkpoint.paths(killed) or checkpoint.load(killed)["iteration"] < 20:
         assert broken.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -174,7 +60,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_finishes_its_iteration_and_resumes(tmp_path: Path) -> None:
     run = subprocess.Popen(command("train", "smoke", "--out", str(tmp_path)), stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / checkpoint.NAME).exists() or checkpoint.load(tmp_path)["iteration"] < 5:
+    while not checkpoint.paths(tmp_path) or checkpoint.load(tmp_path)["iteration"] < 5:
         assert run.poll() is None
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
@@ -182,7 +68,7 @@ def test_an_interrupted_run_finishes_its_iteration_and_resumes(tmp_path: Path) -
     assert run.returncode == 1
     assert "resume" in said.splitlines()[-1]
     assert "Traceback" not in said
-    assert trainer.restore(smoke(), checkpoint.load(tmp_path)).iteration >= 5
+    assert trainer.restore(smoke(), ALONE, checkpoint.load(tmp_path)).iteration >= 5
 
 
 @pytest.mark.parametrize(
@@ -202,11 +88,11 @@ def test_wrong_commands_end_with_one_line(tmp_path: Path, words: tuple[str, ...]
 
 
 @pytest.fixture
-def config() -> trainer.Config:
-    return replace(smoke(), iterations=4, window=2)
+def config() -> Config:
+    return replace(smoke(), iterations=4, window=2, validation=None)
 
 
-def test_a_run_is_not_overwritten(tmp_path: Path, config: trainer.Config) -> None:
+def test_a_run_is_not_overwritten(tmp_path: Path, config: Config) -> None:
     trainer.train(config, tmp_path, {})
     before = (tmp_path / trainer.THETA).read_bytes()
     with pytest.raises(FileExistsError, match="resume"):
@@ -214,53 +100,59 @@ def test_a_run_is_not_overwritten(tmp_path: Path, config: trainer.Config) -> Non
     assert (tmp_path / trainer.THETA).read_bytes() == before
 
 
-def test_a_broken_gradient_is_dropped_and_its_slot_restarted(
-    config: trainer.Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(rule: UpdateRule, task: MLPTask, carry: Carry, *args: object, **kwargs: object) -> MetaGradient:
-        grads = tuple(torch.full_like(p, torch.nan) for p in rule.parameters())
-        return MetaGradient(grads, torch.tensor(0.0), torch.zeros(2, 2), carry)
+def estimating(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Let every meta-gradient have this value in all entries."""
 
+    def estimate(self: Estimation, rule: UpdateRule, task: Task, carry: Carry, generator: torch.Generator) -> Estimate:
+        members = len(carry.alive)
+        alive = torch.full_like(carry.alive, value == value)  # noqa: PLR0124 - NaN is not
+        samples = torch.full((members, len(theta.flatten(rule))), value)
+        return Estimate(samples, torch.zeros(members), torch.zeros(2, members), replace(carry, alive=alive))
+
+    monkeypatch.setattr(Estimation, "__call__", estimate)
+
+
+def test_a_broken_gradient_is_dropped_and_its_slot_restarted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer.begin(config)
-    before = [p.clone() for p in run.rule.parameters()]
-    slot = run.slots[0]
-    monkeypatch.setattr(trainer, "truncated_backprop", broken)
+    before, slot = theta.flatten(run.rule), run.slots[0]
+    estimating(monkeypatch, float("nan"))
     report = trainer.iterate(run, config)
-    assert all(torch.equal(p, q) for p, q in zip(run.rule.parameters(), before, strict=True))
-    assert run.dropped == report["meta/dropped"] == 1
-    assert run.slots[0][1] is not slot[1]
-    assert run.slots[0][1].steps == 0
+    assert torch.equal(theta.flatten(run.rule), before)
+    assert (run.dropped, report["meta/dropped"], report["meta/restarted"]) == (1, 1.0, 1.0)
+    assert run.slots[0].carry is not slot.carry
+    assert run.slots[0].carry.steps == 0
 
 
-def test_large_gradients_are_clipped(config: trainer.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def large(rule: UpdateRule, task: MLPTask, carry: Carry, *args: object, **kwargs: object) -> MetaGradient:
-        grads = tuple(torch.full_like(p, 1e3) for p in rule.parameters())
-        return MetaGradient(grads, torch.tensor(0.0), torch.zeros(2, 2), carry)
-
+@pytest.mark.parametrize(("reject", "norm"), [(float("inf"), 1.0), (10.0, 0.0)])
+def test_large_gradients_are_clipped_or_rejected(
+    config: Config, monkeypatch: pytest.MonkeyPatch, reject: float, norm: float
+) -> None:
     run = trainer.begin(config)
-    monkeypatch.setattr(trainer, "truncated_backprop", large)
+    estimating(monkeypatch, 1e3)
+    seen = [0.0]
+    step = run.optimizer.step
     monkeypatch.setattr(
         run.optimizer,
         "step",
-        lambda: seen.append(torch.cat([p.grad.flatten() for p in run.rule.parameters()]).norm().item()),  # type: ignore[union-attr]
+        lambda: (seen.append(torch.cat([p.grad.flatten() for p in run.rule.parameters()]).norm().item()), step()),  # type: ignore[union-attr]
     )
-    trainer.iterate(run, config)
-    assert seen == [pytest.approx(config.clip, rel=1e-5)]
+    before = theta.flatten(run.rule)
+    trainer.iterate(run, replace(config, reject=reject))
+    assert seen[-1] == pytest.approx(norm, rel=1e-5)
+    assert torch.equal(theta.flatten(run.rule), before) == (norm == 0)
 
 
-def test_a_diverging_inner_run_is_restarted(config: trainer.Config) -> None:
+def test_a_diverging_inner_run_is_restarted(config: Config) -> None:
     run = trainer.begin(config)
-    task_, carry = run.slots[0]
-    huge = {name: p * 1e4 for name, p in carry.params.items()}
-    run.slots[0] = (task_, replace(carry, params=huge))
+    slot = run.slots[0]
+    huge = {name: p * 1e4 for name, p in slot.carry.params.items()}
+    run.slots[0] = replace(slot, carry=replace(slot.carry, params=huge))
     assert trainer.iterate(run, config)["meta/restarted"] == 1
-    assert run.slots[0][1].steps == 0
+    assert run.slots[0].carry.steps == 0
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, {"iteration": 1})
+    checkpoint.save(tmp_path, 1, {"iteration": 1})
     save = torch.save
 
     def full(content: object, file: object) -> None:
@@ -269,36 +161,115 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, {"iteration": 2})
+        checkpoint.save(tmp_path, 2, {"iteration": 2})
     assert checkpoint.load(tmp_path) == {"iteration": 1}
+
+
+def test_checkpoints_rotate_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
+    for iteration in (1, 2, 10):
+        checkpoint.save(tmp_path, iteration, {"iteration": iteration})
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["checkpoint-0000010.pt", "checkpoint-0000002.pt"]
+    newest = checkpoint.paths(tmp_path)[0]
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert checkpoint.load(tmp_path) == {"iteration": 2}
+    checkpoint.paths(tmp_path)[1].write_bytes(b"")
+    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match="start again"):
+        checkpoint.load(tmp_path)
 
 
 def test_meta_training_improves_unseen_members(tmp_path: Path) -> None:
     """After sixty iterations on tiny networks the exported rule beats AdamW, where it began, on tasks not seen."""
-    learned = trainer.train(smoke(), tmp_path, {})
+    learned = trainer.train(replace(smoke(), validation=None), tmp_path, {})
     generator = torch.Generator().manual_seed(123)
-    means = {"learned": [], "adamw": []}
+    means: dict[str, list[float]] = {"learned": [], "adamw": []}
     for _ in range(6):
         one = smoke().distribution.sample(generator)
         carry = start(learned, one, 4, 40, generator)
         seed = int(torch.randint(10**6, (), generator=generator))
         for name, made in (("learned", learned), ("adamw", UpdateRule(smoke().rule).zero_())):
             with torch.no_grad():
-                losses = unroll(made, one, carry, 40, torch.Generator().manual_seed(seed))[0]
+                losses = unroll(made, one, carry, 40, torch.Generator().manual_seed(seed)).losses
             means[name].append(losses.mean().item())
     assert sum(means["learned"]) < 0.9 * sum(means["adamw"])
 
 
 def test_a_run_starts_from_a_rule_of_its_architecture() -> None:
-    theta = trainer.begin(trainer.Config(start="default")).average.state_dict()
-    assert all(torch.equal(theta[name], value) for name, value in load("default").state_dict().items())
+    found = trainer.begin(Config(start="default", slots=1)).average.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in load("default").state_dict().items())
     with pytest.raises(ValueError, match="expected a rule to start from of architecture"):
         trainer.begin(replace(smoke(), start="default"))
 
 
-def test_meta_gradients_that_exploded_leave_theta_alone() -> None:
-    config = replace(smoke(), reject=0.0)
-    run = trainer.begin(config)
-    before = [p.clone() for p in run.rule.parameters()]
-    assert trainer.iterate(run, config)["meta/dropped"] == 1
-    assert all(torch.equal(p, q) for p, q in zip(run.rule.parameters(), before, strict=True))
+def test_persistence_takes_over_and_resumes(tmp_path: Path, config: Config) -> None:
+    """Backprop first, then PES on runs of its own, from whose middle a run is restored."""
+    mixed = replace(config, iterations=8, until=6, polish=3, horizon=(20, 20))
+    trainer.train(mixed, tmp_path / "part", {})
+    run = trainer.restore(mixed, ALONE, checkpoint.load(tmp_path / "part"))
+    assert {slot.carry.copies for slot in run.slots.values()} == {2}
+    assert any(slot.carry.drift is not None for slot in run.slots.values())
+    on = replace(mixed, until=None)
+    resumed = trainer.train(on, tmp_path / "part", {}, resume=True)
+    straight = trainer.train(on, tmp_path / "whole", {})
+    assert torch.equal(theta.flatten(resumed), theta.flatten(straight))
+
+
+def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation scores are given; the second is the best, and two worse ones end the run."""
+    scores = iter([0.3, 0.1, 0.2, 0.4, 0.0])
+    thetas: list[torch.Tensor] = []
+
+    def score(_found: object) -> float:
+        return next(scores)
+
+    compare = type(smoke().validation).compare
+
+    def noted(self: object, rule: UpdateRule, number: int) -> object:
+        thetas.append(theta.flatten(rule))
+        return compare(self, rule, number)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "score_of", score)
+    monkeypatch.setattr(type(smoke().validation), "compare", noted)
+    validated = replace(config, validation=smoke().validation, validate_every=1, patience=2, iterations=5)
+    trainer.train(validated, tmp_path, {})
+    content = checkpoint.load(tmp_path)
+    assert (content["iteration"], content["best"], content["stale"]) == (4, 0.1, 2)
+    assert torch.equal(theta.flatten(load(tmp_path / trainer.BEST)), thetas[1])
+
+
+def test_time_runs_out(tmp_path: Path, config: Config) -> None:
+    trainer.train(replace(config, minutes=0.0), tmp_path, {})
+    assert checkpoint.load(tmp_path)["iteration"] == 1
+
+
+def test_validation_knows_who_is_better() -> None:
+    """AdamW at a thousandth of its learning rate loses to AdamW tuned over four; a copy at the best rate is even."""
+    validation = smoke().validation
+    assert validation is not None
+    found = validation.compare(UpdateRule.nominal(), 0)  # AdamW at 1e-3, the lowest of the four
+    assert found.score > 0.1
+    assert found.learned_over_nominal == pytest.approx(0.0, abs=1e-4)
+    assert torch.equal(found.told, found.untold)
+    assert (found.adamw[-4:] < found.told[-4:]).all()
+
+
+def test_speed_is_steps_over_steps() -> None:
+    slow = torch.linspace(1, 0, 101)[1:]
+    fast = torch.cat([torch.linspace(1, 0, 51)[1:], torch.zeros(50)])
+    assert speed_of(slow, slow) == pytest.approx(1.0, rel=0.02)
+    assert speed_of(fast, slow) == pytest.approx(2.0, rel=0.1)
+    assert speed_of(torch.ones(100), slow) == 0.0
+
+
+def test_horizons_grow_over_the_curriculum() -> None:
+    config = Config(horizon=(100, 1600), curriculum=100)
+    assert [config.horizon_at(i) for i in (0, 50, 100, 500)] == [(100, 100), (100, 400), (100, 1600), (100, 1600)]
+
+
+def test_the_expert_is_annealed_away() -> None:
+    config = Config(imitation=1.0, imitate=100)
+    assert [config.estimation(i).imitation for i in (0, 50, 100)] == [1.0, 0.5, 0.0]
+    assert config.estimation(99).unrolling.expert is not None
+    assert config.estimation(100).unrolling.expert is None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from meta_train import trainer
-from meta_train.meta_gradient import truncated_backprop
+from meta_train.meta_gradient import Estimation
 from meta_train.recipes import broad
 from meta_train.tasks import (
     Augment,
@@ -42,7 +42,7 @@ from meta_train.tasks.quadratic import Quadratic, QuadraticShape
 from meta_train.tasks.tables import TABLES, teacher
 from meta_train.tasks.text import TEXTS, tokens_of
 from meta_train.tasks.vector import VectorDistribution
-from meta_train.unroll import losses_of, start, unroll
+from meta_train.unroll import start, unroll
 from nfn_optim import RuleConfig, UpdateRule
 from nfn_optim.symmetry import Symmetry
 
@@ -73,7 +73,7 @@ def test_a_task_keeps_the_contract(family: TaskDistribution[Any], seed: int) -> 
             assert "held out" in str(error)
             continue
         assert {len(v) for v in (*params.values(), *member.values(), *batch.values())} == {MEMBERS}
-        losses = losses_of(task, params, member, batch)
+        losses = task.losses(params, member, batch)
         assert torch.isfinite(losses).all()
         for i in range(MEMBERS):
             alone = task.loss(
@@ -92,7 +92,7 @@ def test_permuting_hidden_neurons_keeps_the_loss(family: TaskDistribution[Any]) 
         params, member = task.draw(MEMBERS, generator(seed))
         batch = task.batch(MEMBERS, generator(seed))
         permuted = task.symmetry.permute(params, task.symmetry.random_permutations(generator()), batch_dims=1)
-        before, after = (losses_of(task, p, member, batch) for p in (params, permuted))
+        before, after = (task.losses(p, member, batch) for p in (params, permuted))
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_a_task_comes_back_from_its_description(family: TaskDistribution[Any]) -
         for ours, theirs in zip(first, second, strict=True):
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-        assert torch.equal(losses_of(task, *first), losses_of(again, *second))
+        assert torch.equal(task.losses(*first), again.losses(*second))
 
 
 @by_family
@@ -118,9 +118,9 @@ def test_the_meta_gradient_is_finite(family: TaskDistribution[Any]) -> None:
     for seed in range(2):
         task = family.sample(generator(seed))
         carry = start(rule, task, MEMBERS, 40, generator(seed))
-        found = truncated_backprop(rule, task, carry, 3, generator(seed))
-        assert found.finite
-        assert any(g.abs().max() > 0 for g in found.grads)
+        found = Estimation(window=3)(rule, task, carry, generator(seed))
+        assert torch.isfinite(found.samples).all()
+        assert (found.samples.abs().amax(1) > 0).all()
 
 
 @by_family
@@ -130,11 +130,10 @@ def test_adamw_lowers_the_loss(family: TaskDistribution[Any]) -> None:
     task = family.sample(generator(1))
     carry = start(rule, task, MEMBERS, 50, generator(1))
     with torch.no_grad():
-        _, end, _ = unroll(rule, task, carry, 50, generator(2))
+        end = unroll(rule, task, carry, 50, generator(2)).carry
         batches = [task.batch(MEMBERS, generator(seed)) for seed in range(3, 11)]
         before, after = (
-            torch.stack([losses_of(task, c.params, carry.member, batch) for batch in batches]).mean(0)
-            for c in (carry, end)
+            torch.stack([task.losses(c.params, carry.member, batch) for batch in batches]).mean(0) for c in (carry, end)
         )
     assert (after < before).all()
 
@@ -147,7 +146,7 @@ OFF = Augment(0.0, 0.0, 0.0)
 def drawn(augment: Augment, count: int = 200, classes: int = 4) -> tuple[Tensors, Tensors]:
     weights = {"w": torch.randn(count, 3, 2, generator=generator()), "b": torch.randn(count, 3, generator=generator())}
     params, member = augment.draw(weights, classes, generator(1))
-    again = torch.func.vmap(Augment.weights)(params, member)
+    again = Augment.weights(params, member)
     for name, weight in weights.items():
         torch.testing.assert_close(again[name], weight)
     return params, member
@@ -161,7 +160,7 @@ def test_reparametrisation_keeps_the_weights_and_spreads_the_scales() -> None:
         assert 5 < member["w"].max() <= 10
     assert torch.equal(together["w"], together["b"])
     assert not torch.equal(apart["w"], apart["b"])
-    assert (drawn(OFF)[1]["w"] == 1).all()
+    assert "w" not in drawn(OFF)[1]
 
 
 def test_labels_are_permuted_and_half_of_the_members_have_noise() -> None:
@@ -173,7 +172,7 @@ def test_labels_are_permuted_and_half_of_the_members_have_noise() -> None:
         assert 0.35 < (member[name] == 0).float().mean() < 0.65
         assert 0.8 * most < member[name].max() <= most
     batch = {"x": torch.zeros(200, 64, 5), "y": torch.zeros(200, 64, dtype=torch.int64)}
-    x, y = torch.func.vmap(Augment.examples)(member, augment.noise(batch, 4, generator(2)))
+    x, y = Augment.examples(member, augment.noise(batch, 4, generator(2)))
     assert (x[member["pixel_noise"] == 0] == 0).all()
     torch.testing.assert_close(x.std((1, 2)), member["pixel_noise"], rtol=0.2, atol=1e-6)
     changed = (y != member["labels"][:, :1]).float().mean(1)
@@ -186,7 +185,7 @@ def test_real_targets_take_noise_and_tokens_none() -> None:
     _, member = drawn(augment, classes=0)
     assert "labels" not in member
     batch = {"x": torch.zeros(200, 64, dtype=torch.int64), "y": torch.zeros(200, 64)}
-    x, y = torch.func.vmap(Augment.examples)(member, augment.noise(batch, 0, generator(2)))
+    x, y = Augment.examples(member, augment.noise(batch, 0, generator(2)))
     assert (x == 0).all()
     torch.testing.assert_close(y.std(1), member["label_noise"], rtol=0.4, atol=1e-6)
 
@@ -199,7 +198,7 @@ def test_the_loss_is_scaled() -> None:
     scale = member["loss_scale"]
     assert ((scale >= 0.01) & (scale <= 100)).all()
     plain = {**member, "loss_scale": torch.ones(MEMBERS)}
-    torch.testing.assert_close(losses_of(task, params, member, batch), losses_of(task, params, plain, batch) * scale)
+    torch.testing.assert_close(task.losses(params, member, batch), task.losses(params, plain, batch) * scale)
 
 
 def test_no_augmentation_leaves_the_batch_alone() -> None:
@@ -294,7 +293,7 @@ def test_a_small_class_becomes_a_task() -> None:
     rule = UpdateRule.nominal()
     carry = start(rule, task, 2, 10, generator())
     with torch.no_grad():
-        losses, _, _ = unroll(rule, task, carry, 10, generator())
+        losses = unroll(rule, task, carry, 10, generator()).losses
     assert torch.isfinite(losses).all()
 
 
@@ -304,7 +303,7 @@ def test_running_statistics_are_refused() -> None:
 
 
 def test_residual_blocks_and_norms_of_a_cnn() -> None:
-    shape = CNNShape("digits", (4, 6, 6), True, "batch", False, "relu", "default", 8)
+    shape = CNNShape("digits", (4, 6, 6), True, "batch", False, "relu", "default", "cross_entropy", 8)
     task = CNNDistribution().task(shape)
     assert task.symmetry.shape_of("convolutions.2.weight") == (6, 6, 3, 3)
     rows = [task.symmetry.dims[f"convolutions.{i}.weight"] for i in range(3)]

@@ -7,17 +7,22 @@
     label noise         targets that are drawn anew in every batch
     pixel noise         on real inputs
 
-It acts on parameters before the network sees them, on a batch by its names `x` and `y`, and on the loss.
+It acts on parameters before the network sees them, on a batch by its names `x` and `y`, and on the loss, for all
+members at once. Noise on real numbers is cut from one long fixed sequence of normal numbers, each time at a random
+place, since to draw it would take longer than the step of a small network.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from meta_train.tasks.task import Params, Tensors
+
+NORMALS = 2**21  # numbers in the sequence that noise is cut from
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Augment:
     Example:
         >>> augment, generator = Augment(reparametrise=1.0), torch.Generator().manual_seed(0)
         >>> params, member = augment.draw({"w": torch.ones(2, 3)}, 4, generator)
-        >>> torch.allclose(augment.weights(params, {"w": member["w"][:, None]})["w"], torch.ones(2, 3))
+        >>> torch.allclose(augment.weights(params, member)["w"], torch.ones(2, 3))
         True
     """
 
@@ -54,8 +59,8 @@ class Augment:
             generator: The only source of randomness.
 
         Returns:
-            Parameters `(count, *shape)`, and by the same names the constants `(count,)` that make them weights again;
-            by further names permutation `(count, classes)`, noise and loss scale `(count,)`.
+            Parameters `(count, *shape)`, and by the same names the constants `(count,)` that make them weights again,
+            if there are any; by further names permutation `(count, classes)`, noise and loss scale `(count,)`.
         """
         count = len(next(iter(weights.values())))
         member: Tensors = {}
@@ -67,11 +72,13 @@ class Augment:
         common = _uniform(count, generator) * self.rescale if self.rescale else torch.zeros(count)
         if self.loss_scale:
             member["loss_scale"] = 10 ** (_uniform(count, generator) * self.loss_scale)
+        if not self.reparametrise and not self.rescale:
+            return weights, member
         params = {}
         for name, weight in weights.items():
             decades = _uniform(count, generator) * self.reparametrise + common
             member[name] = 10**-decades
-            params[name] = weight * (10**decades).reshape(count, *(1,) * (weight.dim() - 1))
+            params[name] = weight * _spread(10**decades, weight)
         return params, member
 
     def noise(self, batch: Tensors, classes: int, generator: torch.Generator) -> Tensors:
@@ -90,33 +97,39 @@ class Augment:
         if self.pixel_noise and batch["x"].is_floating_point():
             added["noise"] = _normal(batch["x"], generator)
         if self.label_noise and classes:
-            added["other"] = torch.randint(classes, batch["y"].shape, generator=generator)
-            added["chance"] = torch.rand(batch["y"].shape, generator=generator)
+            shape, device = batch["y"].shape, batch["y"].device
+            added["other"] = torch.randint(classes, shape, generator=generator).to(device)
+            added["chance"] = torch.rand(shape, generator=generator).to(device)
         elif self.label_noise:
             added["other"] = _normal(batch["y"], generator)
         return batch | added
 
     @staticmethod
     def weights(params: Params, member: Tensors) -> Params:
-        """The weights that a member's network sees, `(*shape)` by name."""
-        return {name: p * member[name] for name, p in params.items()}
+        """The weights that the members' networks see, `(count, *shape)` by name."""
+        return {name: p * _spread(member[name], p) if name in member else p for name, p in params.items()}
 
     @staticmethod
     def examples(member: Tensors, batch: Tensors) -> tuple[Tensor, Tensor]:
-        """Inputs and targets as a member sees them, `(batch_size, ...)` each."""
+        """Inputs and targets as the members see them, `(count, batch_size, ...)` each."""
         x, y = batch["x"], batch["y"]
         if "noise" in batch:
-            x = x + member["pixel_noise"] * batch["noise"]
+            x = x + _spread(member["pixel_noise"], x) * batch["noise"]
         if "chance" in batch:
-            y = torch.where(batch["chance"] < member["label_noise"], batch["other"], y)
+            y = torch.where(batch["chance"] < _spread(member["label_noise"], y), batch["other"], y)
         elif "other" in batch:
-            y = y + member["label_noise"] * batch["other"]
-        return x, member["labels"][y] if "labels" in member else y
+            y = y + _spread(member["label_noise"], y) * batch["other"]
+        return x, member["labels"].gather(1, y.flatten(1)).view_as(y) if "labels" in member else y
 
     @staticmethod
-    def scaled(loss: Tensor, member: Tensors) -> Tensor:
-        """The loss, 0-d, in a member's units."""
-        return loss * member["loss_scale"] if "loss_scale" in member else loss
+    def scaled(losses: Tensor, member: Tensors) -> Tensor:
+        """The losses `(count,)` in the members' units."""
+        return losses * member["loss_scale"] if "loss_scale" in member else losses
+
+
+def _spread(value: Tensor, like: Tensor) -> Tensor:
+    """`(count,)` made to broadcast against `(count, ...)`."""
+    return value.reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def _uniform(count: int, generator: torch.Generator) -> Tensor:
@@ -125,5 +138,15 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the same shape."""
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+    """Standard normal numbers of the same shape: a piece of `_normals`, or drawn if too many of those were needed."""
+    places = NORMALS - like.numel()
+    if places < NORMALS // 2:
+        return torch.randn(like.shape, generator=generator).to(like)
+    place = int(torch.randint(places, (), generator=generator))
+    return _normals(like.device, like.dtype)[place : place + like.numel()].view(like.shape)
+
+
+@lru_cache(maxsize=4)
+def _normals(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers `(NORMALS,)`, always the same."""
+    return torch.randn(NORMALS, generator=torch.Generator().manual_seed(0)).to(device, dtype)

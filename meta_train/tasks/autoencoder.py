@@ -9,9 +9,9 @@ from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
 from meta_train.tasks.images import IMAGES
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
-from meta_train.tasks.losses import squared_error
+from meta_train.tasks.losses import LOSSES, REGRESSION
 from meta_train.tasks.module import ModuleTask
-from meta_train.tasks.perceptron import Perceptron
+from meta_train.tasks.perceptron import NORMS, Perceptron
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class AutoencoderShape:
         data: One of `IMAGES`.
         widths: Hidden neurons of each layer of the encoder, the code last; the decoder mirrors it.
         activation: One of `ACTIVATIONS`.
-        norm: "none", "layer" or "batch".
+        norm: One of `NORMS`.
+        loss: One of `LOSSES`.
         start: One of `INITIALISATIONS`.
         batch_size: Images in a batch.
     """
@@ -31,6 +32,7 @@ class AutoencoderShape:
     widths: tuple[int, ...]
     activation: str
     norm: str
+    loss: str
     start: str
     batch_size: int
 
@@ -58,12 +60,12 @@ class AutoencoderDistribution(Family[ModuleTask, AutoencoderShape]):
 
     def shape(self, draws: Draws) -> AutoencoderShape:
         """Draw an architecture, data and a batch size."""
-        deep = draws.one_in(2)
         return AutoencoderShape(
             data=draws.one_of(self.data),
-            widths=(*(draws.log_uniform(*self.width) for _ in range(deep)), draws.log_uniform(*self.code)),
+            widths=(*draws.widths(*self.width, depths=(0, 1)), draws.log_uniform(*self.code)),
             activation=draws.one_of(list(ACTIVATIONS)),
-            norm=draws.one_of(("none", "none", "none", "layer", "batch")),
+            norm=draws.one_of(NORMS),
+            loss=draws.one_of(list(REGRESSION)),
             start=draws.one_of(INITIALISATIONS),
             batch_size=draws.log_uniform(*self.batch_size),
         )
@@ -76,7 +78,7 @@ class AutoencoderDistribution(Family[ModuleTask, AutoencoderShape]):
         return ModuleTask(
             lambda: initialise(Perceptron(sizes, shape.activation, shape.norm), shape.start),
             data,
-            squared_error,
+            LOSSES[shape.loss],
             shape.batch_size,
             self.augment,
             "autoencoder-" + "-".join(map(str, sizes)),

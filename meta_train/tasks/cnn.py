@@ -11,7 +11,7 @@ from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
 from meta_train.tasks.images import IMAGES
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
-from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.module import ModuleTask
 
 
@@ -27,6 +27,7 @@ class CNNShape:
         flatten: Whether the linear layer at the end sees every pixel, else their mean.
         activation: One of `ACTIVATIONS`.
         start: One of `INITIALISATIONS`.
+        loss: One of `CLASSIFICATION`.
         batch_size: Images in a batch.
     """
 
@@ -37,6 +38,7 @@ class CNNShape:
     flatten: bool
     activation: str
     start: str
+    loss: str
     batch_size: int
 
 
@@ -45,14 +47,15 @@ class CNN(nn.Module):
 
     Args:
         shape: What it is made of.
+        channels: Of the images.
         side: Height and width of the images.
         classes: Number of classes.
     """
 
-    def __init__(self, shape: CNNShape, side: int, classes: int) -> None:
+    def __init__(self, shape: CNNShape, channels: int, side: int, classes: int) -> None:
         super().__init__()
         self.act, self.flatten = Activation(shape.activation), shape.flatten
-        given, convolutions, norms, self.adds = 1, [], [], []
+        given, convolutions, norms, self.adds = channels, [], [], []
         for i, made in enumerate(shape.widths):
             add = shape.residual and i > 1
             stride = 2 if i > 0 and not add else 1
@@ -64,7 +67,7 @@ class CNN(nn.Module):
         self.last = nn.Linear(given * side * side if shape.flatten else given, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits. `(batch_size, 1, height, width) -> (batch_size, classes)`."""
+        """Logits. `(batch_size, channels, height, width) -> (batch_size, classes)`."""
         for convolve, norm, add in zip(self.convolutions, self.norms, self.adds, strict=True):
             y = self.act(norm(convolve(x)))
             x = x + y if add else y
@@ -86,6 +89,7 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
         data: Some of `IMAGES`, equally likely.
         width: Smallest and largest number of channels, log-uniform, then made even.
         batch_size: Smallest and largest batch, in images, log-uniform.
+        losses: Some of `CLASSIFICATION`, equally likely.
         augment: How the members of a task differ.
     """
 
@@ -93,6 +97,7 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
     data: tuple[str, ...] = ("digits", "mnist5k", "mnist14")
     width: tuple[int, int] = (4, 16)
     batch_size: tuple[int, int] = (12, 48)
+    losses: tuple[str, ...] = ("cross_entropy", "cross_entropy", "smoothed", "one_hot_error")
     augment: Augment = field(default_factory=lambda: Augment(rescale=0.25, loss_scale=0.5))
 
     def shape(self, draws: Draws) -> CNNShape:
@@ -107,6 +112,7 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
             flatten=draws.one_in(2),
             activation=draws.one_of(list(ACTIVATIONS)),
             start=draws.one_of(INITIALISATIONS),
+            loss=draws.one_of(self.losses),
             batch_size=draws.log_uniform(*self.batch_size),
         )
 
@@ -114,9 +120,9 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
         """The task of a shape."""
         data = IMAGES[shape.data]()
         return ModuleTask(
-            lambda: initialise(CNN(shape, data.x.shape[-1], data.classes), shape.start),
+            lambda: initialise(CNN(shape, data.x.shape[1], data.x.shape[-1], data.classes), shape.start),
             data,
-            cross_entropy,
+            CLASSIFICATION[shape.loss],
             shape.batch_size,
             self.augment,
             f"cnn-{'residual' if shape.residual else 'plain'}-{shape.norm}-" + "-".join(map(str, shape.widths)),

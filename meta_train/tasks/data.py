@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class Data(ABC):
         Returns:
             Inputs `x` `(*size, ...)`, float32 or int64, and targets `y` `(*size, ...)`, int64 if there are classes.
         """
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Data:
+        """The same data on a device. Batches are drawn there, with a generator on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +82,12 @@ class Examples(Data):
         first, last = (self.train, len(self.x)) if held_out else (0, self.train)
         if first == last:
             raise ValueError(f"expected examples of {self.name!r} that are held out, found none: train={self.train}")
-        index = first + torch.randint(last - first, size, generator=generator)
+        index = (first + torch.randint(last - first, size, generator=generator)).to(self.x.device)
         return {"x": self.x[index], "y": self.y[index]}
+
+    def to(self, device: torch.device) -> Examples:
+        """The same examples on a device, one copy for all who ask."""
+        return self if device == self.x.device else _moved(self, device)
 
     @classmethod
     def of(
@@ -118,3 +127,8 @@ class Examples(Data):
         """The same inputs, flattened, with themselves as targets."""
         flat = self.x.flatten(1)
         return replace(self, x=flat, y=flat, classes=0)
+
+
+@lru_cache(maxsize=16)
+def _moved(examples: Examples, device: torch.device) -> Examples:
+    return replace(examples, x=examples.x.to(device), y=examples.y.to(device))

@@ -43,6 +43,10 @@ class Draws:
         """A whole number between two, both included."""
         return round(low * float((high / low) ** self.unit()))
 
+    def widths(self, low: int, high: int, depths: Sequence[int]) -> tuple[int, ...]:
+        """Widths of the layers of a network, each log-uniform; their number is one of `depths`, equally likely."""
+        return tuple(self.log_uniform(low, high) for _ in range(self.one_of(depths)))
+
     def unit(self) -> float:
         """A number between 0 and 1."""
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))

@@ -13,6 +13,19 @@ FOLDER = "NFN_OPTIM_DATA"
 """The environment variable that names the folder."""
 
 
+def use_folder(path: str | None) -> None:
+    """Let `path` be the data folder from now on; None leaves it as it is.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    if path is None:
+        return
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"expected a folder with data files, found none at {path}")
+    os.environ[FOLDER] = path
+
+
 def has_file(name: str) -> bool:
     """Whether there is a data folder with that file."""
     return FOLDER in os.environ and (Path(os.environ[FOLDER]) / name).is_file()

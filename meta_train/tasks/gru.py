@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
-from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.module import ModuleTask
 from meta_train.tasks.text import Text
 
@@ -22,8 +22,11 @@ class GRUShape:
     Args:
         data: One of `TEXTS`.
         embedding: Channels of a character.
-        width: Hidden neurons.
+        width: Hidden neurons of each layer.
+        depth: Layers.
+        norm: Whether the states of every layer are normalised for the next one.
         start: One of `INITIALISATIONS`.
+        loss: One of `CLASSIFICATION`.
         context: Characters read from a hidden state of zero.
         batch_size: Passages in a batch.
     """
@@ -31,15 +34,44 @@ class GRUShape:
     data: str
     embedding: int
     width: int
+    depth: int
+    norm: bool
     start: str
+    loss: str
     context: int
     batch_size: int
 
 
-class GRU(nn.Module):
-    """A gated recurrent network, written out because the fused kernels have no second derivative.
+class Layer(nn.Module):
+    """A gated recurrent layer, written out because the fused kernels have no second derivative.
 
         r, z = sigmoid(W_x x + W_h h)    n = tanh(V_x x + r V_h h)    h' = n + z (h - n)
+
+    Args:
+        given: Channels of what it reads.
+        width: Hidden neurons.
+    """
+
+    def __init__(self, given: int, width: int) -> None:
+        super().__init__()
+        self.see, self.recur = nn.Linear(given, 3 * width), nn.Linear(width, 3 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch_size, context, given) -> (batch_size, context, width)`."""
+        seen = self.see(x)  # (batch_size, context, 3 width)
+        h = torch.zeros_like(seen[:, 0].chunk(3, -1)[0])  # (batch_size, width)
+        states = []
+        for now in seen.unbind(1):
+            x_r, x_z, x_n = now.chunk(3, -1)
+            h_r, h_z, h_n = self.recur(h).chunk(3, -1)
+            n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+            h = n + torch.sigmoid(x_z + h_z) * (h - n)
+            states.append(h)
+        return torch.stack(states, 1)
+
+
+class GRU(nn.Module):
+    """A language model of gated recurrent layers.
 
     Args:
         shape: What it is made of.
@@ -49,28 +81,20 @@ class GRU(nn.Module):
     def __init__(self, shape: GRUShape, vocabulary: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, shape.embedding)
-        self.see = nn.Linear(shape.embedding, 3 * shape.width)
-        self.recur = nn.Linear(shape.width, 3 * shape.width, bias=False)
-        self.last = nn.Linear(shape.width, vocabulary)
+        parts: list[nn.Module] = []
+        for given in (shape.embedding, *[shape.width] * (shape.depth - 1)):
+            parts += [Layer(given, shape.width), *([nn.LayerNorm(shape.width)] if shape.norm else [])]
+        self.layers = nn.Sequential(*parts, nn.Linear(shape.width, vocabulary))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits. `(batch_size, context) -> (batch_size, context, vocabulary)`."""
-        seen = self.see(self.embedding(x))  # (batch_size, context, 3 width)
-        h = torch.zeros_like(seen[:, 0].chunk(3, -1)[0])  # (batch_size, width)
-        states = []
-        for now in seen.unbind(1):
-            x_r, x_z, x_n = now.chunk(3, -1)
-            h_r, h_z, h_n = self.recur(h).chunk(3, -1)
-            n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
-            h = n + torch.sigmoid(x_z + h_z) * (h - n)
-            states.append(h)
-        logits: Tensor = self.last(torch.stack(states, 1))
+        logits: Tensor = self.layers(self.embedding(x))
         return logits
 
 
 @dataclass(frozen=True)
 class GRUDistribution(Family[ModuleTask, GRUShape]):
-    """Character models of one recurrent layer.
+    """Character models of one or two recurrent layers.
 
     Args:
         data: Some of `TEXTS`, equally likely.
@@ -93,7 +117,10 @@ class GRUDistribution(Family[ModuleTask, GRUShape]):
             data=draws.one_of(self.data),
             embedding=draws.log_uniform(*self.width),
             width=draws.log_uniform(*self.width),
+            depth=draws.one_of((1, 1, 1, 2)),
+            norm=draws.one_in(3),
             start=draws.one_of(INITIALISATIONS),
+            loss=draws.one_of(("cross_entropy", "cross_entropy", "smoothed")),
             context=draws.log_uniform(*self.context),
             batch_size=draws.log_uniform(*self.batch_size),
         )
@@ -104,8 +131,8 @@ class GRUDistribution(Family[ModuleTask, GRUShape]):
         return ModuleTask(
             lambda: initialise(GRU(shape, data.classes), shape.start),
             data,
-            cross_entropy,
+            CLASSIFICATION[shape.loss],
             shape.batch_size,
             self.augment,
-            f"gru-{shape.width}",
+            f"gru-{shape.depth}x{shape.width}",
         )

@@ -14,11 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from meta_train.tasks.activation import ACTIVATIONS
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.data import Examples
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import mnist14
-from meta_train.tasks.losses import squared_error
+from meta_train.tasks.images import IMAGES
+from meta_train.tasks.losses import REGRESSION
 from meta_train.tasks.module import ModuleTask
 from meta_train.tasks.perceptron import Perceptron
 
@@ -28,17 +29,23 @@ class INRShape:
     """What an INR task is made of.
 
     Args:
+        data: One of `IMAGES`.
         image: Number of the image.
-        sine: Whether the network is a SIREN, else a ReLU network on Fourier features of the position.
+        sine: Whether the network is a SIREN, else a perceptron on Fourier features of the position.
         frequency: Of the sine, or standard deviation of the Fourier features', in radians per half image.
         widths: Hidden neurons of each layer.
+        activation: One of `ACTIVATIONS`, where it is not a SIREN.
+        loss: One of `REGRESSION`.
         batch_size: Pixels in a batch.
     """
 
+    data: str
     image: int
     sine: bool
     frequency: float
     widths: tuple[int, ...]
+    activation: str
+    loss: str
     batch_size: int
 
 
@@ -67,31 +74,34 @@ class Siren(nn.Module):
 
 
 def pixels_of(shape: INRShape) -> Examples:
-    """The pixels `(196, 1)` of an image; positions `(196, 2)` between -1 and 1, or their Fourier features `(196, 16)`.
+    """The pixels of an image; positions between -1 and 1, or their Fourier features. A fifth is held out.
 
-    There is nothing to hold out: all pixels are for training.
+    Of 14x14 pixels: positions `(196, 2)` or features `(196, 16)`, and pixels `(196, 1)`, in random order.
     """
-    image = mnist14().x[shape.image, 0]  # (14, 14)
+    image = IMAGES[shape.data]().x[shape.image, 0]  # (height, width)
+    generator = torch.Generator().manual_seed(shape.image)
     axis = torch.linspace(-1, 1, len(image))
     x = torch.cartesian_prod(axis, axis)  # (pixels, 2)
     if not shape.sine:
-        generator = torch.Generator().manual_seed(shape.image)
         phase = shape.frequency * x @ torch.randn(2, 8, generator=generator)  # (pixels, 8)
         x = torch.cat([phase.sin(), phase.cos()], -1)
-    return Examples("pixels", x, image.reshape(-1, 1), 0, len(x))
+    order = torch.randperm(len(x), generator=generator)
+    return Examples("pixels", x[order], image.reshape(-1, 1)[order], 0, len(x) * 4 // 5)
 
 
 @dataclass(frozen=True)
 class INRDistribution(Family[ModuleTask, INRShape]):
-    """SIRENs and Fourier-feature networks of one to three hidden layers on images of 14x14 pixels.
+    """SIRENs and Fourier-feature networks of one to three hidden layers on images of 14x14 or 16x16 pixels.
 
     Args:
+        data: Some of `IMAGES`, equally likely.
         width: Smallest and largest number of hidden neurons, log-uniform.
         batch_size: Smallest and largest batch, in pixels, log-uniform.
         augment: How the members of a task differ.
     """
 
     made_of = INRShape
+    data: tuple[str, ...] = ("mnist14", "mnist16")
     width: tuple[int, int] = (12, 48)
     batch_size: tuple[int, int] = (32, 196)
     augment: Augment = field(
@@ -100,11 +110,15 @@ class INRDistribution(Family[ModuleTask, INRShape]):
 
     def shape(self, draws: Draws) -> INRShape:
         """Draw an image, an architecture and a batch size."""
+        data = draws.one_of(self.data)
         return INRShape(
-            image=draws.one_of(range(mnist14().train)),
+            data=data,
+            image=draws.one_of(range(IMAGES[data]().train)),
             sine=draws.one_in(2),
             frequency=2 + 8 * draws.unit(),
-            widths=tuple(draws.log_uniform(*self.width) for _ in range(draws.one_of((1, 2, 2, 3)))),
+            widths=draws.widths(*self.width, depths=(1, 2, 2, 3)),
+            activation=draws.one_of(list(ACTIVATIONS)),
+            loss=draws.one_of(list(REGRESSION)),
             batch_size=draws.log_uniform(*self.batch_size),
         )
 
@@ -113,9 +127,9 @@ class INRDistribution(Family[ModuleTask, INRShape]):
         data = pixels_of(shape)
         sizes = (data.x.shape[1], *shape.widths, 1)
         return ModuleTask(
-            lambda: Siren(sizes, shape.frequency) if shape.sine else Perceptron(sizes, "relu"),
+            lambda: Siren(sizes, shape.frequency) if shape.sine else Perceptron(sizes, shape.activation),
             data,
-            squared_error,
+            REGRESSION[shape.loss],
             shape.batch_size,
             self.augment,
             "inr-" + "-".join(map(str, sizes)),

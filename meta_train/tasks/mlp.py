@@ -14,8 +14,8 @@ from meta_train.tasks.activation import ACTIVATIONS
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.data import Examples
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import digits
-from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.images import IMAGES
+from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.supervised import SupervisedTask
 from meta_train.tasks.task import Params
 from nfn_optim.symmetry import Symmetry
@@ -32,6 +32,8 @@ class MLPShape:
         layer_norm: Whether every hidden layer is normalised before its activation.
         zero_bias: Whether biases start at zero, with normal weights of variance 2 / inputs; else PyTorch's default.
         batch_size: Images in a batch.
+        data: One of `IMAGES`.
+        loss: One of `CLASSIFICATION`.
     """
 
     zoom: int
@@ -40,6 +42,8 @@ class MLPShape:
     layer_norm: bool
     zero_bias: bool
     batch_size: int
+    data: str = "digits"
+    loss: str = "cross_entropy"
 
 
 class MLPTask(SupervisedTask):
@@ -52,7 +56,7 @@ class MLPTask(SupervisedTask):
     """
 
     def __init__(self, shape: MLPShape, data: Examples, augment: Augment) -> None:
-        super().__init__(data.zoomed(shape.zoom), cross_entropy, shape.batch_size, augment)
+        super().__init__(data.zoomed(shape.zoom), CLASSIFICATION[shape.loss], shape.batch_size, augment)
         self.shape = shape
         sizes = (data.x[0].numel() * shape.zoom**2, *shape.widths, data.classes)
         self.layers = list(pairwise(sizes))
@@ -84,24 +88,32 @@ class MLPTask(SupervisedTask):
 
     def output(self, weights: Params, x: Tensor) -> Tensor:
         """Logits. `(batch_size, channels, height, width) -> (batch_size, classes)`."""
+        one = {name: value.unsqueeze(0) for name, value in weights.items()}
+        return self.outputs(one, x.unsqueeze(0)).squeeze(0)
+
+    def outputs(self, weights: Params, x: Tensor) -> Tensor:
+        """Logits of all members. `(count, batch_size, channels, height, width) -> (count, batch_size, classes)`."""
         act = ACTIVATIONS[self.shape.activation]
-        x = x.flatten(1)  # (batch_size, pixels)
+        x = x.flatten(2)  # (count, batch_size, pixels)
         for i in range(len(self.layers)):
-            x = F.linear(x, weights[f"{i}.weight"], weights[f"{i}.bias"])
+            x = torch.baddbmm(weights[f"{i}.bias"].unsqueeze(1), x, weights[f"{i}.weight"].mT)
             if f"{i}.norm.weight" in weights:
-                x = F.layer_norm(x, x.shape[-1:]) * weights[f"{i}.norm.weight"] + weights[f"{i}.norm.bias"]
+                scale, shift = (weights[f"{i}.norm.{part}"].unsqueeze(1) for part in ("weight", "bias"))
+                x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
             x = act(x) if i + 1 < len(self.layers) else x
         return x
 
 
 @dataclass(frozen=True)
 class MLPDistribution(Family[MLPTask, MLPShape]):
-    """MLPs on scikit-learn's digits, of one to three hidden layers.
+    """MLPs on small images, of one to three hidden layers.
 
     Args:
         width: Smallest and largest number of hidden neurons, log-uniform.
         batch_size: Smallest and largest batch, in images, log-uniform.
-        zooms: Linear magnifications of the 8x8 images, equally likely.
+        zooms: Linear magnifications of the images, equally likely.
+        data: Some of `IMAGES`, equally likely.
+        losses: Some of `CLASSIFICATION`, equally likely.
         augment: How the members of a task differ.
     """
 
@@ -109,20 +121,23 @@ class MLPDistribution(Family[MLPTask, MLPShape]):
     width: tuple[int, int] = (8, 128)
     batch_size: tuple[int, int] = (16, 256)
     zooms: tuple[int, ...] = (1, 1, 1, 1, 2, 2, 3)
+    data: tuple[str, ...] = ("digits",)
+    losses: tuple[str, ...] = ("cross_entropy",)
     augment: Augment = field(default_factory=Augment)
 
     def shape(self, draws: Draws) -> MLPShape:
         """Draw an architecture and a batch size."""
-        depth = draws.one_of((1, 2, 3))
         return MLPShape(
             zoom=draws.one_of(self.zooms),
-            widths=tuple(draws.log_uniform(*self.width) for _ in range(depth)),
+            widths=draws.widths(*self.width, depths=(1, 2, 3)),
             activation=draws.one_of(list(ACTIVATIONS)),
             layer_norm=draws.one_in(4),
             zero_bias=draws.one_in(2),
             batch_size=draws.log_uniform(*self.batch_size),
+            data=draws.one_of(self.data),
+            loss=draws.one_of(self.losses),
         )
 
     def task(self, shape: MLPShape) -> MLPTask:
         """The task of a shape."""
-        return MLPTask(shape, digits(), self.augment)
+        return MLPTask(shape, IMAGES[shape.data](), self.augment)

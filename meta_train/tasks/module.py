@@ -72,6 +72,11 @@ class ModuleTask(SupervisedTask):
         output: Tensor = functional_call(self._module, weights, (x,))
         return output
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the module's buffers too."""
+        super().to(device)
+        self._module.to(self.device)
+
     def _built(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -10,9 +10,9 @@ from meta_train.tasks.activation import ACTIVATIONS
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
-from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.module import ModuleTask
-from meta_train.tasks.perceptron import Perceptron
+from meta_train.tasks.perceptron import NORMS, Perceptron
 from meta_train.tasks.text import Text
 
 
@@ -25,7 +25,8 @@ class NgramShape:
         embedding: Channels of a character.
         widths: Hidden neurons of each layer.
         activation: One of `ACTIVATIONS`.
-        norm: "none", "layer" or "batch".
+        norm: One of `NORMS`.
+        loss: One of `CLASSIFICATION`.
         start: One of `INITIALISATIONS`.
         context: Characters of the passage.
         batch_size: Passages in a batch.
@@ -36,6 +37,7 @@ class NgramShape:
     widths: tuple[int, ...]
     activation: str
     norm: str
+    loss: str
     start: str
     context: int
     batch_size: int
@@ -71,6 +73,7 @@ class NgramDistribution(Family[ModuleTask, NgramShape]):
         width: Smallest and largest number of hidden neurons, log-uniform.
         context: Smallest and largest passage, in characters, log-uniform.
         batch_size: Smallest and largest batch, in passages, log-uniform.
+        losses: Some of `CLASSIFICATION`, equally likely.
         augment: How the members of a task differ.
     """
 
@@ -80,6 +83,7 @@ class NgramDistribution(Family[ModuleTask, NgramShape]):
     width: tuple[int, int] = (16, 64)
     context: tuple[int, int] = (2, 8)
     batch_size: tuple[int, int] = (32, 128)
+    losses: tuple[str, ...] = ("cross_entropy", "cross_entropy", "smoothed")
     augment: Augment = field(default_factory=lambda: Augment(label_noise=0.2, rescale=0.25, loss_scale=0.5))
 
     def shape(self, draws: Draws) -> NgramShape:
@@ -87,9 +91,10 @@ class NgramDistribution(Family[ModuleTask, NgramShape]):
         return NgramShape(
             data=draws.one_of(self.data),
             embedding=draws.log_uniform(*self.embedding),
-            widths=tuple(draws.log_uniform(*self.width) for _ in range(draws.one_of((1, 2)))),
+            widths=draws.widths(*self.width, depths=(1, 2)),
             activation=draws.one_of(list(ACTIVATIONS)),
-            norm=draws.one_of(("none", "none", "none", "layer", "batch")),
+            norm=draws.one_of(NORMS),
+            loss=draws.one_of(self.losses),
             start=draws.one_of(INITIALISATIONS),
             context=draws.log_uniform(*self.context),
             batch_size=draws.log_uniform(*self.batch_size),
@@ -101,7 +106,7 @@ class NgramDistribution(Family[ModuleTask, NgramShape]):
         return ModuleTask(
             lambda: initialise(Ngram(shape, data.classes), shape.start),
             data,
-            cross_entropy,
+            CLASSIFICATION[shape.loss],
             shape.batch_size,
             self.augment,
             "ngram-" + "-".join(map(str, shape.widths)),

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from meta_train.tasks.activation import Activation
 
+NORMS = ("none", "none", "none", "layer", "batch")
+"""What stands before every nonlinearity: most often nothing, else a norm over neurons or over the batch."""
+
 
 class Perceptron(nn.Module):
     """Linear layers with a nonlinearity between them.
@@ -15,7 +18,7 @@ class Perceptron(nn.Module):
     Args:
         sizes: Inputs, hidden neurons of each layer, outputs.
         activation: One of `ACTIVATIONS`.
-        norm: "none", "layer" or "batch" (statistics of the batch, none kept), before every nonlinearity.
+        norm: One of `NORMS`; of the batch no statistics are kept.
     """
 
     def __init__(self, sizes: tuple[int, ...], activation: str, norm: str = "none") -> None:

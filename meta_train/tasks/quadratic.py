@@ -8,6 +8,7 @@ to the Hessian.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -67,6 +68,12 @@ class Quadratic(Data):
     def batch(self, size: tuple[int, int], generator: torch.Generator, *, held_out: bool = False) -> Tensors:
         """All rows, whatever is asked for; there is nothing to hold out."""
         return {"x": self.x.expand(size[0], *self.x.shape), "y": self.y.expand(size[0], *self.y.shape)}
+
+    def to(self, device: torch.device) -> Quadratic:
+        """The same rows on a device."""
+        moved = copy(self)
+        moved.x, moved.y = self.x.to(device), self.y.to(device)
+        return moved
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class SupervisedTask(Task):
 
     @abstractmethod
     def output(self, weights: Params, x: Tensor) -> Tensor:
-        """What one network makes of a batch; called under `vmap`, so without a leading dimension.
+        """What one network makes of a batch; it must work under `vmap`.
 
         Args:
             weights: `(*shape)` by name.
@@ -46,9 +46,22 @@ class SupervisedTask(Task):
             `(batch_size, ...)`.
         """
 
+    def outputs(self, weights: Params, x: Tensor) -> Tensor:
+        """What every network makes of its batch; a subclass may know a faster way to the same numbers.
+
+        Args:
+            weights: `(count, *shape)` by name.
+            x: `(count, batch_size, ...)`.
+
+        Returns:
+            `(count, batch_size, ...)`.
+        """
+        return torch.func.vmap(self.output)(weights, x)
+
     def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
         """Initial weights, and what `Augment` makes of them."""
-        return self.augment.draw(self.init(count, generator), self.data.classes, generator)
+        params, member = self.augment.draw(self.init(count, generator), self.data.classes, generator)
+        return self._here(params), self._here(member)
 
     def batch(self, count: int, generator: torch.Generator, *, held_out: bool = False) -> Tensors:
         """A batch of the data, and the noise that members may take."""
@@ -56,7 +69,20 @@ class SupervisedTask(Task):
         return self.augment.noise(batch, self.data.classes, generator)
 
     def loss(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
-        """The loss of one member, 0-d, with its own scales, noise and names for the classes."""
+        """The loss of one member, 0-d."""
+        one = ({name: value.unsqueeze(0) for name, value in given.items()} for given in (params, member, batch))
+        return self.losses(*one).squeeze(0)
+
+    def losses(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
+        """The loss of every member, `(count,)`, each with its own scales, noise and names for the classes."""
         x, y = self.augment.examples(member, batch)
-        output = self.output(self.augment.weights(params, member), x)
-        return self.augment.scaled(self._loss(output, y), member)
+        outputs = self.outputs(self.augment.weights(params, member), x)
+        return self.augment.scaled(torch.func.vmap(self._loss)(outputs, y), member)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the data too."""
+        super().to(device)
+        self.data = self.data.to(self.device)
+
+    def _here(self, tensors: Tensors) -> Tensors:
+        return {name: value.to(self.device) for name, value in tensors.items()}

@@ -28,11 +28,13 @@ class Task(ABC):
         name: A short text for logs; what comes before its first hyphen is the kind of task.
         symmetry: The axes of its parameters.
         description: What the distribution that drew it needs to make it again.
+        device: Where `draw` and `batch` put what they return.
     """
 
     name: str
     symmetry: Symmetry
     description: dict[str, Any]
+    device: torch.device = torch.device("cpu")
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
@@ -40,7 +42,7 @@ class Task(ABC):
 
         Args:
             count: How many.
-            generator: The only source of randomness.
+            generator: The only source of randomness; on the CPU, wherever the task is.
 
         Returns:
             Initial parameters `(count, *shape)` and what else distinguishes the members, `(count, ...)` each.
@@ -61,7 +63,21 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
-        """The training loss of one member, 0-d; called under `vmap`, so without a leading dimension."""
+        """The training loss of one member, 0-d, without a leading dimension; it must work under `vmap`."""
+
+    def losses(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
+        """The training loss of every member, `(count,)`; a subclass may know a faster way to the same numbers.
+
+        Args:
+            params: `(count, *shape)` by name.
+            member: `(count, ...)` each.
+            batch: `(count, ...)` each.
+        """
+        return torch.func.vmap(self.loss)(params, member, batch)
+
+    def to(self, device: torch.device | str) -> None:
+        """Keep on a device what is drawn from, and put there what is drawn: the same numbers as on the CPU."""
+        self.device = torch.device(device)
 
 
 T = TypeVar("T", bound=Task)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,8 +62,10 @@ TEXTS: dict[str, Callable[[], str]] = {text.__name__: text for text in (prose, c
 
 
 @lru_cache(maxsize=8)
-def tokens_of(name: str, vocabulary: int = VOCABULARY) -> Tensor:
+def tokens_of(name: str, vocabulary: int = VOCABULARY, device: str = "cpu") -> Tensor:
     """A text as numbers `(length,)`, int64: the rank of a character's frequency, the last one for all rare ones."""
+    if device != "cpu":
+        return tokens_of(name, vocabulary).to(device)
     text = TEXTS[name]()
     rank = {character: i for i, (character, _) in enumerate(Counter(text).most_common(vocabulary - 1))}
     return torch.tensor([rank.get(character, vocabulary - 1) for character in text])
@@ -78,6 +80,7 @@ class Text(Data):
         context: Characters that are read at once.
         everywhere: Whether every character is a target, given those before it, or only the one after the passage.
         classes: Characters that are told apart; all rare ones count as one.
+        device: Where the text is.
 
     Example:
         >>> batch = Text("prose", context=8).batch((2, 3), torch.Generator().manual_seed(0))
@@ -89,12 +92,18 @@ class Text(Data):
     context: int
     everywhere: bool = True
     classes: int = VOCABULARY
+    device: str = "cpu"
 
     def batch(self, size: tuple[int, int], generator: torch.Generator, *, held_out: bool = False) -> Tensors:
         """Draw passages: `x` `(*size, context)`; `y` the same or, if not `everywhere`, `(*size,)`."""
-        tokens = tokens_of(self.name, self.classes)
+        tokens = tokens_of(self.name, self.classes, self.device)
         border = len(tokens) * 9 // 10
         tokens = tokens[border:] if held_out else tokens[:border]
         start = torch.randint(len(tokens) - self.context, size, generator=generator)
-        passage = tokens[start.unsqueeze(-1) + torch.arange(self.context + 1)]  # (*size, context + 1)
+        index = start.unsqueeze(-1) + torch.arange(self.context + 1)
+        passage = tokens[index.to(self.device)]  # (*size, context + 1)
         return {"x": passage[..., :-1], "y": passage[..., 1:] if self.everywhere else passage[..., -1]}
+
+    def to(self, device: torch.device) -> Text:
+        """The same text on a device."""
+        return replace(self, device=str(device))

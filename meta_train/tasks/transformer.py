@@ -13,7 +13,7 @@ from meta_train.tasks.activation import Activation
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
-from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.module import ModuleTask
 from meta_train.tasks.text import Text
 
@@ -34,6 +34,7 @@ class TransformerShape:
         fused: Whether queries, keys and values come from one matrix.
         bias: Whether linear layers have biases.
         start: One of `INITIALISATIONS`.
+        loss: One of `CLASSIFICATION`.
         context: Tokens seen at once.
         batch_size: Sequences in a batch.
     """
@@ -48,6 +49,7 @@ class TransformerShape:
     fused: bool
     bias: bool
     start: str
+    loss: str
     context: int
     batch_size: int
 
@@ -153,6 +155,7 @@ def transformer_shape(
         fused=not draws.one_in(3),
         bias=draws.one_in(3),
         start=draws.one_of(INITIALISATIONS),
+        loss=draws.one_of(("cross_entropy", "cross_entropy", "smoothed")),
         context=context,
         batch_size=batch_size,
     )
@@ -189,7 +192,7 @@ class TransformerDistribution(Family[ModuleTask, TransformerShape]):
         return ModuleTask(
             lambda: initialise(Transformer(shape, data.classes), shape.start),
             data,
-            cross_entropy,
+            CLASSIFICATION[shape.loss],
             shape.batch_size,
             self.augment,
             f"transformer-{shape.depth}x{shape.width}",

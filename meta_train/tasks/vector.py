@@ -10,12 +10,10 @@ from meta_train.tasks.data import Examples
 from meta_train.tasks.family import Draws, Family
 from meta_train.tasks.images import IMAGES
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
-from meta_train.tasks.losses import cross_entropy, huber, squared_error
+from meta_train.tasks.losses import CLASSIFICATION, LOSSES
 from meta_train.tasks.module import ModuleTask
-from meta_train.tasks.perceptron import Perceptron
+from meta_train.tasks.perceptron import NORMS, Perceptron
 from meta_train.tasks.tables import TABLES, teacher
-
-LOSSES = {"cross_entropy": cross_entropy, "squared_error": squared_error, "huber": huber}
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class VectorShape:
         inputs: Width to which inputs are projected, 0 to take them as they are.
         widths: Hidden neurons of each layer.
         activation: One of `ACTIVATIONS`.
-        norm: "none", "layer" or "batch".
+        norm: One of `NORMS`.
         loss: One of `LOSSES`.
         start: One of `INITIALISATIONS`.
         batch_size: Examples in a batch.
@@ -72,10 +70,12 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
             data=data,
             seed=draws.one_of(range(2**31)),
             inputs=draws.log_uniform(*self.width) if draws.one_in(2 if data in IMAGES else 4) else 0,
-            widths=tuple(draws.log_uniform(*self.width) for _ in range(draws.one_of((1, 2, 3)))),
+            widths=draws.widths(*self.width, depths=(1, 2, 3)),
             activation=draws.one_of(list(ACTIVATIONS)),
-            norm=draws.one_of(("none", "none", "none", "layer", "batch")),
-            loss=draws.one_of(("squared_error", "squared_error", "huber")) if real else "cross_entropy",
+            norm=draws.one_of(NORMS),
+            loss=draws.one_of(("squared_error", "squared_error", "huber"))
+            if real
+            else draws.one_of(list(CLASSIFICATION)),
             start=draws.one_of(INITIALISATIONS),
             batch_size=draws.log_uniform(*self.batch_size),
         )

@@ -11,7 +11,7 @@ from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
 from meta_train.tasks.images import IMAGES
 from meta_train.tasks.initialisation import initialise
-from meta_train.tasks.losses import cross_entropy
+from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.module import ModuleTask
 from meta_train.tasks.transformer import Block, TransformerShape, norm_of, transformer_shape
 
@@ -37,23 +37,25 @@ class ViT(nn.Module):
 
     Args:
         shape: What it is made of.
+        channels: Of the images.
         classes: Number of classes.
     """
 
-    def __init__(self, shape: ViTShape, classes: int) -> None:
+    def __init__(self, shape: ViTShape, channels: int, classes: int) -> None:
         super().__init__()
         self.flatten = shape.flatten
-        self.patch = nn.Linear(PATCH**2, shape.width)
+        self.patch = nn.Linear(channels * PATCH**2, shape.width)
         self.position = nn.Parameter(torch.randn(shape.context, shape.width) * 0.5)
         self.blocks = nn.Sequential(*(Block(shape, causal=False) for _ in range(shape.depth)))
         self.norm = norm_of(shape)
         self.last = nn.Linear(shape.width * (shape.context if shape.flatten else 1), classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits. `(batch_size, 1, height, width) -> (batch_size, classes)`."""
+        """Logits. `(batch_size, channels, height, width) -> (batch_size, classes)`."""
         rows, columns = x.shape[-2] // PATCH, x.shape[-1] // PATCH
-        cut = x.reshape(-1, rows, PATCH, columns, PATCH).transpose(2, 3)  # (batch_size, rows, columns, 4, 4)
-        seen = self.patch(cut.reshape(-1, rows * columns, PATCH**2))  # (batch_size, patches, width)
+        cut = x.reshape(len(x), -1, rows, PATCH, columns, PATCH)
+        cut = cut.permute(0, 2, 4, 1, 3, 5)  # (batch_size, rows, columns, channels, 4, 4)
+        seen = self.patch(cut.flatten(3).flatten(1, 2))  # (batch_size, patches, width)
         said = self.norm(self.blocks(seen + self.position))
         logits: Tensor = self.last(said.flatten(1) if self.flatten else said.mean(1))
         return logits
@@ -87,9 +89,9 @@ class ViTDistribution(Family[ModuleTask, ViTShape]):
         """The task of a shape."""
         data = IMAGES[shape.data]()
         return ModuleTask(
-            lambda: initialise(ViT(shape, data.classes), shape.start),
+            lambda: initialise(ViT(shape, data.x.shape[1], data.classes), shape.start),
             data,
-            cross_entropy,
+            CLASSIFICATION[shape.loss],
             shape.batch_size,
             self.augment,
             f"vit-{shape.depth}x{shape.width}",

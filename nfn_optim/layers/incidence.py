@@ -57,7 +57,13 @@ class Incidence:
         ndims: Number of dimensions of each tensor.
         segments: The segments of every tensor, `segments[t][d]`.
         role_spans: Role -> (first row, one past the last row); rows of one role are contiguous.
-        static: What never changes about a tensor, `(T, STATIC)`: its order, log sizes, log number of entries.
+        lengths: Number of *leading rows* of each tensor, those of its first dimension; 1 for a scalar, without rows.
+        mutes: Whether there are mute rows.
+        indices: The lists. `row` and `neuron` meet with weight `share`; `tensor_of_row`, and `row_share`, the weight of
+            a row in the mean of its tensor; `mute` rows; `gathered`, the place of every row where the rows of tensor 0
+            come first, then those of tensor 1; `leading`, the row that every leading row is (N for that of a scalar),
+            with `tensor_of_leading` and `leading_share`, its weight in a mean; `kin`, who shares an axis; `static`,
+            what never changes about a tensor, `(T, STATIC)`: its order, log sizes, log number of entries.
     """
 
     STATIC = 6
@@ -87,14 +93,24 @@ class Incidence:
         for axis, size in symmetry.sizes.items():
             offsets[axis], total = total, total + symmetry.copies_of(axis) * size
         self.neurons = total
-        spoken = [s for segments in self.segments for s in segments if not s.mute]
+        everyone = [s for segments in self.segments for s in segments]
+        spoken = [s for s in everyone if not s.mute]
         carriers = Counter(axis for s in spoken for axis in axes_of(expressions[s.tensor][s.dim]))
         row, neuron, share = [], [], []
         tensor_of_row, row_share = torch.zeros(self.rows, dtype=torch.int64), torch.zeros(self.rows)
-        for segment in (s for segments in self.segments for s in segments):
+        silent = torch.zeros(self.rows, dtype=torch.bool)
+        for segment in everyone:
             span = slice(segment.start, segment.start + segment.length)
             tensor_of_row[span] = segment.tensor
             row_share[span] = 1.0 / max(segment.length * self.ndims[segment.tensor], 1)
+            silent[span] = segment.mute
+        self.mutes = bool(silent.any())
+        self.lengths = [shape[0] if shape else 1 for shape in shapes]
+        leading = [torch.arange(s[0].length) + s[0].start if s else torch.tensor([self.rows]) for s in self.segments]
+        order = sorted(everyone, key=lambda s: s.start)
+        position = {(s.tensor, s.dim): k for k, s in enumerate(everyone)}
+        starts = torch.tensor([0, *(s.length for s in everyone)]).cumsum(0)
+        gathered = [torch.arange(s.length) + starts[position[s.tensor, s.dim]] for s in order]
         for segment in spoken:
             occurrences = symmetry.occurrences_of(expressions[segment.tensor][segment.dim])
             for o in occurrences:
@@ -111,6 +127,11 @@ class Incidence:
             "neuron": torch.cat([empty, *neuron]),
             "share": torch.cat([torch.zeros(0), *share])[:, None],
             "tensor_of_row": tensor_of_row,
+            "mute": silent[:, None],
+            "gathered": torch.cat([empty, *gathered]),
+            "leading": torch.cat([empty, *leading]),
+            "leading_share": torch.cat([torch.full((n,), 1.0 / max(n, 1)) for n in self.lengths]),
+            "tensor_of_leading": torch.repeat_interleave(torch.arange(len(shapes)), torch.tensor(self.lengths)),
             "row_share": row_share[:, None],
             "kin": _kinship(symmetry, shapes),
             "static": torch.tensor([_static(shape) for shape in shapes]).reshape(len(shapes), self.STATIC),

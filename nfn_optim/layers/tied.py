@@ -24,6 +24,15 @@ from torch import Tensor, nn
 from nfn_optim.layers.incidence import ROLES, Incidence
 
 
+class SharedLinear(nn.Linear):
+    """A linear map of rows, whose tensors may be given leading dimensions: one map for each member of a batch."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Apply it. `(*batch, N, C) -> (*batch, N, D)`; weight `(*batch, D, C)` or `(D, C)`, bias likewise."""
+        mapped = rows @ self.weight.mT
+        return mapped if self.bias is None else mapped + self.bias.unsqueeze(-2)
+
+
 class TiedStack(nn.Module):
     """From pooled rows and tensor features to coefficients for rows and tensors.
 
@@ -33,20 +42,23 @@ class TiedStack(nn.Module):
         hidden: Channels of the embeddings.
         out_channels: Coefficients that every row and every tensor gets.
         rounds: Rounds of messages. With 0 rounds no neuron hears of another tensor.
+
+    Its parameters may be given leading dimensions that are those of the batch (`torch.func.functional_call`): every
+    member of the batch then has a stack of its own.
     """
 
     def __init__(self, row_channels: int, tensor_channels: int, hidden: int, out_channels: int, rounds: int) -> None:
         super().__init__()
-        self.embed_rows = nn.ModuleDict({role: nn.Linear(row_channels, hidden) for role in ROLES})
-        self.embed_tensors = nn.Linear(tensor_channels, hidden)
-        self.hear_neurons = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(rounds))
-        self.hear_tensors = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(rounds))
-        self.gather_rows = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(rounds + 1))
-        self.gather_all = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(rounds + 1))
-        self.read_rows = nn.ModuleDict({role: nn.Linear(hidden, out_channels, bias=False) for role in ROLES})
-        self.read_tensors = nn.Linear(hidden, out_channels)
+        self.embed_rows = nn.ModuleDict({role: SharedLinear(row_channels, hidden) for role in ROLES})
+        self.embed_tensors = SharedLinear(tensor_channels, hidden)
+        self.hear_neurons = nn.ModuleList(SharedLinear(hidden, hidden, bias=False) for _ in range(rounds))
+        self.hear_tensors = nn.ModuleList(SharedLinear(hidden, hidden, bias=False) for _ in range(rounds))
+        self.gather_rows = nn.ModuleList(SharedLinear(hidden, hidden, bias=False) for _ in range(rounds + 1))
+        self.gather_all = nn.ModuleList(SharedLinear(hidden, hidden, bias=False) for _ in range(rounds + 1))
+        self.read_rows = nn.ModuleDict({role: SharedLinear(hidden, out_channels, bias=False) for role in ROLES})
+        self.read_tensors = SharedLinear(hidden, out_channels)
         for readout in (*self.read_rows.values(), self.read_tensors):
-            assert isinstance(readout, nn.Linear)
+            assert isinstance(readout, SharedLinear)
             nn.init.zeros_(readout.weight)
         nn.init.zeros_(self.read_tensors.bias)
 

@@ -55,19 +55,18 @@ def save(rule: UpdateRule, path: str | os.PathLike[str]) -> str:
         OSError: It cannot be written.
     """
     path = Path(path)
-    theta = {name: value.detach().cpu().contiguous() for name, value in rule.state_dict().items()}
-    config = json.dumps(asdict(rule.config), sort_keys=True)
-    digest = _digest(config, theta)
+    config, theta = _written(rule)
+    sha256 = _digest(config, theta)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         # one entry, since the order of several is not the same from file to file
-        save_file(theta, partial, metadata={FORMAT: json.dumps({"config": config, "sha256": digest})})
+        save_file(theta, partial, metadata={FORMAT: json.dumps({"config": config, "sha256": sha256})})
         os.replace(partial, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); what was there before is still there") from error
     finally:
         partial.unlink(missing_ok=True)
-    return digest
+    return sha256
 
 
 def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
@@ -126,19 +125,30 @@ def _build(config: RuleConfig, theta: Mapping[str, Tensor]) -> UpdateRule:
     numbers = sum(value.numel() for value in theta.values())
     if max(config.hidden, config.rounds, config.weight_hidden) > numbers + RuleConfig.weight_hidden:
         raise ValueError(f"{config} is too large for {numbers} numbers")
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in UpdateRule(config).state_dict().items()}
-    if shapes != {name: value.shape for name, value in theta.items()}:
+    with torch.device("meta"):  # nothing is drawn: whoever seeds before the optimizer is made gets the same numbers
+        rule = UpdateRule(config)
+    if {n: p.shape for n, p in rule.state_dict().items()} != {n: p.shape for n, p in theta.items()}:
         raise ValueError(f"its tensors are not those of {config}")
     if not all(value.isfinite().all() for value in theta.values()):
         raise ValueError("its theta is not finite")
-    rule = UpdateRule(config)
-    rule.load_state_dict(theta)
+    # copies, for a tensor in a file lies anywhere, and how it lies decides on the last bit of a product
+    rule.load_state_dict({name: value.clone() for name, value in theta.items()}, assign=True)
     return rule
 
 
 def _not_a_rule(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is not a rule that this version can read ({error}); copy or install it again")
+
+
+def digest(rule: UpdateRule) -> str:
+    """The SHA-256 of a rule's configuration and theta, hexadecimal, as `save` writes it."""
+    return _digest(*_written(rule))
+
+
+def _written(rule: UpdateRule) -> tuple[str, dict[str, Tensor]]:
+    """Configuration and theta as they stand in a file."""
+    theta = {name: value.detach().cpu().contiguous() for name, value in rule.state_dict().items()}
+    return json.dumps(asdict(rule.config), sort_keys=True), theta
 
 
 def _digest(config: str, theta: Mapping[str, Tensor]) -> str:

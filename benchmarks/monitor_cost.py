@@ -1,0 +1,160 @@
+"""What watching costs: the time of training steps with `watch` at its default interval over that without.
+
+    python benchmarks/monitor_cost.py
+
+Two copies of a network are trained on the same batches, one of them watched. They take turns by whole intervals, so
+that every turn of the watched one has exactly one look in it and a slow moment of the machine hits both; a cost is the
+median of the ratios of turns beside each other. The looks alone are timed too. Writes `monitor_cost.json` and
+`monitor_cost.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from nfn_optim import NFNOptimizer, watch
+
+EVERY = 50  # the default
+BATCH = 64
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """A ReLU network."""
+    layers = [layer for fan_in, fan_out in pairwise(sizes) for layer in (nn.Linear(fan_in, fan_out), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn() -> nn.Sequential:
+    """Four convolutions with BatchNorm."""
+    blocks = [
+        layer
+        for given, made in pairwise((3, 32, 64, 64, 128))
+        for layer in (nn.Conv2d(given, made, 3, padding=1), nn.BatchNorm2d(made), nn.ReLU(), nn.MaxPool2d(2))
+    ]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 4, 10))
+
+
+def transformer() -> nn.Sequential:
+    """Eight blocks with attention, 98 tensors."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    return nn.Sequential(
+        nn.TransformerEncoder(layer, 8, enable_nested_tensor=False), nn.Flatten(), nn.Linear(64 * 16, 10)
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
+    "MLP 784-128-10": (lambda: mlp(784, 128, 10), (784,)),
+    "MLP 784-700-700-10": (lambda: mlp(784, 700, 700, 10), (784,)),
+    "CNN, 4 convolutions": (cnn, (3, 32, 32)),
+    "transformer, 8 blocks": (transformer, (16, 64)),
+}
+
+
+class Training:
+    """A network in training; what is drawn is the same for every copy."""
+
+    def __init__(self, name: str, rule: str) -> None:
+        torch.manual_seed(0)
+        make, shape = MODELS[name]
+        self.model, self.x = make(), torch.randn(BATCH, *shape)
+        self.y = torch.randint(10, (BATCH,))
+        self.optimizer = NFNOptimizer(self.model, rule=rule)
+
+    def run(self, steps: int) -> float:
+        """Take some steps; seconds that it took."""
+        begun = time.process_time()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.model(self.x), self.y).backward()
+            self.optimizer.step()
+        return time.process_time() - begun
+
+
+def cost(name: str, rule: str, pairs: int, folder: str) -> dict[str, Any]:
+    """A row of the table."""
+    alone, watched = Training(name, rule), Training(name, rule)
+    ratios, seconds = [], []
+    with SummaryWriter(folder) as writer, watch(watched.optimizer, writer) as watching:
+        for turn in range(pairs + 1):
+            one, other = (alone, watched) if turn % 2 else (watched, alone)
+            first, second = one.run(EVERY), other.run(EVERY)
+            if turn > 0:  # in the first one the network is traced and the pages are written
+                without, having = (first, second) if one is alone else (second, first)
+                ratios.append(having / without)
+                seconds.append(without / EVERY)
+        looks = []
+        for _ in range(pairs):  # the same looks without the noise of the steps between them
+            watching.every = 1
+            watched.run(1)
+            having = watched.run(1)
+            watching.every = 10**9
+            watched.run(1)
+            looks.append(having - watched.run(1))
+    quartiles = statistics.quantiles(ratios, n=4)
+    step, look = statistics.median(seconds), statistics.median(looks)
+    return {
+        "model": name,
+        "rule": rule,
+        "tensors": sum(1 for _ in watched.model.parameters()),
+        "parameters": sum(p.numel() for p in watched.model.parameters()),
+        "step_milliseconds": step * 1e3,
+        "look_milliseconds": look * 1e3,
+        "look_over_interval": look / (EVERY * step),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "pairs": pairs,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--pairs", type=int, default=30)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            for rule in ("default", "adamw"):
+                rows.append(cost(name, rule, given.pairs, f"{folder}/{len(rows)}"))
+                print(rows[-1], flush=True)
+    about = f"{date.today()}, torch {torch.__version__}, {platform.machine()}, one thread of {os.cpu_count()}"
+    lines = [
+        f"{about}. Batches of {BATCH}, a look every {EVERY} steps. *Cost* is the time of a look over that of the steps "
+        f"from one look to the next; *measured* is the time of training with over that without `watch`, median "
+        f"(quartiles) of {given.pairs} pairs of turns of {EVERY} steps.",
+        "",
+        "| model | tensors | rule | step, ms | look, ms | cost, % | measured, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        middle, low, high = (100 * (value - 1) for value in (row["ratio"], *row["ratio_quartiles"]))
+        lines.append(
+            f"| {row['model']} | {row['tensors']} | {row['rule']} | {row['step_milliseconds']:.2f} "
+            f"| {row['look_milliseconds']:.2f} | {100 * row['look_over_interval']:.2f} "
+            f"| {middle:+.1f} ({low:+.1f} to {high:+.1f}) |"
+        )
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "monitor_cost.md").write_text("\n".join(lines) + "\n")
+    (given.out / "monitor_cost.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rules against tuned baselines: tasks, optimizers, runs and their cache, figures, reports."""

@@ -1,0 +1,152 @@
+"""Data of benchmark tasks. None of it may be read by a recipe of meta-training, and `tests/test_evaluation.py` looks.
+
+    fashion_mnist.npz, cifar10.npz    images, from the data folder
+    china, flower                     two photographs that scikit-learn ships
+    auto_mpg                          a table that mlxtend ships
+    scipy, torch, sympy               the docstrings of what these packages export, character by character
+
+References:
+    Fashion-MNIST (Xiao et al., 2017), MIT; CIFAR-10 (Krizhevsky, 2009); Auto MPG (Quinlan, 1993), UCI, CC BY 4.0
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST = 20_000  # training images that are used, if not said otherwise
+HELD = 2000  # held-out ones
+CHARACTERS = 96  # that are told apart; the last one stands for all rare ones
+TEXT = 1_000_000  # characters of a text that are used
+NOISY = ("this", "conftest")  # modules that print when imported
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and targets, to train on and held out.
+
+    Attributes:
+        x: Inputs `(count, ...)`.
+        y: Targets `(count, ...)`.
+        held_x: Inputs `(held, ...)`.
+        held_y: Targets `(held, ...)`.
+    """
+
+    x: Tensor
+    y: Tensor
+    held_x: Tensor
+    held_y: Tensor
+
+
+@lru_cache(maxsize=4)
+def images(folder: Path, file: str, side: int, most: int = MOST, held: int = HELD) -> Examples:
+    """Standardised images `(count, channels, side, side)` and labels `(count,)`.
+
+    Args:
+        folder: The data folder.
+        file: Its file with arrays `train_xSIDE`, `train_y`, `test_xSIDE` and `test_y`.
+        side: Pixels.
+        most: How many training images are used, if there are as many.
+        held: How many test images are held out, if there are as many.
+    """
+    counts = {"train": most, "test": held}
+    with np.load(folder / file) as found:
+        shown, hidden = (torch.as_tensor(found[f"{p}_x{side}"][:n], dtype=torch.float32) for p, n in counts.items())
+        labels, held_labels = (torch.as_tensor(found[f"{p}_y"][:n].astype(np.int64)) for p, n in counts.items())
+    mean, deviation = shown.mean(), shown.std()
+    shown, hidden = ((x - mean) / deviation for x in (shown, hidden))
+    if shown.dim() == 3:  # noqa: PLR2004 - grey
+        shown, hidden = shown.unsqueeze(1), hidden.unsqueeze(1)
+    else:
+        shown, hidden = shown.permute(0, 3, 1, 2).contiguous(), hidden.permute(0, 3, 1, 2).contiguous()
+    return Examples(shown, labels[: len(shown)], hidden, held_labels[: len(hidden)])
+
+
+@lru_cache(maxsize=2)
+def characters(package: str) -> Tensor:
+    """The docstrings of the modules right under a package, as characters `(count,)`, the most frequent one first."""
+    found: dict[str, None] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for info in sorted(pkgutil.iter_modules(importlib.import_module(package).__path__), key=lambda i: i.name):
+            if info.name.startswith("_") or info.name in NOISY:
+                continue
+            try:
+                module = importlib.import_module(f"{package}.{info.name}")
+            except Exception:  # of a module that needs something that is not installed
+                continue
+            exported = (vars(module)[name] for name in sorted(vars(module)) if not name.startswith("_"))
+            found |= dict.fromkeys(text for thing in exported if callable(thing) and (text := inspect.getdoc(thing)))
+    text = "\n".join(found)[:TEXT]
+    assert len(text) > TEXT // 4, f"{package} has too few docstrings; was it compiled with -OO?"
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    values, counts = np.unique(codes, return_counts=True)
+    ranks = np.full(int(values.max()) + 1, CHARACTERS - 1)
+    common = values[np.lexsort((values, -counts))][: CHARACTERS - 1]
+    ranks[common] = np.arange(len(common))
+    return torch.as_tensor(ranks[codes])
+
+
+@lru_cache(maxsize=2)
+def photograph(name: str, side: int) -> Examples:
+    """A photograph as a function of the position; a tenth of the pixels is held out.
+
+    Args:
+        name: "china" or "flower".
+        side: Pixels to which it is averaged.
+
+    Returns:
+        Positions `(count, 2)` between -1 and 1, and colours `(count, 3)` of zero mean and unit variance.
+    """
+    from sklearn.datasets import load_sample_image  # noqa: PLC0415 - an extra, needed by this data set only
+
+    image = torch.as_tensor(load_sample_image(f"{name}.jpg").copy(), dtype=torch.float32).permute(2, 0, 1)
+    small = F.adaptive_avg_pool2d(image, side).flatten(1).T  # (pixels, 3)
+    axis = torch.linspace(-1, 1, side)
+    order = torch.randperm(side * side, generator=torch.Generator().manual_seed(0))
+    x, y = torch.cartesian_prod(axis, axis)[order], ((small - small.mean(0)) / small.std(0))[order]
+    train = side * side * 9 // 10
+    return Examples(x[:train], y[:train], x[train:], y[train:])
+
+
+@lru_cache(maxsize=1)
+def auto_mpg() -> Examples:
+    """Seven properties of 392 cars and how far they go on a gallon, standardised."""
+    from mlxtend.data import autompg_data  # noqa: PLC0415 - an extra, needed by this data set only
+
+    found, miles = autompg_data()  # the last column is a name
+    x, y = (torch.as_tensor(part, dtype=torch.float32) for part in (found[:, :7], miles))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order].unsqueeze(-1)
+    x, y = ((part - part[:312].mean(0)) / part[:312].std(0) for part in (x, y))
+    return Examples(x[:312], y[:312], x[312:], y[312:])
+
+
+@lru_cache(maxsize=1)
+def clusters() -> Examples:
+    """8,000 points in 24 dimensions, of 8 classes of four clusters each, a tenth with a wrong label."""
+    from sklearn.datasets import make_classification  # noqa: PLC0415 - an extra, needed by this data set only
+
+    x, y = make_classification(
+        8000,
+        24,
+        n_informative=12,
+        n_redundant=6,
+        n_classes=8,
+        n_clusters_per_class=4,
+        flip_y=0.1,
+        class_sep=1.5,
+        random_state=0,
+    )
+    inputs, labels = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
+    return Examples(inputs[:7000], labels[:7000], inputs[7000:], labels[7000:])

@@ -1,0 +1,68 @@
+"""Tasks that may be looked at while a rule, a recipe or a number in them is chosen. Nothing is claimed from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from meta_train.evaluation import losses
+from meta_train.evaluation.datasets import CHARACTERS, Examples, characters, images
+from meta_train.evaluation.networks import CharacterRNN, CharacterTransformer, cnn, mlp
+from meta_train.evaluation.task import Task, Training
+
+FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
+
+
+def small_mlp(data: Path) -> Training:
+    """A width that meta-training knows, on other images."""
+    return losses.classification(mlp(64, 32, 10), images(data, FASHION, 8), 64)
+
+
+def coloured_mlp(data: Path) -> Training:
+    """Two hidden layers and another activation."""
+    return losses.classification(mlp(192, 64, 64, 10, act=nn.GELU), images(data, CIFAR, 8), 128)
+
+
+def large_mlp(data: Path) -> Training:
+    """Many inputs."""
+    return losses.classification(mlp(784, 128, 128, 10), images(data, FASHION, 28), 64)
+
+
+def plain_cnn(data: Path) -> Training:
+    """Convolutions."""
+    return losses.classification(cnn(8, norm=False), images(data, FASHION, 28), 64)
+
+
+def normalised_cnn(data: Path) -> Training:
+    """Convolutions with BatchNorm."""
+    return losses.classification(cnn(8, norm=True), images(data, FASHION, 28), 64)
+
+
+def transformer(_data: Path) -> Training:
+    """Attention on text."""
+    return losses.language(CharacterTransformer(CHARACTERS, 48, 32, 2), characters("scipy"), 48, 8)
+
+
+def gru(_data: Path) -> Training:
+    """Recurrence on text."""
+    return losses.language(CharacterRNN(CHARACTERS, 24, nn.GRU), characters("scipy"), 32, 12)
+
+
+def autoencoder(data: Path) -> Training:
+    """Regression of many outputs through a bottleneck."""
+    found = images(data, FASHION, 28)
+    x, held = found.x.flatten(1), found.held_x.flatten(1)
+    return losses.regression(mlp(784, 96, 16, 96, 784), Examples(x, x, held, held), 64)
+
+
+TASKS = (
+    Task("fashion 8x8, MLP 64-32-10", "MLP", small_mlp, 1000, (FASHION,)),
+    Task("CIFAR 8x8, MLP 192-64-64-10", "MLP", coloured_mlp, 1000, (CIFAR,)),
+    Task("fashion 28x28, MLP 784-128-128-10", "MLP", large_mlp, 1000, (FASHION,)),
+    Task("fashion 28x28, CNN", "CNN", plain_cnn, 600, (FASHION,)),
+    Task("fashion 28x28, CNN BatchNorm", "CNN BatchNorm", normalised_cnn, 600, (FASHION,)),
+    Task("text, transformer", "transformer", transformer, 500, packages=("scipy",)),
+    Task("text, GRU", "GRU", gru, 600, packages=("scipy",)),
+    Task("fashion 28x28, autoencoder", "autoencoder", autoencoder, 600, (FASHION,)),
+)

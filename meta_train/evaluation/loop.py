@@ -1,0 +1,68 @@
+"""The training loop, an ordinary one."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from meta_train.evaluation.cache import Run
+from meta_train.evaluation.optimizers import Setting
+from meta_train.evaluation.task import Scores, Task, Training
+from nfn_optim import NFNOptimizer
+
+
+def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
+    """Train one network once.
+
+    Args:
+        task: What to train, for how long.
+        setting: With what.
+        seed: Of initial parameters and batches: the same for every setting.
+        data: The data folder.
+    """
+    torch.manual_seed(seed)
+    training = task.begin(data)
+    optimizers = setting.optimizers(training.model, task.steps)
+    schedules = [s for o in optimizers if (s := setting.schedule(o, task.steps)) is not None]
+    batches = torch.Generator().manual_seed(seed + 1)
+    torch.manual_seed(seed)  # dropout too is the same, whatever the optimizer drew
+    checks = {round(task.steps * (number + 1) / task.checks) for number in range(task.checks)}
+    losses: list[float] = []
+    held_out: list[tuple[int, Scores]] = []
+    seconds = 0.0
+    for step in range(1, task.steps + 1):
+        begun = time.perf_counter()
+        loss = training.loss(batches)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+        seconds += time.perf_counter() - begun
+        if step in checks:
+            held_out.append((step, scores_of(training, optimizers)))
+    losses += [math.inf] * (task.steps - len(losses))
+    learned = [o for o in optimizers if isinstance(o, NFNOptimizer)]
+    return Run(losses, held_out, seconds, sum(o.skipped_steps for o in learned), sum(o.fallbacks for o in learned))
+
+
+@torch.no_grad()
+def scores_of(training: Training, optimizers: list[torch.optim.Optimizer]) -> Scores:
+    """Held-out scores; a schedule-free optimizer lends its average for it."""
+    switching = [o for o in optimizers if hasattr(o, "eval") and hasattr(o, "train")]
+    training.model.eval()
+    for optimizer in switching:
+        optimizer.eval()
+    scores = training.held_out()
+    for optimizer in switching:
+        optimizer.train()
+    training.model.train()
+    return {name: score if math.isfinite(score) else math.inf for name, score in scores.items()}

@@ -1,0 +1,150 @@
+"""Figures as Markdown and JSON.
+
+`NAME.md` has the summary and the main optimizers side by side, `NAME_tasks.md` every task and optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from meta_train.evaluation.figures import Row, Summary
+from meta_train.evaluation.interquartile import Estimate
+from meta_train.evaluation.splits import Split
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *body]) + "\n"
+
+
+def number(value: float) -> str:
+    """A loss, to four digits."""
+    return f"{value:.4g}" if value < 1e4 else "diverged"  # noqa: PLR2004 - no loss of these tasks is that large
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range."""
+    return f"{number(statistics.mean(values))} ({number(min(values))} to {number(max(values))})"
+
+
+def times(values: Sequence[float]) -> str:
+    """The median of step reductions; "never" where it is zero."""
+    middle = statistics.median(values)
+    return f"{middle:.2f}" if middle > 0 else "never"
+
+
+def summary_table(summaries: Sequence[Summary]) -> str:
+    """One line for every optimizer."""
+
+    def interval(found: Estimate) -> str:
+        return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+    head = (
+        "optimizer",
+        "settings tried",
+        "step reduction",
+        "in wall-clock",
+        "loss reduction",
+        "loss as good",
+        "held-out as good",
+        "beats AdamW defaults",
+        "diverged",
+    )
+    return table(
+        head,
+        [
+            [
+                s.optimizer,
+                str(s.settings),
+                interval(s.reduction),
+                interval(s.wall_reduction),
+                interval(s.loss_reduction),
+                *(f"{100 * share:.0f} %" for share in (s.as_good, s.generalises, s.beats_defaults)),
+                f"{s.diverged} of {s.runs}",
+            ]
+            for s in summaries
+        ],
+    )
+
+
+def side_by_side(split: Split, rows: Sequence[Row], main: Sequence[str]) -> str:
+    """One line for every task: the reference, and final loss and step reduction of the main optimizers."""
+    by = {(row.task, row.optimizer): row for row in rows}
+    columns = list(next(iter(split.known.values()), {}))
+    lines = []
+    for task in split.tasks:
+        reference = by[task.name, split.reference.name]
+        line = [task.name, f"{number(statistics.mean(reference.loss))} ({reference.setting})"]
+        for name in main:
+            row = by[task.name, name]
+            line.append(f"{number(statistics.mean(row.loss))} · {times(row.reduction)}")
+        lines.append([*line, *(f"{split.known[task.name][column]:.2f}" for column in columns)])
+    return table(["task", split.reference.name, *main, *(f"published: {column}" for column in columns)], lines)
+
+
+def long_table(rows: Sequence[Row]) -> str:
+    """One line for every task and optimizer."""
+    head = ("task", "optimizer", "setting", "loss", "held-out loss", "accuracy, %", "step reduction", "ms a step")
+    lines = []
+    for row in rows:
+        accuracy = f"{100 * statistics.mean(row.accuracy):.1f}" if row.accuracy else ""
+        reduction = f"{times(row.reduction)} ({min(row.reduction):.2f} to {max(row.reduction):.2f})"
+        losses = (spread(row.loss), spread(row.held_out))
+        seconds = f"{1e3 * row.seconds:.2f}"
+        lines.append([row.task, row.optimizer, row.setting, *losses, accuracy, reduction, seconds])
+    return table(head, lines)
+
+
+def page(split: Split, rows: Sequence[Row], summaries: Sequence[Summary], main: Sequence[str], about: str) -> str:
+    """The text of `NAME.md`.
+
+    Args:
+        split: The benchmark.
+        rows: Of all tasks and optimizers.
+        summaries: Of all optimizers.
+        main: The optimizers to put side by side with the reference.
+        about: A line on how the figures were made.
+    """
+    how = "its best held-out loss" if split.known else "its final training loss (mean of the last 30 batches, or 3 %)"
+    caption = (
+        f"{about} *Step reduction*: steps of {split.reference.name} over the steps to {how}; *loss reduction*: that "
+        f"loss over the optimizer's own; interquartile means over {len(split.tasks)} tasks of the median over seeds "
+        f"(95 % bootstrap interval over tasks and seeds). Tuned: the best setting on seed 0 of each task.\n"
+    )
+    wide = side_by_side(split, rows, main)
+    return "\n".join([caption, summary_table(summaries), "Loss, mean over seeds · step reduction, median:\n", wide])
+
+
+def write(folder: Path, name: str, texts: tuple[str, str], content: Mapping[str, Any]) -> None:
+    """Write `NAME.md`, `NAME_tasks.md` and `NAME.json`.
+
+    Args:
+        folder: Where to.
+        name: Of the benchmark.
+        texts: Of the two pages.
+        content: What the JSON file says; infinite numbers become null.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, text in zip((name, f"{name}_tasks"), texts, strict=True):
+        (folder / f"{title}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
+
+
+def described(rows: Sequence[Row], summaries: Sequence[Summary]) -> dict[str, Any]:
+    """Rows and summaries as JSON."""
+    return {"summary": [asdict(summary) for summary in summaries], "rows": [asdict(row) for row in rows]}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

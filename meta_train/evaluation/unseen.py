@@ -1,0 +1,183 @@
+"""The test tasks: run for a report, and never looked at while anything is chosen.
+
+Other data, other sizes, other kinds of network and of loss than recipes train on; two of them take five times the
+longest horizon of meta-training (1,000 steps), one has a hundred times its widest layer (128 neurons).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import nn
+
+from meta_train.evaluation import losses
+from meta_train.evaluation.datasets import (
+    CHARACTERS,
+    Examples,
+    auto_mpg,
+    characters,
+    clusters,
+    images,
+    photograph,
+)
+from meta_train.evaluation.networks import (
+    VAE,
+    CharacterRNN,
+    CharacterTransformer,
+    Denoiser,
+    FourierMLP,
+    ResidualMLP,
+    Siren,
+    ViT,
+    cnn,
+    convolutional_autoencoder,
+    mlp,
+    resnet,
+)
+from meta_train.evaluation.task import Task, Training
+
+FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
+
+
+def wide_mlp(data: Path) -> Training:
+    """A hundred times the widest layer of meta-training."""
+    return losses.classification(mlp(64, 12_800, 10), images(data, FASHION, 8), 64)
+
+
+def deep_mlp(data: Path) -> Training:
+    """Eight hidden layers."""
+    return losses.classification(mlp(64, *8 * (48,), 10, act=nn.Tanh), images(data, FASHION, 8), 64)
+
+
+def long_mlp(data: Path) -> Training:
+    """Five times the horizon."""
+    return losses.classification(mlp(192, 48, 10), images(data, CIFAR, 8), 64)
+
+
+def large_mlp(data: Path) -> Training:
+    """Half a million parameters."""
+    return losses.classification(mlp(768, 512, 256, 10), images(data, CIFAR, 16), 64)
+
+
+def residual_mlp(data: Path) -> Training:
+    """LayerNorm and residual blocks."""
+    return losses.classification(ResidualMLP(192, 64, 4, 10), images(data, CIFAR, 8), 64)
+
+
+def dropout_mlp(data: Path) -> Training:
+    """Dropout."""
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Dropout(0.3), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    return losses.classification(model, images(data, FASHION, 28), 64)
+
+
+def plain_cnn(data: Path) -> Training:
+    """Convolutions on colours, without a norm."""
+    return losses.classification(cnn(12, norm=False, of=3, side=16, act=nn.GELU), images(data, CIFAR, 16), 64)
+
+
+def normalised_cnn(data: Path) -> Training:
+    """Convolutions on colours with BatchNorm."""
+    return losses.classification(cnn(12, norm=True, of=3, side=16), images(data, CIFAR, 16), 32)
+
+
+def residual_cnn(data: Path) -> Training:
+    """A ResNet."""
+    return losses.classification(resnet(8), images(data, CIFAR, 16), 32)
+
+
+def vision_transformer(data: Path) -> Training:
+    """A ViT."""
+    return losses.classification(ViT(16, 4, 32, 3), images(data, CIFAR, 16), 32)
+
+
+def transformer(_data: Path) -> Training:
+    """A language model with a tied embedding."""
+    return losses.language(CharacterTransformer(CHARACTERS, 64, 48, 3, tied=True), characters("torch"), 64, 6)
+
+
+def gru(_data: Path) -> Training:
+    """A GRU language model."""
+    return losses.language(CharacterRNN(CHARACTERS, 32, nn.GRU), characters("sympy"), 40, 16)
+
+
+def lstm(_data: Path) -> Training:
+    """An LSTM language model."""
+    return losses.language(CharacterRNN(CHARACTERS, 24, nn.LSTM), characters("torch"), 40, 16)
+
+
+def siren(_data: Path) -> Training:
+    """An implicit representation by sines."""
+    return losses.regression(Siren(2, 64, 64, 3), photograph("china", 64), 256)
+
+
+def fourier(_data: Path) -> Training:
+    """An implicit representation by Fourier features, five times the horizon."""
+    return losses.regression(FourierMLP(32, 64), photograph("flower", 64), 128)
+
+
+def autoencoder(data: Path) -> Training:
+    """A convolutional autoencoder."""
+    found = images(data, CIFAR, 16)
+    return losses.regression(convolutional_autoencoder(16), Examples(found.x, found.x, found.held_x, found.held_x), 32)
+
+
+def vae(data: Path) -> Training:
+    """A variational autoencoder."""
+    return losses.variational(VAE(64, 128, 8), images(data, FASHION, 8), 64, 8)
+
+
+def diffusion(data: Path) -> Training:
+    """Denoising."""
+    return losses.denoising(Denoiser(64, 192), images(data, FASHION, 8), 64)
+
+
+def contrast(data: Path) -> Training:
+    """A contrastive loss."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 32)
+    )
+    return losses.contrastive(model, images(data, CIFAR, 16), 64)
+
+
+def table_regression(_data: Path) -> Training:
+    """A small table, a robust loss."""
+    return losses.regression(mlp(7, 64, 64, 1), auto_mpg(), 32, F.smooth_l1_loss)
+
+
+def table_classification(_data: Path) -> Training:
+    """A table with noisy labels, BatchNorm."""
+    return losses.classification(mlp(24, 128, 128, 8, norm=nn.BatchNorm1d), clusters(), 128)
+
+
+def policy(_data: Path) -> Training:
+    """Policy gradient."""
+    return losses.policy_gradient(mlp(50, 48, 48, 4, act=nn.Tanh), 5, 32)
+
+
+TASKS = (
+    Task("fashion 8x8, MLP 64-12800-10", "wide MLP", wide_mlp, 300, (FASHION,)),
+    Task("fashion 8x8, MLP of 8 layers", "deep MLP", deep_mlp, 1000, (FASHION,)),
+    Task("CIFAR 8x8, MLP, 5000 steps", "MLP, long", long_mlp, 5000, (CIFAR,)),
+    Task("CIFAR 16x16, MLP 768-512-256-10", "large MLP", large_mlp, 300, (CIFAR,)),
+    Task("CIFAR 8x8, residual MLP", "residual", residual_mlp, 600, (CIFAR,)),
+    Task("fashion 28x28, MLP dropout", "MLP dropout", dropout_mlp, 800, (FASHION,)),
+    Task("CIFAR 16x16, CNN", "CNN", plain_cnn, 500, (CIFAR,)),
+    Task("CIFAR 16x16, CNN BatchNorm", "CNN BatchNorm", normalised_cnn, 500, (CIFAR,)),
+    Task("CIFAR 16x16, ResNet", "residual CNN", residual_cnn, 300, (CIFAR,)),
+    Task("CIFAR 16x16, ViT", "ViT", vision_transformer, 400, (CIFAR,)),
+    Task("torch text, transformer", "transformer", transformer, 400, packages=("torch",)),
+    Task("sympy text, GRU", "GRU", gru, 500, packages=("sympy",)),
+    Task("torch text, LSTM", "LSTM", lstm, 500, packages=("torch",)),
+    Task("photograph, SIREN", "INR", siren, 1000, packages=("scikit-learn",)),
+    Task("photograph, Fourier MLP, 5000 steps", "INR, long", fourier, 5000, packages=("scikit-learn",)),
+    Task("CIFAR 16x16, conv autoencoder", "autoencoder", autoencoder, 400, (CIFAR,)),
+    Task("fashion 8x8, VAE", "VAE", vae, 800, (FASHION,)),
+    Task("fashion 8x8, diffusion", "diffusion", diffusion, 1000, (FASHION,)),
+    Task("CIFAR 16x16, contrastive", "contrastive", contrast, 400, (CIFAR,)),
+    Task("auto-mpg, MLP", "tabular", table_regression, 1000, packages=("mlxtend",)),
+    Task("clusters, MLP BatchNorm", "tabular", table_classification, 800, packages=("scikit-learn",)),
+    Task("gridworld, policy gradient", "policy gradient", policy, 400),
+)

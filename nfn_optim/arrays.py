@@ -1,0 +1,186 @@
+"""Tensors as the arrays `(*batch, rows, rest)` that the passes over the weights see.
+
+A matrix or a kernel is an array by itself: its first dimension, and all others in the order in which they lie in
+memory. All vectors and scalars of a network are one array, row after row, with a rest of 1: they are many and small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Pooled = tuple[list[Tensor], Tensor]
+"""Means over one tensor: for every dimension over the rest, `(*batch, shape[d], C)`; and over all, `(*batch, C)`."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One tensor of two dimensions or more.
+
+    Attributes:
+        number: Its place among the tensors of the network.
+        batch: Sizes of the batch dimensions.
+        order: Its dimensions as they lie in memory, the first one first.
+        sizes: Their sizes.
+    """
+
+    number: int
+    batch: tuple[int, ...]
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The tensors in the array."""
+        return (self.number,)
+
+    def fold(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`(*batch, *shape) -> (*batch, rows, rest)`, a view where that can be."""
+        (x,) = tensors
+        x = x.permute(*range(len(self.batch)), *(len(self.batch) + d for d in self.order))
+        return x.reshape(*self.batch, self.sizes[0], -1)
+
+    def unfold(self, array: Tensor) -> list[Tensor]:
+        """The inverse of `fold`."""
+        x = array.reshape(*self.batch, *self.sizes)
+        return [
+            x.permute(*range(len(self.batch)), *(len(self.batch) + self.order.index(d) for d in sorted(self.order)))
+        ]
+
+    def spread(self, value: Tensor) -> Tensor:
+        """What is said of every tensor, `(*batch, T, C)`, for the rows of the array: `(*batch, 1, C)`."""
+        return value[..., self.number : self.number + 1, :]
+
+    def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
+        """Means by tensor, from sums over rows `(*batch, rows, C)` and over columns `(*batch, rest, C)`."""
+        rows, rest = self.sizes[0], by_column.shape[-2]
+        found = {0: by_row / rest}
+        taps = torch.unflatten(by_column / rows, -2, self.sizes[1:])  # (*batch, *sizes[1:], C)
+        dims = range(len(self.batch), taps.dim() - 1)
+        for dim, d in zip(dims, self.order[1:], strict=True):
+            others = [other for other in dims if other != dim]
+            found[d] = taps.mean(others) if others else taps
+        return {self.number: ([found[d] for d in sorted(found)], found[0].mean(-2))}
+
+    def gain(self, gains: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The product of what all dimensions but the first say, `(*batch, shape[d])` each: `(*batch, 1, rest)`."""
+        first, *others = (gains[0][d - 1] for d in self.order[1:])
+        for other in others:
+            first = (first.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2)
+        return first.unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """All tensors of at most one dimension.
+
+    Attributes:
+        numbers: Their places among the tensors of the network.
+        batch: Sizes of the batch dimensions.
+        shapes: Their shapes.
+    """
+
+    numbers: tuple[int, ...]
+    batch: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Their numbers of rows."""
+        return [sum(shape) if shape else 1 for shape in self.shapes]
+
+    def fold(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`(*batch, *shape)` each `-> (*batch, rows, 1)`."""
+        return torch.cat([x.reshape(*self.batch, -1) for x in tensors], -1).unsqueeze(-1)
+
+    def unfold(self, array: Tensor) -> list[Tensor]:
+        """The inverse of `fold`."""
+        parts = torch.split(array.squeeze(-1), self.lengths, -1)
+        return [x.reshape((*self.batch, *shape)) for x, shape in zip(parts, self.shapes, strict=True)]
+
+    def spread(self, value: Tensor) -> Tensor:
+        """What is said of every tensor, `(*batch, T, C)`, for the rows of the array: `(*batch, rows, C)`."""
+        parts = [value[..., n : n + 1, :] for n in self.numbers]
+        return torch.cat([x.expand(*x.shape[:-2], n, -1) for x, n in zip(parts, self.lengths, strict=True)], -2)
+
+    def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
+        """Means by tensor, from sums over rows `(*batch, rows, C)`; those over columns mix tensors."""
+        del by_column
+        parts = torch.split(by_row, self.lengths, -2)
+        means = (([x] * len(shape), x.mean(-2)) for x, shape in zip(parts, self.shapes, strict=True))
+        return dict(zip(self.numbers, means, strict=True))
+
+    def gain(self, gains: Sequence[Sequence[Tensor]]) -> None:
+        """There are no columns that could say anything."""
+        del gains
+
+
+Layout = Matrix | Vectors
+
+
+def layouts_of(params: Sequence[Tensor], batch_dims: int) -> list[Layout]:
+    """How the tensors of a network are laid out.
+
+    Args:
+        params: Tensors `(*batch, *shape)`.
+        batch_dims: How many leading dimensions are batch.
+    """
+    batch = tuple(params[0].shape[:batch_dims])
+    small = [i for i, p in enumerate(params) if p.dim() - batch_dims < 2]  # noqa: PLR2004 - a matrix has two dimensions
+    layouts: list[Layout] = []
+    if small:
+        layouts.append(Vectors(tuple(small), batch, tuple(tuple(params[i].shape[batch_dims:]) for i in small)))
+    for i, p in enumerate(params):
+        if i not in small:
+            order = list(range(p.dim() - batch_dims))
+            if not p.is_contiguous():
+                order[1:] = sorted(order[1:], key=lambda d, p=p: -p.stride(d + batch_dims))  # type: ignore[misc]
+            layouts.append(Matrix(i, batch, tuple(order), tuple(p.shape[batch_dims + d] for d in order)))
+    return layouts
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tensors of a layout as arrays.
+
+    Attributes:
+        layout: Which tensors, and how.
+        tensors: For parameter, gradient and every moment the tensors `(*batch, *shape)`.
+        arrays: Parameters, gradients, moments as arrays `(*batch, rows, rest)`, and `corrections` for their rows.
+    """
+
+    layout: Layout
+    tensors: tuple[tuple[Tensor, ...], ...]
+    arrays: tuple[Tensor, Tensor, list[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, layout: Layout, tensors: Sequence[Sequence[Tensor]], corrections: Tensor) -> Block:
+        """Lay tensors out.
+
+        Args:
+            layout: Which, and how.
+            tensors: Of every tensor of the network parameter, gradient and moments.
+            corrections: `(*batch, T, 3)`.
+        """
+        kinds = tuple(zip(*(tensors[i] for i in layout.numbers), strict=True))
+        p, g, *moments = (layout.fold(kind) for kind in kinds)
+        return cls(layout, kinds, (p, g, moments, layout.spread(corrections)))
+
+    def write_back(self, still: Collection[int]) -> None:
+        """Bring parameters and moments to where they came from, as far as arrays are not views of them.
+
+        Args:
+            still: Numbers of the tensors whose parameter does not change.
+        """
+        p, _, moments, _ = self.arrays
+        ps, _, *kinds = self.tensors
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for kind, array in zip((ps, *kinds), (p, *moments), strict=True):
+            if array.data_ptr() != kind[0].data_ptr():
+                values = zip(self.layout.numbers, kind, self.layout.unfold(array), strict=True)
+                pairs += [(old, value) for i, old, value in values if kind is not ps or i not in still]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [value for _, value in pairs])

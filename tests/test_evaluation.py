@@ -1,0 +1,422 @@
+"""`python -m meta_train evaluate`: tasks that can be trained, optimizers as claimed, runs that are kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from meta_train.evaluate import Folders, evaluate, labels_of
+from meta_train.evaluation import losses, tiny
+from meta_train.evaluation.cache import Cache, Run
+from meta_train.evaluation.definition import definition_of
+from meta_train.evaluation.loop import scores_of, train
+from meta_train.evaluation.networks import CharacterTransformer, mlp
+from meta_train.evaluation.optimizers import (
+    DEFAULTS,
+    OTHERS,
+    TUNED,
+    Entry,
+    Learned,
+    Setting,
+    adam,
+    adamw,
+    entries_of,
+    fingerprint,
+    muon,
+    schedule_free,
+    sgd,
+)
+from meta_train.evaluation.splits import SPLITS
+from meta_train.evaluation.study import Job, Study, stamp_of
+from nfn_optim import NFNOptimizer, UpdateRule, pretrained
+
+ROOT = Path(__file__).parent.parent
+INF = math.inf
+
+
+# --------------------------------------------------------------------------------------------------- definitions
+
+SOURCE = '''
+"""A module."""
+RATE = 3
+OTHER = 4
+
+def inner(x):
+    """What it says."""
+    return x * RATE
+
+class Network:
+    def __init__(self):
+        self.x = inner(1)
+
+def task(data):
+    return Network(), data
+
+def unrelated():
+    return OTHER
+'''
+
+
+@pytest.fixture
+def module_of(tmp_path: Path) -> Callable[[str], ModuleType]:
+    made = []
+
+    def load(source: str) -> ModuleType:
+        made.append(source)
+        path = tmp_path / f"benchmark_{len(made)}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location("benchmark_module", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["benchmark_module"] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("RATE = 3", "RATE = 2", False),
+        ("x * RATE", "x + RATE", False),
+        ("inner(1)", "inner(2)", False),
+        ("Network(), data", "Network(), None", False),
+        ("OTHER = 4", "OTHER = 5", True),
+        ("return OTHER", "return -OTHER", True),
+        ("What it says.", "In other words.", True),
+        ("return x * RATE", "# why\n    return (x *\n            RATE)", True),
+    ],
+)
+def test_a_definition_is_all_that_is_used_and_nothing_else(
+    module_of: Callable[[str], ModuleType], old: str, new: str, same: bool
+) -> None:
+    before = definition_of(module_of(SOURCE).task)
+    assert SOURCE.count(old) == 1
+    assert (definition_of(module_of(SOURCE.replace(old, new)).task) == before) is same
+
+
+# ----------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with noise in the shape of the real files."""
+    made = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+
+    def pixels(count: int, *shape: int) -> np.ndarray:
+        return generator.integers(0, 256, (count, *shape), dtype=np.uint8)
+
+    labels = {f"{part}_y": generator.integers(0, 10, count) for part, count in (("train", 300), ("test", 80))}
+    grey = {f"{part}_x{s}": pixels(n, s, s) for part, n in (("train", 300), ("test", 80)) for s in (8, 28)}
+    colour = {f"{part}_x{s}": pixels(n, s, s, 3) for part, n in (("train", 300), ("test", 80)) for s in (8, 16)}
+    np.savez(made / "fashion_mnist.npz", **grey, **labels)
+    np.savez(made / "cifar10.npz", **colour, **labels)
+    return made
+
+
+EVERY_TASK = {task.name: task for split in SPLITS.values() for task in split.tasks}
+
+
+@pytest.mark.parametrize("name", EVERY_TASK)
+def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        training = EVERY_TASK[name].begin(folder)
+        loss = training.loss(torch.Generator().manual_seed(4))
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in training.model.parameters()]
+        assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
+        assert any(bool(g.any()) for g in gradients if g is not None)
+        random = torch.get_rng_state()
+        scores = scores_of(training, [])
+        assert torch.equal(random, torch.get_rng_state())
+        assert scores == scores_of(training, [])
+        assert math.isfinite(scores["loss"])
+        assert 0 <= scores.get("accuracy", 0.5) <= 1
+        found.append((loss.item(), scores))
+    assert found[0] == found[1]
+
+
+def test_there_are_as_many_tasks_as_are_promised() -> None:
+    assert len(SPLITS["development"].tasks) == 8
+    assert len(SPLITS["test"].tasks) >= 16
+    assert len(EVERY_TASK) == sum(len(split.tasks) for split in SPLITS.values()), "a name is taken twice"
+    assert sum(task.steps == 5000 for task in SPLITS["test"].tasks) == 2
+    assert {task.name for task in SPLITS["published"].tasks} == set(SPLITS["published"].known)
+
+
+def test_no_recipe_reads_what_benchmarks_read() -> None:
+    benchmark = {"fashion", "cifar", "load_sample_image", "autompg", "make_classification", "scipy", "sympy", "getdoc"}
+    recipes = {
+        "mnist.npz",
+        "load_digits",
+        "load_wine",
+        "load_breast_cancer",
+        "load_diabetes",
+        "mnist_data",
+        "pydoc_data",
+    }
+    training = [*(ROOT / "meta_train" / "tasks").rglob("*.py"), ROOT / "meta_train" / "recipes.py"]
+    evaluation = list((ROOT / "meta_train" / "evaluation").rglob("*.py"))
+    for paths, words in ((training, benchmark), (evaluation, recipes)):
+        assert len(paths) > 1
+        for path in paths:
+            text = re.sub(r"fashion_mnist\.npz", "fashion", path.read_text().lower())
+            assert not [word for word in words if word in text], path
+
+
+def test_the_policy_gradient_is_the_gradient_of_the_cost() -> None:
+    torch.manual_seed(0)
+    training = losses.policy_gradient(mlp(18, 16, 4, act=nn.Tanh), 3, 64)
+    optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-2)
+    batches = torch.Generator().manual_seed(0)
+    before = scores_of(training, [])["loss"]
+    for _ in range(40):
+        loss = training.loss(batches)
+        assert 0 <= loss.item() <= 1
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert scores_of(training, [])["loss"] < 0.7 * before
+
+
+# ---------------------------------------------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize(
+    ("setting", "factors"),
+    [
+        (Setting(adamw), {0: 1.0, 50: 1.0, 99: 1.0}),
+        (Setting(adamw, cosine=True), {0: 1.0, 50: 0.5, 99: 0.5 + 0.5 * math.cos(0.99 * math.pi)}),
+        (Setting(adamw, warmup=True), {0: 0.1, 4: 0.5, 9: 1.0, 99: 1.0}),
+        (Setting(adamw, cosine=True, warmup=True), {4: 0.5 * (0.5 + 0.5 * math.cos(0.04 * math.pi)), 50: 0.5}),
+    ],
+)
+def test_schedules(setting: Setting, factors: dict[int, float]) -> None:
+    for step, factor in factors.items():
+        assert setting.factor(step, 100) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("setting", [Setting(make, 0.02) for make in (adamw, sgd, muon, schedule_free)], ids=str)
+def test_baselines_learn_and_own_every_parameter_once(setting: Setting) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Flatten(), mlp(24, 16, 1))
+    optimizers = setting.optimizers(model, 80)
+    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    x = torch.randint(5, (32, 3))
+    found = []
+    for _ in range(80):
+        loss = (model(x) - x.sum(1, keepdim=True) / 4).square().mean()
+        found.append(loss.item())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert found[-1] < 0.3 * found[0]
+
+
+def test_muon_has_the_matrices_but_no_embedding() -> None:
+    model = CharacterTransformer(10, 4, 8, 1, tied=True)
+    matrices, others = muon(model, 1e-3, None)
+    assert isinstance(matrices, torch.optim.Muon)
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = {names[id(p)] for p in matrices.param_groups[0]["params"]}
+    assert held == {"place", *(f"blocks.0.{part}.weight" for part in ("qkv", "out", "up", "down"))}
+    assert len(others.param_groups[0]["params"]) == len(names) - len(held)
+
+
+def test_grids_are_as_wide_as_is_claimed() -> None:
+    def shape(entry: Entry) -> tuple[int, int]:
+        return len({s.lr for s in entry.grid}), len({(s.cosine, s.warmup) for s in entry.grid})
+
+    assert {entry.name: shape(entry) for entry in (TUNED, DEFAULTS, *OTHERS)} == {
+        "AdamW tuned": (8, 4),
+        "AdamW defaults": (1, 1),
+        "SGD momentum tuned": (6, 4),
+        "Muon tuned": (6, 2),
+        "schedule-free tuned": (6, 2),
+        "nominal rule": (1, 1),
+    }
+    quick, all_of = (entries_of("x", "x", thorough=thorough) for thorough in (False, True))
+    assert [entry.grid[0].told for entry in quick] == [False, True]
+    assert all_of[:2] == quick
+    assert len(all_of[2].grid) == 3
+
+
+def test_tensors_apart_share_no_axis() -> None:
+    model = mlp(3, 4, 2)
+    (apart,) = Learned("default", apart=True)(model, 1e-3, 7)
+    assert isinstance(apart, NFNOptimizer)
+    assert apart.symmetry is not None
+    assert len(apart.symmetry.axes) == 2 + 1 + 2 + 1  # a matrix has two, a bias one
+    assert apart.param_groups[0]["total_steps"] == 7
+
+
+def test_a_fingerprint_is_that_of_theta_and_behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_rng_state()
+    known = fingerprint("default")
+    assert torch.equal(before, torch.get_rng_state())
+    assert fingerprint("default") == known != fingerprint("adamw")
+    rule = pretrained.load("default")
+    pretrained.save(rule, tmp_path / "copy.safetensors")
+    assert fingerprint(str(tmp_path / "copy.safetensors")) == known
+    next(rule.parameters()).data.view(-1)[0] += 1e-6
+    pretrained.save(rule, tmp_path / "other.safetensors")
+    assert fingerprint(str(tmp_path / "other.safetensors")) != known
+    forward = UpdateRule.forward
+
+    def changed(*args: object, **kwargs: object) -> object:
+        update, state = forward(*args, **kwargs)  # type: ignore[arg-type]
+        return {name: 1.1 * value for name, value in update.items()}, state
+
+    monkeypatch.setattr(UpdateRule, "forward", changed)
+    assert fingerprint("default") != known
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+def test_runs_come_back_and_what_is_torn_does_not(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    stamp, run = {"seed": 1}, Run([1.0, INF], [(1, {"loss": 0.1 + 0.2})], 0.5, 1, 2)
+    assert cache.get(stamp) is None
+    cache.put(stamp, run)
+    assert cache.get(stamp) == run
+    assert cache.get({"seed": 2}) is None
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".json"]
+    path = cache.path(stamp)
+    path.write_text(path.read_text()[:-20])
+    assert cache.get(stamp) is None
+
+
+def test_a_stamp_changes_with_all_that_a_run_depends_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"one")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "file").write_bytes(b"two")
+    task = replace(tiny.TASKS[0], files=("file",))
+    job = Job(task, Setting(adamw), 0)
+    variants = [
+        (job, tmp_path),
+        (job, other),
+        (job._replace(seed=1), tmp_path),
+        (job._replace(task=replace(task, steps=41)), tmp_path),
+        (job._replace(task=replace(task, begin=tiny.quadrants)), tmp_path),
+        (job._replace(task=replace(task, packages=("torch",))), tmp_path),
+        *((job._replace(setting=Setting(make)), tmp_path) for make in (sgd, Learned("default"), Learned("adamw"))),
+        (job._replace(setting=Setting(Learned("default", apart=True))), tmp_path),
+        *(
+            (job._replace(setting=replace(job.setting, **{flag: True})), tmp_path)
+            for flag in ("cosine", "warmup", "told")
+        ),
+        (job._replace(setting=Setting(adamw, 2e-3)), tmp_path),
+    ]
+    stamps = [json.dumps(stamp_of(*variant), sort_keys=True) for variant in variants]
+    assert len(set(stamps)) == len(variants)
+    renamed = replace(task, name="another name", kind="of another kind")
+    assert stamp_of(job._replace(task=renamed), tmp_path) == stamp_of(job, tmp_path)
+
+
+def test_what_is_kept_is_not_made_again_and_the_best_setting_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tiny.TASKS[0]
+    entry = Entry("tuned", (Setting(adamw, 1e-4), Setting(adamw, 3e-2), Setting(adamw, 1e-3)))
+    study = Study((task,), (entry,), 2, tmp_path, tmp_path / "cache")
+    for setting, seed in [*((setting, 0) for setting in entry.grid), (entry.grid[1], 1)]:
+        stamp = stamp_of(Job(task, setting, seed), tmp_path)
+        Cache(study.cache).put(stamp, train(task, setting, seed, tmp_path))
+    monkeypatch.setattr("meta_train.evaluation.study.ProcessPoolExecutor", None)  # nothing is left to be run
+    (result,) = study.run(1)
+    assert result.setting == entry.grid[1]
+    assert len(result.runs) == 2
+    assert result.runs[0].losses != result.runs[1].losses
+
+
+def test_training_breaks_off_where_a_loss_is_not_finite(tmp_path: Path) -> None:
+    run = train(tiny.TASKS[0], Setting(sgd, 1e20), 0, tmp_path)
+    assert len(run.losses) == tiny.TASKS[0].steps
+    assert math.isfinite(run.losses[0])
+    assert run.losses[-1] == INF
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("rules", "labels"),
+    [
+        (("default",), ["default"]),
+        (("runs/a/theta.safetensors", "default"), ["a", "default"]),
+        (("x/a/theta.safetensors", "y/a/theta.safetensors"), ["x/a/theta.safetensors", "y/a/theta.safetensors"]),
+        (("theta.safetensors",), ["theta.safetensors"]),
+    ],
+)
+def test_labels_tell_rules_apart(rules: tuple[str, ...], labels: list[str]) -> None:
+    assert labels_of(rules) == dict(zip(labels, rules, strict=True))
+
+
+class Inline:
+    """A pool that does the work itself."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Callable[..., float], *args: object) -> Future[float]:
+        future: Future[float] = Future()
+        future.set_result(work(*args))
+        return future
+
+
+def test_the_published_protocol_stands_beside_what_was_published(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = SPLITS["published"]
+    short = replace(split, tasks=tuple(replace(task, steps=6, checks=3) for task in split.tasks))
+    monkeypatch.setitem(SPLITS, "published", short)
+    monkeypatch.setattr("meta_train.evaluation.study.ProcessPoolExecutor", Inline)
+    evaluate("published", ("adamw", "default"), seeds=1, folders=Folders(folder, tmp_path / "cache", tmp_path / "out"))
+    content = json.loads((tmp_path / "out" / "published.json").read_text())
+    assert [row["settings"] for row in content["summary"]] == [20, 1, 1, 1, 1, 1]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| CIFAR10 8x8, MLP 32"))
+    assert line.endswith("| 1.41 | 2.32 | 2.64 | 4.63 |")
+    tuned = next(
+        row for row in content["rows"] if row["task"].startswith("CIFAR10") and "Adam tuned" in row["optimizer"]
+    )
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "cache").rglob("*.json")]
+    begin = stamp_of(Job(short.tasks[1], Setting(adam), 0), folder)["task"]
+    grid = [
+        r["run"] for r in runs if r["stamp"]["task"] == begin and "torch.optim.Adam(" in str(r["stamp"]["optimizer"])
+    ]
+    assert len(grid) == 20
+    assert tuned["loss"] == [min(scores["loss"] for run in grid for _, scores in run["held_out"])]
+
+
+def test_wrong_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one seed and one worker, found 0 and 2"):
+        evaluate(seeds=0)
