@@ -160,7 +160,7 @@ def _begun(
 
 def losses_of(task: Task, params: Params, member: Tensors, batch: Tensors) -> Tensor:
     """The loss of every member, `(members,)`."""
-    return torch.func.vmap(task.loss)(params, member, batch)
+    return task.losses(params, member, batch)
 
 
 def batch_of(task: Task, carry: Carry, generator: torch.Generator, *, held_out: bool = False) -> Tensors:
