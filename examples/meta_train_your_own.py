@@ -69,7 +69,7 @@ def meta_train(data: Examples, iterations: int, out: Path) -> Path:
     task = ModuleTask(Mixer, data, cross_entropy, BATCH_SIZE, Augment(0.0, 0.0, 0.0))
     config = Config(
         rule=load("default").config,
-        start="default",
+        initial="default",
         distribution=Single(task),
         iterations=iterations,
         members=4,

@@ -37,7 +37,7 @@ class Changes:
     """What to change in the recipe; what is not given stays as the recipe says.
 
     Args:
-        start: Name or file of the rule to start from.
+        initial: Name or file of the rule to start from.
         iterations: Updates of theta that the learning rate is scheduled for.
         until: Updates of theta after which to stop, if earlier.
         minutes: Wall-clock after which to stop, resumed sessions included.
@@ -70,7 +70,7 @@ class Changes:
         device: Where inner training takes place: cpu, cuda.
     """
 
-    start: str | None = None
+    initial: str | None = None
     iterations: int | None = None
     until: int | None = None
     minutes: float | None = None

@@ -21,7 +21,7 @@ class Config:
 
     Args:
         rule: The architecture of the rule.
-        start: Name or file of the rule to start from, of that architecture; None for a new one.
+        initial: Name or file of the rule to start from, of that architecture; None for a new one.
         distribution: What it is trained on.
         validation: What the best theta is chosen on; None for no choice.
         iterations: Updates of theta that the learning rate is scheduled for.
@@ -57,7 +57,7 @@ class Config:
     """
 
     rule: RuleConfig = field(default_factory=RuleConfig)
-    start: str | None = None
+    initial: str | None = None
     distribution: TaskDistribution[Any] = field(default_factory=MLPDistribution)
     validation: Validation | None = None
     iterations: int = 5000

@@ -261,8 +261,8 @@ def learning_rate(config: Config, iteration: int) -> float:
 def begin(config: Config, ranks: Ranks = ALONE) -> Run:
     """A run before its first iteration."""
     run = blank(config)
-    if config.start is not None:
-        run.rule.load_state_dict(started_from(config.start, config.rule).state_dict())
+    if config.initial is not None:
+        run.rule.load_state_dict(started_from(config.initial, config.rule).state_dict())
         run.average.load_state_dict(run.rule.state_dict())
     for place in ranks.share(range(config.slots)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)

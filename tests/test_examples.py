@@ -52,7 +52,6 @@ def test_differentiate_through_training_tells_labels_apart(tmp_path: Path) -> No
     assert (tmp_path / "differentiate_through_training.md").read_text().count("\n") == 4 + 3
 
 
-<<<<<<< HEAD
 def test_watch_in_tensorboard_writes_charts(tmp_path: Path) -> None:
     command = [sys.executable, "examples/watch_in_tensorboard.py", "--steps", "60", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -65,7 +64,8 @@ def test_watch_in_tensorboard_writes_charts(tmp_path: Path) -> None:
     assert tags["histograms"]
     assert [event.step for event in events.Scalars("optimizer.cosine/head")] == [1, 50]
     assert events.Scalars("optimizer.final/accuracy")[0].value > 0.2
-=======
+
+
 def test_meta_train_your_own_writes_a_rule(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "examples/meta_train_your_own.py", "--iterations", "2", "--seeds", "1", "--steps", "3"]
@@ -74,7 +74,6 @@ def test_meta_train_your_own_writes_a_rule(tmp_path: Path) -> None:
     rows = json.loads((out / "meta_train_your_own.json").read_text())
     assert rows["NFNOptimizer"] != rows["NFNOptimizer, yours"]
     assert f"NFNOptimizer(model, rule='{out}/theta.safetensors')" in done.stdout.replace("\n", "")
->>>>>>> bridge
 
 
 def test_steps_to_a_loss_are_counted_on_the_running_mean(replace_adam: ModuleType) -> None:

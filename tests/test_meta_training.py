@@ -195,10 +195,10 @@ def test_meta_training_improves_unseen_members(tmp_path: Path) -> None:
 
 
 def test_a_run_starts_from_a_rule_of_its_architecture() -> None:
-    found = trainer.begin(Config(start="default", slots=1)).average.state_dict()
+    found = trainer.begin(Config(initial="default", slots=1)).average.state_dict()
     assert all(torch.equal(found[name], value) for name, value in load("default").state_dict().items())
     with pytest.raises(ValueError, match="expected a rule to start from of architecture"):
-        trainer.begin(replace(smoke(), start="default"))
+        trainer.begin(replace(smoke(), initial="default"))
 
 
 def test_persistence_takes_over_and_resumes(tmp_path: Path, config: Config) -> None:
