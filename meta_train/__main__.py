@@ -37,7 +37,7 @@ class Changes:
     """What to change in the recipe; what is not given stays as the recipe says.
 
     Args:
-        start: Name or file of the rule to start from.
+        initial: Name or file of the rule to start from.
         iterations: Updates of theta that the learning rate is scheduled for.
         until: Updates of theta after which to stop, if earlier.
         minutes: Wall-clock after which to stop, resumed sessions included.
@@ -50,6 +50,7 @@ class Changes:
         sigma: Standard deviation of the perturbations of theta, with "es" and "pes".
         window: Steps from which one estimate is made.
         horizon: Shortest and longest inner run, in steps.
+        restart: Share of the inner runs that go on with trained networks and a new optimizer.
         curriculum: Iterations over which the longest inner run grows from the shortest.
         measure: What is minimised: "log" of the mean loss, "mean" or "last" loss over the first.
         averaged: Share of the objective that is measured at the average of a window's parameters, 0 to 1.
@@ -69,7 +70,7 @@ class Changes:
         device: Where inner training takes place: cpu, cuda.
     """
 
-    start: str | None = None
+    initial: str | None = None
     iterations: int | None = None
     until: int | None = None
     minutes: float | None = None
@@ -82,6 +83,7 @@ class Changes:
     sigma: float | None = None
     window: int | None = None
     horizon: tuple[int, int] | None = None
+    restart: float | None = None
     curriculum: int | None = None
     measure: Literal["log", "mean", "last"] | None = None
     averaged: float | None = None

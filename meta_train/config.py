@@ -21,7 +21,7 @@ class Config:
 
     Args:
         rule: The architecture of the rule.
-        start: Name or file of the rule to start from, of that architecture; None for a new one.
+        initial: Name or file of the rule to start from, of that architecture; None for a new one.
         distribution: What it is trained on.
         validation: What the best theta is chosen on; None for no choice.
         iterations: Updates of theta that the learning rate is scheduled for.
@@ -37,6 +37,7 @@ class Config:
         sigma: Standard deviation of the perturbations of theta, of "es" and "pes".
         window: Steps from which one estimate is made.
         horizon: Shortest and longest inner run, in steps, log-uniform, rounded up to whole windows.
+        restart: Share of the inner runs that go on with the networks of the run before, but with a new optimizer.
         curriculum: Iterations over which the longest inner run grows from the shortest to the longest, on a log scale.
         objective: What is minimised.
         expert: Optimizer to be imitated at first.
@@ -56,7 +57,7 @@ class Config:
     """
 
     rule: RuleConfig = field(default_factory=RuleConfig)
-    start: str | None = None
+    initial: str | None = None
     distribution: TaskDistribution[Any] = field(default_factory=MLPDistribution)
     validation: Validation | None = None
     iterations: int = 5000
@@ -71,6 +72,7 @@ class Config:
     sigma: float = 0.01
     window: int = 20
     horizon: tuple[int, int] = (100, 1000)
+    restart: float = 0.0
     curriculum: int = 0
     objective: Objective = field(default_factory=Objective)
     expert: Literal["adamw", "muon"] = "adamw"

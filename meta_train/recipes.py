@@ -40,7 +40,7 @@ def digits() -> Config:
 
 
 def broad() -> Config:
-    """All families of tasks, a third of them as in `digits`.
+    """All families of tasks.
 
     Images and text come from packages; MNIST and Shakespeare join them if the data folder has them
     (`meta_train.tasks.folder`). A run must be resumed with the data that it was started with.
@@ -49,14 +49,14 @@ def broad() -> Config:
     texts = ("prose", "code", *(("shakespeare",) if has_file("tinyshakespeare.txt") else ()))
     families = Mixture(
         (
-            (MLPDistribution(), 6.0),
+            (MLPDistribution(), 4.0),
             (CNNDistribution(data=(*images, "mnist14")), 3.0),
             (ViTDistribution(data=(*images, "mnist16")), 1.0),
-            (TransformerDistribution(data=texts), 1.5),
-            (GRUDistribution(data=texts), 1.0),
+            (TransformerDistribution(data=texts), 2.5),
+            (GRUDistribution(data=texts), 1.5),
             (NgramDistribution(data=texts), 1.0),
             (VectorDistribution(), 2.0),
-            (AutoencoderDistribution(data=images), 1.0),
+            (AutoencoderDistribution(data=images), 1.5),
             (INRDistribution(), 1.0),
             (QuadraticDistribution(), 0.5),
         )
@@ -67,11 +67,11 @@ def broad() -> Config:
         validation=validation(),
         iterations=2000,
         tasks=4,
-        members=4,
+        members=6,
         slots=32,
         window=40,
-        horizon=(100, 600),
-        objective=Objective(averaged=0.5),
+        restart=0.15,
+        objective=Objective(averaged=0.75),
         reject=100.0,
         checkpoint_every=50,
         validate_every=50,

@@ -29,7 +29,7 @@ from meta_train.distributed import ALONE, Ranks, joined, restarts
 from meta_train.meta_gradient import Estimate, combine
 from meta_train.summary import Summary
 from meta_train.tasks import Task
-from meta_train.unroll import Carry, start
+from meta_train.unroll import Carry, restart, start
 from meta_train.validation import Comparison, score_of
 from nfn_optim import pretrained
 from nfn_optim.rule import RuleConfig, UpdateRule
@@ -194,8 +194,12 @@ def iterate(run: Run, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
         run.dropped += 1
     for place, found in mine:
         slot = run.slots[place]
-        over = not is_sound(found) or found.carry.steps >= found.carry.horizon
-        run.slots[place] = fresh_slot(run, config, slot.generator) if over else replace(slot, carry=found.carry)
+        slot = replace(slot, carry=found.carry)
+        if not is_sound(found):
+            slot = fresh_slot(run, config, slot.generator)
+        elif found.carry.steps >= found.carry.horizon:
+            slot = next_slot(run, config, slot)
+        run.slots[place] = slot
     return {
         "meta/objective": sum(r["objective"] for r in reports) / len(reports),
         "meta/gradient_norm": combined.norm,
@@ -257,8 +261,8 @@ def learning_rate(config: Config, iteration: int) -> float:
 def begin(config: Config, ranks: Ranks = ALONE) -> Run:
     """A run before its first iteration."""
     run = blank(config)
-    if config.start is not None:
-        run.rule.load_state_dict(started_from(config.start, config.rule).state_dict())
+    if config.initial is not None:
+        run.rule.load_state_dict(started_from(config.initial, config.rule).state_dict())
         run.average.load_state_dict(run.rule.state_dict())
     for place in ranks.share(range(config.slots)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
@@ -294,12 +298,24 @@ def started_from(name: str, config: RuleConfig) -> UpdateRule:
 
 def fresh_slot(run: Run, config: Config, generator: torch.Generator) -> Slot:
     """Draw a task, its members and a horizon of whole windows."""
-    task = config.distribution.sample(generator)
-    low, high = config.horizon_at(run.iteration)
-    steps = low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()
-    horizon = math.ceil(steps / config.window) * config.window
+    task, horizon = config.distribution.sample(generator), drawn_horizon(run, config, generator)
     copies = config.estimation(run.iteration).copies
     return Slot(task, start(run.rule, task, config.members, horizon, generator, copies=copies), generator)
+
+
+def next_slot(run: Run, config: Config, slot: Slot) -> Slot:
+    """What follows an inner run that has reached its horizon: another task, or the same networks once more."""
+    if torch.rand((), generator=slot.generator, dtype=torch.float64) >= config.restart:
+        return fresh_slot(run, config, slot.generator)
+    horizon = drawn_horizon(run, config, slot.generator)
+    return replace(slot, carry=restart(run.rule, slot.task, slot.carry, horizon, slot.generator))
+
+
+def drawn_horizon(run: Run, config: Config, generator: torch.Generator) -> int:
+    """The number of steps of an inner run, whole windows."""
+    low, high = config.horizon_at(run.iteration)
+    steps = low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()
+    return math.ceil(steps / config.window) * config.window
 
 
 def is_sound(found: Estimate) -> bool:

@@ -118,8 +118,29 @@ def start(
     """
     if members % copies or members < 1:
         raise ValueError(f"expected a number of members that is a multiple of {copies}, found {members}")
-    count = members // copies
-    params, member = task.draw(count, generator)
+    return _begun(rule, task, *task.draw(members // copies, generator), horizon, generator, copies)
+
+
+def restart(rule: UpdateRule, task: Task, carry: Carry, horizon: int, generator: torch.Generator) -> Carry:
+    """Begin an inner run where another one ended, as who goes on with a trained network and a new optimizer.
+
+    Args:
+        rule: The update rule.
+        task: What was trained.
+        carry: Where it ended; of copies the first one counts.
+        horizon: Steps after which the new run ends.
+        generator: Of everything random.
+    """
+    count = len(carry.total_steps) // carry.copies
+    params = {name: p[:count] for name, p in carry.params.items()}
+    member = {name: value[:count] for name, value in carry.member.items()}
+    return _begun(rule, task, params, member, horizon, generator, carry.copies)
+
+
+def _begun(
+    rule: UpdateRule, task: Task, params: Params, member: Tensors, horizon: int, generator: torch.Generator, copies: int
+) -> Carry:
+    count = len(next(iter(params.values())))
     told = (torch.rand(count, generator=generator) < 0.5) * float(horizon)  # noqa: PLR2004
     with torch.no_grad():
         first_loss = losses_of(task, params, member, task.batch(count, generator))
@@ -130,7 +151,7 @@ def start(
         member=_repeated(member, copies),
         total_steps=told.to(first_loss.device).repeat(copies),
         first_loss=first_loss.repeat(copies),
-        alive=torch.ones(members, dtype=torch.bool, device=first_loss.device),
+        alive=first_loss.isfinite().repeat(copies),
         steps=0,
         horizon=horizon,
         copies=copies,
@@ -139,7 +160,7 @@ def start(
 
 def losses_of(task: Task, params: Params, member: Tensors, batch: Tensors) -> Tensor:
     """The loss of every member, `(members,)`."""
-    return torch.func.vmap(task.loss)(params, member, batch)
+    return task.losses(params, member, batch)
 
 
 def batch_of(task: Task, carry: Carry, generator: torch.Generator, *, held_out: bool = False) -> Tensors:

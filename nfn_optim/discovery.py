@@ -335,12 +335,10 @@ def _linked(symmetry: Symmetry) -> set[str]:
 def _hook_of(discovery: weakref.ref[Discovery]) -> Callable[..., None]:
     """A forward hook that does not keep its listener alive, and does nothing while a graph is being compiled."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        if torch.compiler.is_compiling() or _TRACING.get():
-            return
-        listener = discovery()
-        if listener is not None:
-            listener.hear(module, args, kwargs)
+    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        listener = None if torch.compiler.is_compiling() or _TRACING.get() else discovery()
+        if listener is not None:  # once it is gone, in the midst of a call perhaps, torch leaves out the keywords
+            listener.hear(module, args, rest[0])
 
     return hook
 

@@ -143,7 +143,7 @@ def scales_of(mean_squares: Tensor, incidence: Incidence) -> tuple[Tensor, Tenso
     alive = (rms > 1e-8).to(rms.dtype)  # noqa: PLR2004 - a tensor of zeros has no scale to give
     weight = alive @ index["kin"].T
     of_kin = ((rms.log() * alive) @ index["kin"].T / weight.clamp(min=1)).exp()
-    least = of_kin * torch.where(index["static"][:, 0] > 0, 1.0, 0.1)
+    least = of_kin * torch.where(index["static"][:, 0] > 0, 1.0, 0.1).to(rms.dtype)
     scale = torch.maximum(rms, torch.where(weight > 0, least, NO_SCALE * (1 - alive)))
     return scale, rms
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,7 @@ from nfn_optim.symmetry import Symmetry
 __all__ = ["Certificate", "certify", "symmetry_of"]
 
 _IGNORED = ("prim::", "profiler::", "aten::_assert", "aten::sym_", "aten::is_", "aten::_has_")
+_ONE_AT_A_TIME = threading.RLock()  # what a trace switches off while it runs belongs to all threads
 
 
 def symmetry_of(module: nn.Module, *inputs: Any, **kwargs: Any) -> Symmetry:
@@ -77,13 +79,13 @@ def symmetry_of(module: nn.Module, *inputs: Any, **kwargs: Any) -> Symmetry:
         if is_flattened(inner):
             raise RuntimeError("FSDP1 flattens parameters; FSDP2, fully_shard, keeps their shapes")
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with _ONE_AT_A_TIME, torch.inference_mode(False), torch.enable_grad():
                 dims, joints, unknown = _trace(inner, list(tensors.values()), inputs, kwargs)
         except Exception:
             if torch.is_grad_enabled():
                 raise
-            # it may need to write to parameters
-            dims, joints, unknown = _trace(inner, list(tensors.values()), inputs, kwargs)
+            with _ONE_AT_A_TIME:  # it may need to write to parameters
+                dims, joints, unknown = _trace(inner, list(tensors.values()), inputs, kwargs)
     except Exception as error:  # whatever a stranger's forward raises; tracing never fails training
         reason = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:300]}"
         warnings.warn(
@@ -201,13 +203,16 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def paths(self) -> Iterator[None]:
-        """Keep track of which submodule is running."""
+        """Keep track of which submodule is running, in this thread; hooks hear all of them."""
+        thread = threading.get_ident()
 
         def enter(sub: nn.Module, _: Any) -> None:
-            self._stack.append(self._names.get(id(sub), type(sub).__name__))
+            if threading.get_ident() == thread:
+                self._stack.append(self._names.get(id(sub), type(sub).__name__))
 
         def leave(*_: Any) -> None:
-            self._stack.pop()
+            if threading.get_ident() == thread:
+                self._stack.pop()
 
         entering = register_module_forward_pre_hook(enter)
         leaving = register_module_forward_hook(leave, always_call=True)

@@ -66,6 +66,16 @@ def test_watch_in_tensorboard_writes_charts(tmp_path: Path) -> None:
     assert events.Scalars("optimizer.final/accuracy")[0].value > 0.2
 
 
+def test_meta_train_your_own_writes_a_rule(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "examples/meta_train_your_own.py", "--iterations", "2", "--seeds", "1", "--steps", "3"]
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((out / "meta_train_your_own.json").read_text())
+    assert rows["NFNOptimizer"] != rows["NFNOptimizer, yours"]
+    assert f"NFNOptimizer(model, rule='{out}/theta.safetensors')" in done.stdout.replace("\n", "")
+
+
 def test_steps_to_a_loss_are_counted_on_the_running_mean(replace_adam: ModuleType) -> None:
     slow = [10.0] * 100 + [1.0] * 100
     fast = [10.0] * 20 + [1.0] * 180

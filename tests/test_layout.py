@@ -51,6 +51,11 @@ nfn_optim.trace
 nfn_optim.rule
 nfn_optim.pretrained
 nfn_optim.discovery
+nfn_optim.group
+nfn_optim.real_view
+nfn_optim.param_state
+nfn_optim.state_dict
+nfn_optim.layout
 nfn_optim.optimizer
 nfn_optim.differentiable
 nfn_optim.monitor.sample

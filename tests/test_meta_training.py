@@ -195,10 +195,10 @@ def test_meta_training_improves_unseen_members(tmp_path: Path) -> None:
 
 
 def test_a_run_starts_from_a_rule_of_its_architecture() -> None:
-    found = trainer.begin(Config(start="default", slots=1)).average.state_dict()
+    found = trainer.begin(Config(initial="default", slots=1)).average.state_dict()
     assert all(torch.equal(found[name], value) for name, value in load("default").state_dict().items())
     with pytest.raises(ValueError, match="expected a rule to start from of architecture"):
-        trainer.begin(replace(smoke(), start="default"))
+        trainer.begin(replace(smoke(), initial="default"))
 
 
 def test_persistence_takes_over_and_resumes(tmp_path: Path, config: Config) -> None:
@@ -261,6 +261,30 @@ def test_speed_is_steps_over_steps() -> None:
     assert speed_of(slow, slow) == pytest.approx(1.0, rel=0.02)
     assert speed_of(fast, slow) == pytest.approx(2.0, rel=0.1)
     assert speed_of(torch.ones(100), slow) == 0.0
+
+
+@pytest.mark.parametrize("estimator", ["backprop", "pes"])
+def test_an_inner_run_may_follow_on_another(config: Config, estimator: str) -> None:
+    """The networks are those that the run before left, the optimizer's state is new."""
+    following = replace(config, restart=1.0, horizon=(2, 2), slots=1, estimator=estimator)  # type: ignore[arg-type]
+    run = trainer.begin(following)
+    before, ended = run.slots[0], []
+    call = Estimation.__call__
+
+    def noted(*args: object) -> Estimate:
+        found = call(*args)  # type: ignore[arg-type]
+        ended.append(found.carry)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Estimation, "__call__", noted)
+        trainer.iterate(run, following)
+    after, count = run.slots[0].carry, 2 // before.carry.copies
+    assert run.slots[0].task is before.task
+    assert after.steps == 0
+    for name, p in ended[0].params.items():
+        assert all(torch.equal(copy, p[:count]) for copy in after.params[name].split(count))
+        assert not any(value.any() for value in after.state[name].values())
 
 
 def test_horizons_grow_over_the_curriculum() -> None:

@@ -51,6 +51,27 @@ def flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
+def forged(config: object, theta: dict[str, torch.Tensor] | None = None) -> Callable[[Path], None]:
+    """Write another file in its place, with a hash that is right."""
+
+    def write(path: Path) -> None:
+        tensors = {"power": torch.zeros(())} if theta is None else theta
+        text = json.dumps(config)
+        stated = {"config": text, "sha256": pretrained._digest(text, tensors)}
+        save_file(tensors, path, metadata={pretrained.FORMAT: json.dumps(stated)})
+
+    return write
+
+
+def said(text: str) -> Callable[[Path], None]:
+    """Replace what the metadata say."""
+    return lambda path: rewritten(path, lambda metadata: metadata.update({pretrained.FORMAT: text}))
+
+
+CONFIG = {"hidden": 4, "rounds": 2, "form": "linear", "weight_hidden": 8, "power": 0.0, "cooldown": 0.0}
+BROKEN = {name: torch.full_like(p, torch.nan) for name, p in UpdateRule(RuleConfig(hidden=4)).state_dict().items()}
+UNREADABLE = "not a rule that this version can read"
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-10]), "not a whole safetensors file"),
     "empty": (lambda path: path.write_bytes(b""), "not a whole safetensors file"),
@@ -58,6 +79,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped bit": (flipped, "was changed after it was written"),
     "other config": (lambda path: rewritten(path, other_config), "was changed after it was written"),
     "other tensors": (lambda path: rewritten(path, lambda metadata: metadata.clear()), "expected .* to be a rule"),
+    "no JSON": (said("{"), UNREADABLE),
+    "nothing said": (said("{}"), UNREADABLE),
+    "a list": (said("[1]"), UNREADABLE),
+    "an entry of the future": (forged(CONFIG | {"attention": True}), UNREADABLE),
+    "a word for a number": (forged(CONFIG | {"hidden": "many"}), UNREADABLE),
+    "out of range": (forged(CONFIG | {"hidden": -1}), UNREADABLE),
+    "not an object": (forged([4, 2]), UNREADABLE),
+    "too large": (forged(CONFIG | {"hidden": 10**9, "rounds": 10**9}), "too large for 1 numbers"),
+    "theta of another rule": (forged(CONFIG), "not those of"),
+    "theta not finite": (forged(CONFIG, BROKEN), "not finite"),
 }
 
 

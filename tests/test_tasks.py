@@ -29,18 +29,21 @@ from meta_train.tasks import (
     TaskDistribution,
     Tensors,
     Text,
+    ViTDistribution,
     digits,
 )
 from meta_train.tasks import folder as data_folder
 from meta_train.tasks.autoencoder import AutoencoderDistribution
 from meta_train.tasks.cnn import CNNDistribution, CNNShape
-from meta_train.tasks.images import IMAGES, mnist
+from meta_train.tasks.gru import GRUDistribution
+from meta_train.tasks.images import IMAGES, images, mnist
 from meta_train.tasks.inr import INRDistribution
-from meta_train.tasks.losses import cross_entropy, huber, squared_error
+from meta_train.tasks.losses import cross_entropy, huber, one_hot_error, smoothed, squared_error
 from meta_train.tasks.ngram import NgramDistribution
 from meta_train.tasks.quadratic import Quadratic, QuadraticShape
 from meta_train.tasks.tables import TABLES, teacher
 from meta_train.tasks.text import TEXTS, tokens_of
+from meta_train.tasks.transformer import TransformerDistribution
 from meta_train.tasks.vector import VectorDistribution
 from meta_train.unroll import start, unroll
 from nfn_optim import RuleConfig, UpdateRule
@@ -66,12 +69,7 @@ def test_a_task_keeps_the_contract(family: TaskDistribution[Any], seed: int) -> 
     task.symmetry.check(params, batch_dims=1)
     assert list(params) == list(task.symmetry.dims)
     for held_out in (False, True):
-        try:
-            batch = task.batch(MEMBERS, generator(seed), held_out=held_out)
-        except ValueError as error:
-            assert held_out
-            assert "held out" in str(error)
-            continue
+        batch = task.batch(MEMBERS, generator(seed), held_out=held_out)
         assert {len(v) for v in (*params.values(), *member.values(), *batch.values())} == {MEMBERS}
         losses = task.losses(params, member, batch)
         assert torch.isfinite(losses).all()
@@ -83,6 +81,35 @@ def test_a_task_keeps_the_contract(family: TaskDistribution[Any], seed: int) -> 
             )
             torch.testing.assert_close(alone, losses[i], rtol=1e-4, atol=1e-5)
     assert len(torch.unique(losses)) == MEMBERS, "members are alike"
+
+
+@by_family
+def test_a_task_can_live_on_a_device(family: TaskDistribution[Any]) -> None:
+    """On "meta", which has shapes only, and refuses to meet tensors of another device."""
+    for seed in range(3):
+        here, there = family.sample(generator(seed)), family.sample(generator(seed))
+        there.to("meta")
+        tensors = []
+        for task in (here, there):
+            params, member = task.draw(MEMBERS, generator())
+            batch = task.batch(MEMBERS, generator())
+            held = task.batch(MEMBERS, generator(), held_out=True)
+            tensors.append([*params.values(), *member.values(), *batch.values(), *held.values()])
+            tensors[-1].append(task.losses(params, member, batch))
+        assert [(t.shape, t.dtype) for t in tensors[0]] == [(t.shape, t.dtype) for t in tensors[1]]
+        assert {t.device.type for t in tensors[0]} == {"cpu"}
+        assert {t.device.type for t in tensors[1]} == {"meta"}
+
+
+def test_noise_is_normal_and_another_each_time() -> None:
+    augment, source = Augment(pixel_noise=1.0), generator()
+    for shape in ((2, 30, 40), (2, 800, 1000)):  # cut from the sequence, and drawn because that is too short
+        batch = {"x": torch.zeros(shape), "y": torch.zeros(shape[:2], dtype=torch.int64)}
+        one, other = (augment.noise(batch, 4, source)["noise"] for _ in range(2))
+        assert abs(one.mean()) < 0.1
+        assert one.std() == pytest.approx(1, abs=0.05)
+        assert abs((one * other).mean()) < 0.1
+        assert abs((one[0] * one[1]).mean()) < 0.1
 
 
 @by_family
@@ -381,9 +408,9 @@ def test_files_come_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv(data_folder.FOLDER, str(tmp_path))
     assert not data_folder.has_file("mnist.npz")
     assert "mnist" not in broad().distribution.parts[1][0].data  # type: ignore[attr-defined]
-    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
     labels = np.arange(30, dtype=np.uint8) % 10
-    np.savez(tmp_path / "mnist.npz", train_x8=images[:20], test_x8=images[20:], train_y=labels[:20], test_y=labels[20:])
+    np.savez(tmp_path / "mnist.npz", train_x8=pixels[:20], test_x8=pixels[20:], train_y=labels[:20], test_y=labels[20:])
     (tmp_path / "tinyshakespeare.txt").write_text("First Citizen:\n" * 50)
     found = broad().distribution
     assert isinstance(found, Mixture)
@@ -391,6 +418,43 @@ def test_files_come_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert any("shakespeare" in getattr(family, "data", ()) for family, _ in found.parts)
     assert mnist.__wrapped__().batch((1, 2), generator())["x"].shape == (1, 2, 1, 8, 8)
     assert tokens_of.__wrapped__("shakespeare").max() < 64
+
+
+@pytest.mark.parametrize("argument", ["train", "split"])
+def test_data_sets_of_torchvision_are_images_by_name(
+    argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In colour, averaged, the test part held out; a network for them is built."""
+    from torchvision import datasets
+
+    def pairs(root: str, part: Any) -> list[tuple[Any, int]]:
+        assert root == str(tmp_path / "torchvision")
+        count = 40 if part in (True, "train") else 10
+        random = np.random.default_rng(count)
+        return [(random.integers(0, 256, (12, 12, 3), dtype=np.uint8), i % 5) for i in range(count)]
+
+    def by_train(root: str, train: bool = True) -> list[tuple[Any, int]]:
+        return pairs(root, train)
+
+    def by_split(root: str, split: str = "train") -> list[tuple[Any, int]]:
+        return pairs(root, split)
+
+    name = f"torchvision.Toys{argument}.8"
+    monkeypatch.setattr(datasets, f"Toys{argument}", {"train": by_train, "split": by_split}[argument], raising=False)
+    monkeypatch.setenv(data_folder.FOLDER, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="torchvision"):
+        images(name)
+    (tmp_path / "torchvision").mkdir()
+    data = images(name)
+    assert (data.x.shape, data.train, data.classes) == ((50, 3, 8, 8), 40, 5)
+    for family in (CNNDistribution(data=(name,)), ViTDistribution(data=(name,)), MLPDistribution(data=(name,))):
+        task = family.sample(generator())
+        assert torch.isfinite(task.losses(*task.draw(2, generator()), task.batch(2, generator()))).all()
+
+
+def test_an_unknown_name_of_images_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"torchvision\.NAME\.SIDE"):
+        images("nothing")
 
 
 def test_quadratics_have_the_spectrum_they_say() -> None:
@@ -404,6 +468,10 @@ def test_losses() -> None:
     output, y = torch.randn(4, 3, 5, generator=generator()), torch.tensor([[0, 1, 2]] * 4)
     expected = nn.functional.cross_entropy(output.flatten(0, 1), y.flatten())
     torch.testing.assert_close(cross_entropy(output, y), expected)
+    expected = nn.functional.cross_entropy(output.flatten(0, 1), y.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(smoothed(output, y), expected)
+    one_hot = nn.functional.one_hot(y, 5)
+    torch.testing.assert_close(one_hot_error(output, y), squared_error(output, one_hot) * 5 / 2)
     error = torch.tensor([0.0, 1e-2, 1e3])
     torch.testing.assert_close(squared_error(error, torch.zeros(3)), error.square().mean())
     torch.testing.assert_close(huber(error[1:2], torch.zeros(1)), error[1].square() / 2, rtol=1e-2, atol=1e-9)
@@ -416,12 +484,20 @@ def test_losses() -> None:
         (CNNDistribution(), "norm", 3),
         (CNNDistribution(), "residual", 2),
         (CNNDistribution(), "batch_size", 10),
+        (CNNDistribution(), "loss", 3),
+        (ViTDistribution(), "norm", 2),
+        (TransformerDistribution(), "loss", 2),
+        (GRUDistribution(), "depth", 2),
+        (GRUDistribution(), "norm", 2),
         (NgramDistribution(), "activation", 4),
-        (VectorDistribution(), "loss", 3),
+        (VectorDistribution(), "loss", 5),
+        (MLPDistribution(data=("digits", "mnist5k"), losses=("cross_entropy", "smoothed")), "data", 2),
         (VectorDistribution(), "start", 3),
         (VectorDistribution(), "data", 6),
         (AutoencoderDistribution(), "widths", 20),
         (INRDistribution(), "sine", 2),
+        (INRDistribution(), "activation", 4),
+        (INRDistribution(), "loss", 2),
     ],
 )
 def test_members_of_a_family_vary(family: Any, attribute: str, count: int) -> None:

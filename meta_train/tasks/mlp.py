@@ -14,7 +14,7 @@ from meta_train.tasks.activation import ACTIVATIONS
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.data import Examples
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import IMAGES
+from meta_train.tasks.images import images
 from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.supervised import SupervisedTask
 from meta_train.tasks.task import Params
@@ -32,7 +32,7 @@ class MLPShape:
         layer_norm: Whether every hidden layer is normalised before its activation.
         zero_bias: Whether biases start at zero, with normal weights of variance 2 / inputs; else PyTorch's default.
         batch_size: Images in a batch.
-        data: One of `IMAGES`.
+        data: What `images` knows.
         loss: One of `CLASSIFICATION`.
     """
 
@@ -112,7 +112,7 @@ class MLPDistribution(Family[MLPTask, MLPShape]):
         width: Smallest and largest number of hidden neurons, log-uniform.
         batch_size: Smallest and largest batch, in images, log-uniform.
         zooms: Linear magnifications of the images, equally likely.
-        data: Some of `IMAGES`, equally likely.
+        data: Some of what `images` knows, equally likely.
         losses: Some of `CLASSIFICATION`, equally likely.
         augment: How the members of a task differ.
     """
@@ -140,4 +140,4 @@ class MLPDistribution(Family[MLPTask, MLPShape]):
 
     def task(self, shape: MLPShape) -> MLPTask:
         """The task of a shape."""
-        return MLPTask(shape, IMAGES[shape.data](), self.augment)
+        return MLPTask(shape, images(shape.data), self.augment)

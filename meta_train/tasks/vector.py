@@ -8,7 +8,7 @@ from meta_train.tasks.activation import ACTIVATIONS
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.data import Examples
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import IMAGES
+from meta_train.tasks.images import images
 from meta_train.tasks.initialisation import INITIALISATIONS, initialise
 from meta_train.tasks.losses import CLASSIFICATION, LOSSES
 from meta_train.tasks.module import ModuleTask
@@ -21,7 +21,7 @@ class VectorShape:
     """What a task on vectors is made of.
 
     Args:
-        data: One of `TABLES` or `IMAGES`, or "teacher".
+        data: One of `TABLES`, "teacher", or what `images` knows.
         seed: Of the teacher or the projection.
         inputs: Width to which inputs are projected, 0 to take them as they are.
         widths: Hidden neurons of each layer.
@@ -48,7 +48,7 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
     """Perceptrons of one to three hidden layers; regression with a squared or Huber loss, and classification.
 
     Args:
-        data: What may be learned, equally likely: `TABLES`, `IMAGES`, "teacher".
+        data: What may be learned, equally likely: `TABLES`, "teacher", what `images` knows.
         width: Smallest and largest number of hidden neurons, and of inputs where they are projected, log-uniform.
         batch_size: Smallest and largest batch, log-uniform.
         augment: How the members of a task differ.
@@ -69,7 +69,9 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
         return VectorShape(
             data=data,
             seed=draws.one_of(range(2**31)),
-            inputs=draws.log_uniform(*self.width) if draws.one_in(2 if data in IMAGES else 4) else 0,
+            inputs=draws.log_uniform(*self.width)
+            if draws.one_in(4 if data in TABLES or data == "teacher" else 2)
+            else 0,
             widths=draws.widths(*self.width, depths=(1, 2, 3)),
             activation=draws.one_of(list(ACTIVATIONS)),
             norm=draws.one_of(NORMS),
@@ -95,5 +97,8 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
 
 
 def _data_of(shape: VectorShape) -> Examples:
-    data = teacher(shape.seed) if shape.data == "teacher" else (TABLES | IMAGES)[shape.data]()
+    if shape.data == "teacher":
+        data = teacher(shape.seed)
+    else:
+        data = TABLES[shape.data]() if shape.data in TABLES else images(shape.data)
     return data.projected(shape.inputs, shape.seed) if shape.inputs else data

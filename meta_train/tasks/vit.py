@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.family import Draws, Family
-from meta_train.tasks.images import IMAGES
+from meta_train.tasks.images import images
 from meta_train.tasks.initialisation import initialise
 from meta_train.tasks.losses import CLASSIFICATION
 from meta_train.tasks.module import ModuleTask
@@ -66,7 +66,7 @@ class ViTDistribution(Family[ModuleTask, ViTShape]):
     """Vision transformers of one or two blocks on images of 8x8 or 16x16 pixels, with normalised queries and keys.
 
     Args:
-        data: Some of `IMAGES`, equally likely.
+        data: Some of what `images` knows, equally likely.
         width: Smallest and largest number of channels, log-uniform, then made divisible by 4.
         batch_size: Smallest and largest batch, in images, log-uniform.
         augment: How the members of a task differ.
@@ -81,13 +81,13 @@ class ViTDistribution(Family[ModuleTask, ViTShape]):
     def shape(self, draws: Draws) -> ViTShape:
         """Draw an architecture, data and a batch size."""
         data, batch_size = draws.one_of(self.data), draws.log_uniform(*self.batch_size)
-        patches = (IMAGES[data]().x.shape[-1] // PATCH) ** 2
+        patches = (images(data).x.shape[-1] // PATCH) ** 2
         common = transformer_shape(draws, data, self.width, patches, batch_size)
         return ViTShape(**{**asdict(common), "qk_norm": True}, flatten=draws.one_in(2))
 
     def task(self, shape: ViTShape) -> ModuleTask:
         """The task of a shape."""
-        data = IMAGES[shape.data]()
+        data = images(shape.data)
         return ModuleTask(
             lambda: initialise(ViT(shape, data.x.shape[1], data.classes), shape.start),
             data,

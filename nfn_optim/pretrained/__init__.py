@@ -50,6 +50,9 @@ def save(rule: UpdateRule, path: str | os.PathLike[str]) -> str:
 
     Returns:
         The SHA-256 of configuration and theta, hexadecimal.
+
+    Raises:
+        OSError: It cannot be written.
     """
     path = Path(path)
     config, theta = _written(rule)
@@ -59,6 +62,8 @@ def save(rule: UpdateRule, path: str | os.PathLike[str]) -> str:
         # one entry, since the order of several is not the same from file to file
         save_file(theta, partial, metadata={FORMAT: json.dumps({"config": config, "sha256": sha256})})
         os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}); what was there before is still there") from error
     finally:
         partial.unlink(missing_ok=True)
     return sha256
@@ -98,17 +103,42 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
             f"expected {path} to be a rule, with metadata {FORMAT!r}, found {sorted(metadata)}; "
             f"write rules with nfn_optim.pretrained.save"
         )
-    stated = json.loads(metadata[FORMAT])
-    found = _digest(stated["config"], theta)
-    if found != stated["sha256"]:
+    try:
+        stated = json.loads(metadata[FORMAT])
+        config, expected = str(stated["config"]), str(stated["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _not_a_rule(path, error) from error
+    found = _digest(config, theta)
+    if found != expected:
         raise ValueError(
-            f"{path} was changed after it was written: expected SHA-256 {stated['sha256']}, found {found}; "
+            f"{path} was changed after it was written: expected SHA-256 {expected}, found {found}; "
             f"copy or install it again"
         )
-    with torch.device("meta"):  # nothing is drawn: whoever seeds before the optimizer is made gets the same numbers
-        rule = UpdateRule(RuleConfig(**json.loads(stated["config"])))
-    rule.load_state_dict(theta, assign=True)
+    try:
+        rule = _build(RuleConfig(**json.loads(config)), theta)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise _not_a_rule(path, error) from error
     return rule.requires_grad_(False).eval()
+
+
+def _build(config: RuleConfig, theta: Mapping[str, Tensor]) -> UpdateRule:
+    """Make a rule of what a file says; a hash is no signature, so nothing large is made before it is known to fit."""
+    numbers = sum(value.numel() for value in theta.values())
+    if max(config.hidden, config.rounds, config.weight_hidden) > numbers + RuleConfig.weight_hidden:
+        raise ValueError(f"{config} is too large for {numbers} numbers")
+    with torch.device("meta"):  # nothing is drawn: whoever seeds before the optimizer is made gets the same numbers
+        rule = UpdateRule(config)
+    if {n: p.shape for n, p in rule.state_dict().items()} != {n: p.shape for n, p in theta.items()}:
+        raise ValueError(f"its tensors are not those of {config}")
+    if not all(value.isfinite().all() for value in theta.values()):
+        raise ValueError("its theta is not finite")
+    # copies, for a tensor in a file lies anywhere, and how it lies decides on the last bit of a product
+    rule.load_state_dict({name: value.clone() for name, value in theta.items()}, assign=True)
+    return rule
+
+
+def _not_a_rule(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a rule that this version can read ({error}); copy or install it again")
 
 
 def digest(rule: UpdateRule) -> str:

@@ -1,0 +1,73 @@
+"""What is remembered of one parameter between steps: `optimizer.state[p]`, a tensor by name.
+
+    exp_avg  exp_avg_sq  exp_avg_slow    moments, as large as the parameter; complex where the parameter is
+    step  fallbacks                      counters, 0-d
+
+All of it is float32, or float64 for float64 parameters, whatever the precision of the parameter. The names are those of
+`torch.optim.AdamW` where it has the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nfn_optim.real_view import real
+from nfn_optim.rule import UpdateRule
+
+ParamState = dict[str, Tensor]
+
+
+def fresh(rule: UpdateRule, param: Tensor) -> ParamState:
+    """The state of a parameter before its first step."""
+    view = real(param)
+    state = rule.init({"": view})[""]
+    if view is param:
+        return state
+    return {key: torch.view_as_complex(value) if value.shape == view.shape else value for key, value in state.items()}
+
+
+def real_views(state: ParamState) -> ParamState:
+    """The state of a complex parameter as the rule sees it, the same memory."""
+    return {key: real(value) for key, value in state.items()}
+
+
+def fits(state: ParamState, param: Tensor) -> bool:
+    """Whether a state is that of a parameter of this shape, on this device; a state without moments is nobody's."""
+    moment = state.get("exp_avg")
+    return moment is None or (moment.shape == param.shape and moment.device == param.device)
+
+
+def read(rule: UpdateRule, name: str, param: Tensor, found: Mapping[str, Any]) -> ParamState:
+    """Copy a saved state of one parameter in full precision; what was not saved starts fresh.
+
+    Args:
+        rule: The rule that it is for.
+        name: The parameter's name, for errors.
+        param: The parameter.
+        found: Entry -> tensor, or number for counters.
+
+    Raises:
+        ValueError: It is another parameter's, or another rule's.
+    """
+    state = fresh(rule, param)
+    if unknown := [entry for entry in found if entry not in state]:
+        raise ValueError(
+            f"expected the state {list(state)} for {name!r}, found also {unknown}; "
+            f"load it into an optimizer with the rule that it was saved with"
+        )
+    for entry, value in found.items():
+        if not isinstance(value, Tensor | Real):
+            raise ValueError(f"expected {entry!r} of {name!r} as a tensor, found {type(value).__name__}")
+        tensor, target = torch.as_tensor(value), state[entry]
+        if tensor.shape != target.shape or tensor.is_complex() != target.is_complex():
+            raise ValueError(
+                f"expected {entry!r} of {name!r} of shape {tuple(target.shape)} and {target.dtype}, found "
+                f"{tuple(tensor.shape)} and {tensor.dtype}; the state was saved for another model"
+            )
+        target.copy_(tensor)
+    return state
