@@ -155,9 +155,7 @@ def test_compiled_training_is_uncompiled_training(counted: dict[str, int]) -> No
         apart = (train(name, dtype, compiled=True) - plain).norm() / plain.norm()
         allowed = (train(name, dtype, disturbance=digit) - plain).norm() / plain.norm()
         assert apart < max(3 * allowed, digit), name
-        passes = (
-            5 if dtype == torch.float32 else 8
-        )  # whatever the shapes; and one for what the neurons of a network say
+        passes = 5 if dtype == torch.float32 else 8  # whatever the shapes; and one more for the neurons of each network
         assert number < counted["unique_graphs"] <= passes + number, name
 
 
