@@ -110,9 +110,11 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
         ranks.wait()
         out.mkdir(parents=True, exist_ok=True)
         run = restore(config, ranks, checkpoint.load(out)) if resume else begin(config, ranks)
-        if not resume:
-            save(run, config, ranks, out, describe)
         summary = Summary(out, run.iteration) if ranks.first else None
+        if not resume:
+            if config.validation is not None:
+                validate(run, config, ranks, out, summary)
+            save(run, config, ranks, out, describe)
         progress = tqdm(total=config.last, initial=run.iteration, desc="meta-training", disable=not ranks.first)
         begun = time.monotonic() - run.seconds
         stop = False

@@ -69,7 +69,8 @@ class Validation:
 
     @cached_property
     def _drawn(self) -> list[Task]:
-        return [d.sample(torch.Generator().manual_seed(self.seed)) for d in self.distributions]
+        seeds = range(self.seed, self.seed + len(self.distributions))
+        return [d.sample(torch.Generator().manual_seed(s)) for d, s in zip(self.distributions, seeds, strict=True)]
 
     def compare(self, rule: UpdateRule, number: int) -> Comparison:
         """Train task `number`, counted from 0, with the rule and with AdamW.

@@ -217,7 +217,7 @@ def test_persistence_takes_over_and_resumes(tmp_path: Path, config: Config) -> N
 def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Validation scores are given; the second is the best, and two worse ones end the run."""
+    """Validation scores, from before the first iteration on, are given: the second is the best, two worse ones end it."""
     scores = iter([0.3, 0.1, 0.2, 0.4, 0.0])
     thetas: list[torch.Tensor] = []
 
@@ -235,7 +235,7 @@ def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
     validated = replace(config, validation=smoke().validation, validate_every=1, patience=2, iterations=5)
     trainer.train(validated, tmp_path, {})
     content = checkpoint.load(tmp_path)
-    assert (content["iteration"], content["best"], content["stale"]) == (4, 0.1, 2)
+    assert (content["iteration"], content["best"], content["stale"]) == (3, 0.1, 2)
     assert torch.equal(theta.flatten(load(tmp_path / trainer.BEST)), thetas[1])
 
 
