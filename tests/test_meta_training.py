@@ -217,7 +217,7 @@ def test_persistence_takes_over_and_resumes(tmp_path: Path, config: Config) -> N
 def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Validation scores, from before the first iteration on, are given: the second is the best, two worse ones end it."""
+    """Scores, from before the first iteration on, are given: the second is the best, and two worse ones end the run."""
     scores = iter([0.3, 0.1, 0.2, 0.4, 0.0])
     thetas: list[torch.Tensor] = []
 
