@@ -1,84 +1,162 @@
-"""What a step costs: time over fused AdamW, persistent and transient memory, and the speed of meta-training.
+"""What a step costs: time over fused AdamW, persistent and transient memory, and how far that is from what must be.
 
     python benchmarks/step_cost.py
 
-Optimizers take turns within every repetition, on one thread, so that a slow moment of the machine hits all of them; a
-ratio is the median of the ratios of turns beside each other. Transient memory is the most that the step allocates above
-what there was before, counted by the profiler, over the size of the parameters; persistent memory is the optimizer's
-state. Writes `step_cost.json` and `step_cost.md`.
+Every optimizer takes turns with fused AdamW on a model of its own, on one thread, so that a slow moment of the machine
+hits both; a ratio is the median of the ratios of turns beside each other. Times are of the processor, which others on
+the machine disturb less than the clock. Transient memory is the most that a step allocates above what there was before,
+counted by the profiler; persistent memory is the optimizer's state. The whole step is one of training: forward and
+backward pass at the batch given, and the optimizer.
+
+    bytes        that must move for each weight: every array read or written in every pass, and the check of gradients
+    operations   for each weight: elements that PyTorch's operators write in an uncompiled step, over the weights
+
+Muon takes matrices and fused AdamW the rest. Writes `step_cost.json` and `step_cost.md`; takes some eight minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import schedulefree
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from meta_train.meta_gradient import truncated_backprop
-from meta_train.tasks import MLPTask, digits
-from meta_train.tasks.mlp import Augment, MLPShape
-from meta_train.unroll import start, unroll
-from nfn_optim import NFNOptimizer, RuleConfig, UpdateRule
+from nfn_optim import NFNOptimizer
 
-Build = Callable[[nn.Module], torch.optim.Optimizer]
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import torchvision_ops
+
+torchvision_ops.declare()
+Build = Callable[[nn.Module], Any]
+PATIENCE = 20.0  # seconds for the turns of one pair
+BYTES = {
+    "AdamW": 28,
+    "NFNOptimizer": 4 + 2 * 20 + 16,
+}  # p g m v read, p m v written; g; p g m v M twice, p m v M written
 
 
-def mlp(*sizes: int) -> nn.Sequential:
+@dataclass(frozen=True)
+class Model:
+    """A network, randomly initialised, and a usual batch."""
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[], Tensor]
+    title: str
+
+
+def mlp(*sizes: int) -> nn.Module:
     """A ReLU network."""
     layers = [layer for fan_in, fan_out in pairwise(sizes) for layer in (nn.Linear(fan_in, fan_out), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
-def cnn() -> nn.Sequential:
-    """Four convolutions with BatchNorm."""
-    widths = (3, 32, 64, 64, 128)
-    blocks = [
-        layer
-        for given, made in pairwise(widths)
-        for layer in (nn.Conv2d(given, made, 3, padding=1), nn.BatchNorm2d(made), nn.ReLU(), nn.MaxPool2d(2))
-    ]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 4, 10))
+def timm(name: str) -> nn.Module:
+    """A network of timm."""
+    import timm  # noqa: PLC0415 - takes seconds
+
+    found: nn.Module = timm.create_model(name)
+    return found
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
-    "MLP 0.1M": (lambda: mlp(784, 128, 10), (8, 784)),
-    "MLP 1M": (lambda: mlp(784, 700, 700, 10), (8, 784)),
-    "MLP 10M": (lambda: mlp(784, 2700, 2700, 10), (8, 784)),
-    "CNN 0.1M": (cnn, (8, 3, 32, 32)),
+def gpt2() -> nn.Module:
+    """GPT-2 small."""
+    import transformers  # noqa: PLC0415 - takes seconds
+
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config())  # type: ignore[no-any-return]
+
+
+MODELS = {
+    "MLP 0.1M": Model(lambda: mlp(784, 128, 10), lambda: torch.randn(128, 784), "128 images"),
+    "MLP 1M": Model(lambda: mlp(784, 700, 700, 10), lambda: torch.randn(128, 784), "128 images"),
+    "MLP 10M": Model(lambda: mlp(784, 2700, 2700, 10), lambda: torch.randn(128, 784), "128 images"),
+    "ResNet-18, 12M": Model(lambda: timm("resnet18"), lambda: torch.randn(8, 3, 224, 224), "8 images"),
+    "ViT-S, 22M": Model(lambda: timm("vit_small_patch16_224"), lambda: torch.randn(8, 3, 224, 224), "8 images"),
+    "GPT-2 small, 124M": Model(gpt2, lambda: torch.randint(50257, (1, 512)), "512 tokens"),
+    "1M in 2 tensors": Model(lambda: mlp(1000, 1000), lambda: torch.randn(128, 1000), "128 rows"),
+    "1M in 32 tensors": Model(lambda: mlp(*[250] * 17), lambda: torch.randn(128, 250), "128 rows"),
+    "1M in 200 tensors": Model(lambda: mlp(*[100] * 101), lambda: torch.randn(128, 100), "128 rows"),
 }
+
+
+class Muon:
+    """Muon for matrices, fused AdamW for the rest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        matrices = [p for p in model.parameters() if p.dim() == 2]  # noqa: PLR2004
+        rest = [p for p in model.parameters() if p.dim() != 2]  # noqa: PLR2004
+        self.parts = [torch.optim.Muon(matrices), *([torch.optim.AdamW(rest, fused=True)] if rest else [])]
+        self.state = {p: s for part in self.parts for p, s in part.state.items()}
+
+    def step(self) -> None:
+        """Take both steps."""
+        for part in self.parts:
+            part.step()
+        self.state = {p: s for part in self.parts for p, s in part.state.items()}
+
+
+def schedule_free(model: nn.Module) -> Any:
+    """AdamW of schedulefree, in training mode."""
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters())
+    optimizer.train()
+    return optimizer
+
+
+FUSED = "AdamW fused"
 OPTIMIZERS: dict[str, Build] = {
-    "AdamW fused": lambda m: torch.optim.AdamW(m.parameters(), fused=True),
+    FUSED: lambda m: torch.optim.AdamW(m.parameters(), fused=True),
     "AdamW foreach": lambda m: torch.optim.AdamW(m.parameters(), foreach=True),
-    "NFNOptimizer adamw": lambda m: NFNOptimizer(m, rule="adamw"),
-    "NFNOptimizer default": NFNOptimizer,
+    "Muon": Muon,
+    "schedulefree AdamW": schedule_free,
+    "NFNOptimizer": lambda m: NFNOptimizer(m, compile=False),
+    "NFNOptimizer, compiled": lambda m: NFNOptimizer(m, compile=True),
+    "NFNOptimizer adamw": lambda m: NFNOptimizer(m, rule="adamw", compile=False),
+    "NFNOptimizer adamw, compiled": lambda m: NFNOptimizer(m, rule="adamw", compile=True),
 }
 
 
-def ready(name: str, build: Build) -> tuple[nn.Sequential, torch.optim.Optimizer]:
-    """A model with gradients, and its optimizer after two steps."""
+def left_out(model: str, optimizer: str) -> bool:
+    """What would take minutes, or says nothing."""
+    return (optimizer == "Muon" and "GPT" in model) or (model.startswith("1M in") and optimizer[:12] != "NFNOptimizer")
+
+
+def backward(network: nn.Module, batch: Tensor) -> float:
+    """Forward and backward pass; processor seconds."""
+    begun = time.thread_time()
+    output = network(batch)
+    output = output if isinstance(output, Tensor) else output.logits
+    torch.autograd.backward(output.float().square().mean())
+    return time.thread_time() - begun
+
+
+def ready(model: Model, build: Build) -> tuple[nn.Module, Any, float]:
+    """A network with gradients, its optimizer, and the seconds that the first two steps took by the clock."""
     torch.manual_seed(0)
-    make, shape = MODELS[name]
-    model = make()
-    optimizer = build(model)
-    model(torch.randn(shape)).square().mean().backward()
+    network = model.build()
+    optimizer = build(network)
+    backward(network, model.batch()[:1])
+    begun = time.perf_counter()
     for _ in range(2):
         optimizer.step()
-    return model, optimizer
+    return network, optimizer, time.perf_counter() - begun
 
 
-def transient(optimizer: torch.optim.Optimizer) -> int:
+def transient(optimizer: Any) -> int:
     """Most bytes that one step holds above what there was before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         optimizer.step()
@@ -90,93 +168,122 @@ def transient(optimizer: torch.optim.Optimizer) -> int:
     return most
 
 
-def step_costs(repetitions: int) -> list[dict[str, Any]]:
-    """A row for every model and optimizer."""
-    rows = []
-    for name in MODELS:
-        pairs = {title: ready(name, build) for title, build in OPTIMIZERS.items()}
-        times: dict[str, list[float]] = {title: [] for title in pairs}
-        for _ in range(repetitions):
-            for title, (_, optimizer) in pairs.items():
-                begun = time.perf_counter()
-                optimizer.step()
-                times[title].append(time.perf_counter() - begun)
-        for title, (model, optimizer) in pairs.items():
-            floats = sum(p.numel() for p in model.parameters())
-            state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-            ratios = [own / fused for own, fused in zip(times[title], times["AdamW fused"], strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4)
-            rows.append(
-                {
-                    "model": name,
-                    "parameters": floats,
-                    "optimizer": title,
-                    "milliseconds": statistics.median(times[title]) * 1e3,
-                    "ratio": statistics.median(ratios),
-                    "ratio_quartiles": [quartiles[0], quartiles[2]],
-                    "state_floats_per_parameter": sum(v.numel() for v in state) / floats,
-                    "transient_over_parameters": transient(optimizer) / (4 * floats),
-                }
+class Written(TorchDispatchMode):
+    """Counts the elements that operators write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call and count."""
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.elements += sum(
+                x.numel() for x in (out if isinstance(out, list | tuple) else [out]) if isinstance(x, Tensor)
             )
-            print(rows[-1], flush=True)
-    return rows
+        return out
 
 
-def meta_throughput(repetitions: int) -> dict[str, float]:
-    """Inner steps per second (members x steps over time): MLP 64-32-10, batch 64, 16 members."""
-    generator = torch.Generator().manual_seed(0)
-    task = MLPTask(MLPShape(1, (32,), "relu", False, False, 64), digits(), Augment())
-    found = {}
-    for title, rule in (("learned", UpdateRule(RuleConfig(power=1.0))), ("AdamW", UpdateRule.nominal())):
-        for window, differentiable in ((20, True), (50, False)):
-            times = []
-            for _ in range(repetitions):
-                carry = start(rule, task, 16, 1000, generator)
-                begun = time.perf_counter()
-                if differentiable and rule.learns:
-                    truncated_backprop(rule, task, carry, window, generator, second_order=True)
-                elif differentiable:  # the same unroll under differentiable AdamW, to the initial parameters
-                    carry.params["0.weight"].requires_grad_()
-                    losses, _, _ = unroll(rule, task, carry, window, generator)
-                    losses.mean().backward()
-                else:
-                    with torch.no_grad():
-                        unroll(rule, task, carry, window, generator)
-                times.append(time.perf_counter() - begun)
-            kind = "differentiated" if differentiable else "forward only"
-            found[f"{title}, {window} steps {kind}"] = 16 * window / statistics.median(times)
-    return found
+def row(name: str, title: str, repetitions: int, training: float) -> dict[str, Any]:
+    """Measure one optimizer on one model, beside fused AdamW."""
+    model = MODELS[name]
+    _, fused, _ = ready(model, OPTIMIZERS[FUSED])
+    network, optimizer, first = ready(model, OPTIMIZERS[title])
+    times: list[tuple[float, float]] = []
+    begun = time.perf_counter()
+    while len(times) < repetitions and (len(times) < 3 or time.perf_counter() - begun < PATIENCE):  # noqa: PLR2004
+        pair = []
+        for turn in (fused, optimizer):
+            start = time.thread_time()
+            turn.step()
+            pair.append(time.thread_time() - start)
+        times.append((pair[0], pair[1]))
+    floats = sum(p.numel() for p in network.parameters())
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    ratios = [own / other for other, own in times]
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "model": name,
+        "parameters": floats,
+        "tensors": len(list(network.parameters())),
+        "optimizer": title,
+        "milliseconds": statistics.median(own for _, own in times) * 1e3,
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "whole_step": statistics.median((training + own) / (training + other) for other, own in times),
+        "training_milliseconds": training * 1e3,
+        "first_two_steps_seconds": first,
+        "state_floats_per_parameter": sum(v.numel() * v.itemsize for v in state) / (4 * floats),
+        "transient_bytes": (held := transient(optimizer)),
+        "transient_over_parameters": held / (4 * floats),
+    }
+
+
+def operations() -> float:
+    """Elements that a step writes uncompiled, for each weight."""
+    network, optimizer, _ = ready(MODELS["MLP 1M"], OPTIMIZERS["NFNOptimizer"])
+    with Written() as written:
+        optimizer.step()
+    return written.elements / sum(p.numel() for p in network.parameters())
+
+
+def page(content: dict[str, Any]) -> str:
+    """The results as a table with a line for every model."""
+    found = {(r["model"], r["optimizer"]): r for r in content["steps"]}
+    own, compiled = "NFNOptimizer", "NFNOptimizer, compiled"
+    shown = [title for title in OPTIMIZERS if title != FUSED]
+    lines = [
+        f"{content['about']}. Time of a step over fused AdamW's, median of turns beside each",
+        "other. *Training*: a step with forward and backward pass over the same with fused AdamW, uncompiled and",
+        "compiled. *Memory*: the most that a step allocates, MB, likewise.",
+        "",
+        "| model | fused AdamW, ms | " + " | ".join(shown) + " | training | memory |",
+        "|---" * (len(shown) + 4) + "|",
+    ]
+    for name, model in MODELS.items():
+        ratios = [f"{found[name, title]['ratio']:.1f}" if (name, title) in found else "" for title in shown]
+        both = [found[name, title] for title in (own, compiled)]
+        memory = " ".join(f"{r['transient_bytes'] / 1e6:.0f}" for r in both)
+        lines.append(
+            f"| {name}, {model.title} | {found[name, FUSED]['milliseconds']:.2f} | {' | '.join(ratios)} "
+            f"| {both[0]['whole_step']:.2f} {both[1]['whole_step']:.2f} | {memory} |"
+        )
+    moved, least = content["bytes"]["AdamW"], content["bytes"]["NFNOptimizer"]
+    large = found["MLP 10M", FUSED]
+    speed = moved * large["parameters"] / large["milliseconds"] / 1e6
+    lines += [
+        "",
+        f"Fused AdamW moves {moved} bytes a weight, here {speed:.0f} GB a second at ten million weights; NFNOptimizer",
+        f"has to move {least}, so {least / moved:.1f} times fused AdamW is the floor set by memory. Uncompiled it",
+        f"computes {content['operations']:.0f} numbers a weight, each written to memory.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--repetitions", type=int, default=21)
+    parser.add_argument("--repetitions", type=int, default=15)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows, throughput = step_costs(given.repetitions), meta_throughput(5)
+    rows = []
+    for name, model in MODELS.items():
+        network, batch = model.build(), model.batch()
+        training = min(backward(network, batch) for _ in range(2))
+        del network
+        for title in OPTIMIZERS:
+            if not left_out(name, title):
+                rows.append(row(name, title, given.repetitions, training))
+                print(rows[-1], flush=True)
+                gc.collect()
     about = f"{date.today()}, torch {torch.__version__}, {platform.machine()}, one thread of {os.cpu_count()}"
-    lines = [
-        f"{about}. Time over fused AdamW: median (quartiles) of pairs.",
-        "",
-        "| model | optimizer | ms | over fused AdamW | state, floats a parameter | transient, parameters |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['model']} | {row['optimizer']} | {row['milliseconds']:.2f} | {row['ratio']:.1f} "
-            f"({low:.1f} to {high:.1f}) | {row['state_floats_per_parameter']:.2f} "
-            f"| {row['transient_over_parameters']:.1f} |"
-        )
-    lines += ["", "| meta-training, MLP 64-32-10, batch 64, 16 members | inner steps per second |", "|---|---|"]
-    lines += [f"| {title} | {value:.0f} |" for title, value in throughput.items()]
+    content = {"about": about, "steps": rows, "bytes": BYTES, "operations": operations()}
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "step_cost.md").write_text("\n".join(lines) + "\n")
-    content = {"about": about, "steps": rows, "inner_steps_per_second": throughput}
     (given.out / "step_cost.json").write_text(json.dumps(content, indent=1) + "\n")
-    print("\n".join(lines))
+    (given.out / "step_cost.md").write_text(page(content))
+    print(page(content))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Kernel:
     """
 
     compiled: bool = False
-    band: int = 2**19
+    band: int = 2**18
     least: int = 2**14
 
     def look(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class Kernel:
         still: bool,
     ) -> None:
         """The second pass, see `passes.move_`."""
-        for part in self._bands(p):
+        for part in [slice(None)] if self._compiles(p) else self._bands(p):  # compiled, it holds nothing
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
             said = (_rows(corrections, part), _rows(heard, part), gain, network, still)
             (_compiled(move_) if self._compiles(p) else move_)(now_p, now_g, now, *said)

@@ -253,7 +253,7 @@ class UpdateRule(nn.Module):
         """
         if not self.config.cooldown or total_steps is None:
             return None
-        total = torch.as_tensor(total_steps, dtype=steps.dtype, device=steps.device).unsqueeze(-1)
+        total = _horizon(total_steps, steps)
         left = (1 - (steps - 1) / total.clamp(min=1)) / self.config.cooldown
         return torch.where(total > 0, left.clamp(COOLEST, 1.0), torch.ones_like(left))
 
@@ -285,7 +285,7 @@ class UpdateRule(nn.Module):
         described = features.describe(whole, units)
         total = None
         if total_steps is not None:
-            total = torch.as_tensor(total_steps, dtype=rms.dtype, device=rms.device).unsqueeze(-1)
+            total = _horizon(total_steps, steps)
         time = features.time_features(steps, total)
         tensors = features.tensor_features(described, scale, rms, time, incidence)  # (*batch, T, TENSOR_CHANNELS)
         none = whole[..., :0, :]
@@ -415,6 +415,13 @@ def _by_tensor(hyper: Hyper, names: Sequence[str], steps: Tensor) -> Tensor | fl
         hyper = hyper.to(steps)
         return hyper.unsqueeze(-1) if hyper.dim() == steps.dim() - 1 > 0 else hyper.reshape((1,))
     return hyper
+
+
+def _horizon(total_steps: Tensor | float, steps: Tensor) -> Tensor:
+    """The horizon, `(*batch or none, 1)`; a number gets to the device without being waited for."""
+    if isinstance(total_steps, Tensor):
+        return total_steps.to(steps).unsqueeze(-1)
+    return steps.new_full((1,), float(total_steps))
 
 
 def _is_zero(hyper: Hyper, name: str) -> bool:

@@ -137,7 +137,7 @@ def train(name: str, dtype: torch.dtype, *, compiled: bool = False, disturbance:
 
 
 @compiler
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_compiled_training_is_uncompiled_training(counted: dict[str, int]) -> None:
     """200 steps of several networks, full precision and bfloat16, in a handful of graphs.
 
@@ -148,13 +148,13 @@ def test_compiled_training_is_uncompiled_training(counted: dict[str, int]) -> No
         ("deep_mlp", torch.float32, 3e-7),
         ("residual_cnn", torch.float32, 3e-7),
         ("attention", torch.float32, 3e-7),
-        ("deep_mlp", torch.bfloat16, 4e-3),
+        ("bias_free_mlp_on_images", torch.bfloat16, 4e-3),
     ):
         plain = train(name, dtype)
         apart = (train(name, dtype, compiled=True) - plain).norm() / plain.norm()
         allowed = (train(name, dtype, disturbance=digit) - plain).norm() / plain.norm()
         assert apart < max(3 * allowed, digit), name
-        most = 6 if dtype == torch.float32 else 12
+        most = 6 if dtype == torch.float32 else 9
         assert 0 < counted["unique_graphs"] <= most, name  # each network but the first has what it needs
 
 
