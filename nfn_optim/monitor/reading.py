@@ -12,7 +12,7 @@ arrived in the parameter: in bfloat16 and float16 mostly rounding, so that the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class Reading:
         exact = sample.put([float(_is_exact(p)) for p in params])[:, None] * (rate > 0)
         learned = torch.where(exact > 0, -(d / rate + decay * p) * torch.exp(-gain) - nominal, 0.0)
 
-        products = {
+        pairs = {
             "p p": p * p,
             "d d": d * d,
             "a a": adamw * adamw,
@@ -95,18 +95,20 @@ class Reading:
             "nominal": exact * nominal * nominal,
             "learned": learned * learned,
         }
-        sums = {
+        sampled = torch.stack(list(pairs.values())).sum(-1) * sample.weights
+        rest = {
             "there": torch.ones_like(there),
             "size": sample.sizes,
-            **{name: value.sum(-1) * sample.weights for name, value in products.items()},
             "gain": sample.put(ear.by_tensor(self.names)) * sample.sizes,
-            "g g": sample.put([_norm(g, 2) for g in grads]).double().square(),
-            "m m": sample.put([_norm(m, 2) for m in moments]).double().square(),
-            "v": sample.put([_norm(v, 1) for v in squares]).double(),
             "fallbacks": fallbacks,
+            "g": sample.put(_norms(grads, 2)),
+            "m": sample.put(_norms(moments, 2)),
+            "v": sample.put(_norms(squares, 1)),
         }
-        found = torch.stack([value.double() * there for value in sums.values()]).cpu().numpy()
-        self.sums: dict[str, Array] = dict(zip(sums, found, strict=True))
+        found = (torch.cat([sampled, torch.stack(list(rest.values()))]) * there).double().cpu().numpy()
+        self.sums: dict[str, Array] = dict(zip([*pairs, *rest], found, strict=True))
+        for norm in ("g", "m"):
+            self.sums[f"{norm} {norm}"] = np.square(self.sums.pop(norm))
         heard = ear.by_neuron(optimizer.symmetry) if isinstance(optimizer.symmetry, Symmetry) else {}
         self.neurons: dict[str, Array] = {a: (value.double() / np.log(2)).cpu().numpy() for a, value in heard.items()}
 
@@ -159,12 +161,12 @@ def _counts(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | fl
     return [s.get(key, 0.0) for s in state]
 
 
-def _norm(tensor: Tensor | None, order: int) -> Tensor | float:
-    """Of all entries, in the precision of the moments."""
-    if tensor is None:
-        return 0.0
-    norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return norm
+def _norms(tensors: Sequence[Tensor | None], order: int) -> list[Tensor | float]:
+    """Of all entries of every tensor, in float32 at least; 0 where there is none."""
+    there = [t for t in tensors if t is not None]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in there) else torch.float32
+    norms = iter(torch._foreach_norm(there, order, dtype=dtype) if there else [])
+    return [0.0 if t is None else next(norms) for t in tensors]
 
 
 def _plain(tensor: Tensor) -> Tensor:

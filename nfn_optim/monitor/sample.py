@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 MOST = 2048  # entries looked at of one tensor
 
@@ -44,6 +45,7 @@ class Sample:
             self.coordinates.append(tuple(index.to(t.device) for index in found))
         self.sizes = torch.tensor([float(t.numel()) for t in tensors], device=self.device, dtype=self.dtype)
         self.weights = self.sizes / torch.tensor(self.counts, device=self.device)
+        self.zeros = [torch.zeros(count, device=self.device, dtype=self.dtype) for count in self.counts]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors have the shapes that this was made for, and are where they were."""
@@ -60,11 +62,11 @@ class Sample:
         Returns:
             `(T, largest count)`, zeros behind the end of a smaller one; always a copy.
         """
-        taken = torch.zeros(len(self.counts), max(self.counts, default=0), device=self.device, dtype=self.dtype)
-        for row, t, count, index in zip(taken, tensors, self.counts, self.coordinates, strict=True):
-            if t is not None:
-                row[:count] = t.reshape(-1) if count == t.numel() else t[index]
-        return taken
+        taken = [
+            zeros if t is None else (t.reshape(-1) if len(zeros) == t.numel() else t[index]).to(self.device, self.dtype)
+            for t, zeros, index in zip(tensors, self.zeros, self.coordinates, strict=True)
+        ]
+        return pad_sequence(taken, batch_first=True) if taken else torch.zeros(0, 0, device=self.device)
 
     def put(self, values: Sequence[Tensor | float]) -> Tensor:
         """Put one number of every tensor together, `(T,)`."""
