@@ -5,8 +5,8 @@
 Two copies of a network are trained on the same batches, one of them watched. They take turns by whole intervals, so
 that every turn of the watched one has exactly one look in it and a slow moment of the machine hits both; the median of
 the ratios of turns beside each other is kept. The cost of one look is told more sharply by steps with and without one
-beside each other. Time is that of the processor in all threads, since the machine is shared; it includes the thread that
-writes events. Writes `monitor_cost.json` and `monitor_cost.md`.
+beside each other. Time is that of the processor in all threads, the one that writes events too, since the machine is
+shared. Writes `monitor_cost.json` and `monitor_cost.md`.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def main() -> None:
     about = f"{date.today()}, torch {torch.__version__}, {platform.machine()}, one thread of {os.cpu_count()}"
     lines = [
         f"{about}. Batches of {BATCH}, a look every {EVERY} steps. *Cost* is the time of a look over that of the steps "
-        f"from one to the next; *measured* is the time of training with `watch` over that without, median (quartiles) of "
-        f"{given.pairs} pairs of turns of {EVERY} steps.",
+        f"from one to the next; *measured* is the time of training with `watch` over that without, median (quartiles) "
+        f"of {given.pairs} pairs of turns of {EVERY} steps.",
         "",
         "| model | tensors | rule | step, ms | look, ms | cost, % | measured, % |",
         "|---|---|---|---|---|---|---|",

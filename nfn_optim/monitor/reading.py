@@ -26,6 +26,7 @@ from nfn_optim.optimizer import NFNOptimizer
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
 
+HYPERS = ("lr", "weight_decay", "maximize")
 NOMINAL = UpdateRule.nominal()
 
 
@@ -73,18 +74,23 @@ class Reading:
         grads = [None if p.grad is None else _plain(p.grad) for p in params]
         state = [optimizer.state.get(p, {}) for p in params]
         moments, squares = _tensors(state, "exp_avg"), _tensors(state, "exp_avg_sq")
-        there = sample.put([float(g is not None) for g in grads])
+        hypers = {id(group): [float(group[key]) for key in HYPERS] for _, group in before.slots}
+        facts = [
+            [*hypers[id(group)], g is not None, _is_exact(p)] for (p, group), g in zip(before.slots, grads, strict=True)
+        ]
+        lr, decay, up, there, exact = torch.tensor(facts, device=sample.device, dtype=sample.dtype).T[
+            ..., None
+        ]  # (T, 1)
         fallbacks = sample.put(_counts(state, "fallbacks"))
 
         p, d = before.entries, sample.take([_plain(p) for p in params]) - before.entries  # (T, S)
-        lr, decay, up = (_hypers(before, key) for key in ("lr", "weight_decay", "maximize"))  # (T, 1)
         nominal = _nominal(before, sample.take(grads) * (1 - 2 * up))
         adamw = -lr * (nominal + decay * p)
         cooling = optimizer.rule.cooling(before.steps + 1, optimizer.param_groups[0]["total_steps"])
         rate = lr if cooling is None else lr * cooling[:, None]
         gain = ear.by_weight({name: row for row, name in enumerate(self.names)}, sample)
         gain = torch.where((fallbacks > before.fallbacks)[:, None], 0.0, gain)
-        exact = sample.put([float(_is_exact(p)) for p in params])[:, None] * (rate > 0)
+        exact = exact * (rate > 0)
         learned = torch.where(exact > 0, -(d / rate + decay * p) * torch.exp(-gain) - nominal, 0.0)
 
         pairs = {
@@ -97,7 +103,7 @@ class Reading:
         }
         sampled = torch.stack(list(pairs.values())).sum(-1) * sample.weights
         rest = {
-            "there": torch.ones_like(there),
+            "there": torch.ones_like(fallbacks),
             "size": sample.sizes,
             "gain": sample.put(ear.by_tensor(self.names)) * sample.sizes,
             "fallbacks": fallbacks,
@@ -105,7 +111,7 @@ class Reading:
             "m": sample.put(_norms(moments, 2)),
             "v": sample.put(_norms(squares, 1)),
         }
-        found = (torch.cat([sampled, torch.stack(list(rest.values()))]) * there).double().cpu().numpy()
+        found = (torch.cat([sampled, torch.stack(list(rest.values()))]) * there[:, 0]).double().cpu().numpy()
         self.sums: dict[str, Array] = dict(zip([*pairs, *rest], found, strict=True))
         for norm in ("g", "m"):
             self.sums[f"{norm} {norm}"] = np.square(self.sums.pop(norm))
@@ -145,12 +151,6 @@ def _nominal(before: Before, grads: Tensor) -> Tensor:
     return nominal
 
 
-def _hypers(before: Before, key: str) -> Tensor:
-    """A hyperparameter for every tensor, `(T, 1)`."""
-    values = {id(group): float(group[key]) for _, group in before.slots}
-    return before.sample.put([values[id(group)] for _, group in before.slots])[:, None]
-
-
 def _tensors(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | None]:
     """An entry of the state of every tensor."""
     return [_plain(s[key]) if key in s else None for s in state]
@@ -164,7 +164,7 @@ def _counts(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | fl
 def _norms(tensors: Sequence[Tensor | None], order: int) -> list[Tensor | float]:
     """Of all entries of every tensor, in float32 at least; 0 where there is none."""
     there = [t for t in tensors if t is not None]
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in there) else torch.float32
+    dtype = torch.float32 if any(t.dtype in (torch.bfloat16, torch.float16) for t in there) else None
     norms = iter(torch._foreach_norm(there, order, dtype=dtype) if there else [])
     return [0.0 if t is None else next(norms) for t in tensors]
 
