@@ -48,9 +48,9 @@ nfn_optim.rule
 nfn_optim.pretrained
 nfn_optim.discovery
 nfn_optim.optimizer
+nfn_optim.monitor.journal
 nfn_optim.monitor.sample
 nfn_optim.monitor.ear
-nfn_optim.monitor.journal
 nfn_optim.monitor.reading
 nfn_optim.monitor.lines
 nfn_optim.monitor.page

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nfn_optim.monitor.ear import Ear
 from nfn_optim.monitor.journal import Array
-from nfn_optim.monitor.sample import Sample
+from nfn_optim.monitor.sample import Sample, numbers
 from nfn_optim.optimizer import NFNOptimizer
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
@@ -48,8 +48,8 @@ class Before:
         state = [optimizer.state.get(p, {}) for p, _ in self.slots]
         self.entries = self.sample.take(params)  # (T, S)
         self.moments = {key: self.sample.take(_tensors(state, key)) for key in ("exp_avg", "exp_avg_sq")}
-        self.steps = self.sample.put(_counts(state, "step"))  # (T,)
-        self.fallbacks = self.sample.put(_counts(state, "fallbacks"))  # (T,)
+        self.steps = numbers([s.get("step", 0.0) for s in state])  # (T,)
+        self.fallbacks = numbers([s.get("fallbacks", 0.0) for s in state])  # (T,)
 
 
 class Reading:
@@ -73,50 +73,47 @@ class Reading:
         params = [p for p, _ in before.slots]
         grads = [None if p.grad is None else _plain(p.grad) for p in params]
         state = [optimizer.state.get(p, {}) for p in params]
-        moments, squares = _tensors(state, "exp_avg"), _tensors(state, "exp_avg_sq")
         hypers = {id(group): [float(group[key]) for key in HYPERS] for _, group in before.slots}
         facts = [
             [*hypers[id(group)], g is not None, _is_exact(p)] for (p, group), g in zip(before.slots, grads, strict=True)
         ]
-        lr, decay, up, there, exact = torch.tensor(facts, device=sample.device, dtype=sample.dtype).T[
-            ..., None
-        ]  # (T, 1)
-        fallbacks = sample.put(_counts(state, "fallbacks"))
+        lr, decay, up, there, exact = np.array(facts, before.entries.dtype).reshape(-1, 5).T[..., None]  # (T, 1)
 
         p, d = before.entries, sample.take([_plain(p) for p in params]) - before.entries  # (T, S)
         nominal = _nominal(before, sample.take(grads) * (1 - 2 * up))
         adamw = -lr * (nominal + decay * p)
-        cooling = optimizer.rule.cooling(before.steps + 1, optimizer.param_groups[0]["total_steps"])
-        rate = lr if cooling is None else lr * cooling[:, None]
+        rate = lr * _cooling(before, optimizer)
+        fallbacks = numbers([s.get("fallbacks", 0.0) for s in state])
         gain = ear.by_weight({name: row for row, name in enumerate(self.names)}, sample)
-        gain = torch.where((fallbacks > before.fallbacks)[:, None], 0.0, gain)
-        exact = exact * (rate > 0)
-        learned = torch.where(exact > 0, -(d / rate + decay * p) * torch.exp(-gain) - nominal, 0.0)
+        gain *= (fallbacks == before.fallbacks)[:, None]
+        exact *= rate > 0
+        with np.errstate(all="ignore"):
+            learned = -(d / rate + decay * p) * np.exp(-gain) - nominal
+        learned[exact[:, 0] == 0] = 0.0
 
-        pairs = {
-            "p p": p * p,
-            "d d": d * d,
-            "a a": adamw * adamw,
-            "d a": d * adamw,
-            "nominal": exact * nominal * nominal,
-            "learned": learned * learned,
-        }
-        sampled = torch.stack(list(pairs.values())).sum(-1) * sample.weights
-        rest = {
-            "there": torch.ones_like(fallbacks),
+        def dot(one: Array, other: Array) -> Array:
+            with np.errstate(over="ignore", invalid="ignore"):
+                found: Array = (one * other).sum(-1) * sample.sizes / sample.counts
+            return found
+
+        sums = {
+            "there": np.ones(len(params)),
             "size": sample.sizes,
-            "gain": sample.put(ear.by_tensor(self.names)) * sample.sizes,
+            "p p": dot(p, p),
+            "d d": dot(d, d),
+            "a a": dot(adamw, adamw),
+            "d a": dot(d, adamw),
+            "nominal": dot(exact * nominal, nominal),
+            "learned": dot(learned, learned),
+            "gain": ear.by_tensor(self.names) * sample.sizes,
+            "g g": _squares(grads),
+            "m m": _squares(_tensors(state, "exp_avg")),
+            "v": numbers([0.0 if v is None else v.sum() for v in _tensors(state, "exp_avg_sq")]),
             "fallbacks": fallbacks,
-            "g": sample.put(_norms(grads, 2)),
-            "m": sample.put(_norms(moments, 2)),
-            "v": sample.put(_norms(squares, 1)),
         }
-        found = (torch.cat([sampled, torch.stack(list(rest.values()))]) * there[:, 0]).double().cpu().numpy()
-        self.sums: dict[str, Array] = dict(zip([*pairs, *rest], found, strict=True))
-        for norm in ("g", "m"):
-            self.sums[f"{norm} {norm}"] = np.square(self.sums.pop(norm))
+        self.sums: dict[str, Array] = {name: value * there[:, 0] for name, value in sums.items()}
         heard = ear.by_neuron(optimizer.symmetry) if isinstance(optimizer.symmetry, Symmetry) else {}
-        self.neurons: dict[str, Array] = {a: (value.double() / np.log(2)).cpu().numpy() for a, value in heard.items()}
+        self.neurons: dict[str, Array] = {axis: value / np.log(2) for axis, value in heard.items()}
 
     def lines(self, members: Array) -> dict[str, Array]:
         """What is shown of lines of tensors.
@@ -142,13 +139,22 @@ class Reading:
             }
 
 
-def _nominal(before: Before, grads: Tensor) -> Tensor:
+def _nominal(before: Before, grads: Array) -> Array:
     """Adam's direction for entries with gradients `(T, S)`."""
+    moments = {key: torch.from_numpy(value) for key, value in before.moments.items()}
+    params, grad = torch.from_numpy(before.entries), torch.from_numpy(grads)
+    state = {"sample": {**moments, "step": torch.from_numpy(before.steps).to(grad.dtype)}}
     symmetry = Symmetry.separate({"sample": grads.shape[1:]})
-    state = {"sample": {**before.moments, "step": before.steps}}
-    update, _ = NOMINAL({"sample": before.entries}, {"sample": grads}, state, symmetry, lr=-1.0, batch_dims=1)
-    nominal: Tensor = update["sample"]
+    update, _ = NOMINAL({"sample": params}, {"sample": grad}, state, symmetry, lr=-1.0, batch_dims=1)
+    nominal: Array = update["sample"].numpy()
     return nominal
+
+
+def _cooling(before: Before, optimizer: NFNOptimizer) -> Array:
+    """What the rule multiplies the learning rate by, `(T, 1)`."""
+    total = optimizer.param_groups[0]["total_steps"]
+    found = optimizer.rule.cooling(torch.from_numpy(before.steps + 1), total)
+    return np.ones((len(before.steps), 1)) if found is None else found.numpy()[:, None]
 
 
 def _tensors(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | None]:
@@ -156,17 +162,10 @@ def _tensors(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | N
     return [_plain(s[key]) if key in s else None for s in state]
 
 
-def _counts(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | float]:
-    """A counter in the state of every tensor; 0 where there is none yet."""
-    return [s.get(key, 0.0) for s in state]
-
-
-def _norms(tensors: Sequence[Tensor | None], order: int) -> list[Tensor | float]:
-    """Of all entries of every tensor, in float32 at least; 0 where there is none."""
-    there = [t for t in tensors if t is not None]
-    dtype = torch.float32 if any(t.dtype in (torch.bfloat16, torch.float16) for t in there) else None
-    norms = iter(torch._foreach_norm(there, order, dtype=dtype) if there else [])
-    return [0.0 if t is None else next(norms) for t in tensors]
+def _squares(tensors: Sequence[Tensor | None]) -> Array:
+    """Sum of the squares of every tensor, in float32 at least; 0 where there is none. `(T,)`."""
+    flat = [None if t is None else t.reshape(-1).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return numbers([0.0 if t is None else t.dot(t) for t in flat])  # several times faster than a norm
 
 
 def _plain(tensor: Tensor) -> Tensor:
