@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nfn_optim.layers import Incidence
 from nfn_optim.monitor.journal import Array
-from nfn_optim.monitor.sample import Sample
+from nfn_optim.monitor.sample import Sample, plain
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
 
@@ -35,7 +35,7 @@ class Ear:
             incidences.append(args[2])
 
         def hear_what(_: nn.Module, __: object, factors: tuple[Tensor, Tensor]) -> None:
-            logs.append((factors[0].detach().log(), factors[1].detach().log()))
+            logs.append((plain(factors[0].detach()).log(), plain(factors[1].detach()).log()))
 
         self._handles = (
             [rule.stack.register_forward_hook(hear_who), rule.gains.register_forward_hook(hear_what)]

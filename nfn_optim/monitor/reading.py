@@ -13,6 +13,7 @@ arrived in the parameter: in bfloat16 and float16 mostly rounding, so that the l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from nfn_optim.monitor.ear import Ear
 from nfn_optim.monitor.journal import Array
-from nfn_optim.monitor.sample import Sample, numbers
+from nfn_optim.monitor.sample import Sample, numbers, plain
 from nfn_optim.optimizer import NFNOptimizer
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
@@ -41,9 +42,9 @@ class Before:
     @torch.no_grad()
     def __init__(self, optimizer: NFNOptimizer, sample: Sample | None = None) -> None:
         everyone = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-        self.places = [place for place, (p, _) in enumerate(everyone) if p.numel() > 0]
+        self.places = [place for place, (p, _) in enumerate(everyone) if plain(p).numel() > 0]
         self.slots: list[tuple[Tensor, dict[str, Any]]] = [everyone[place] for place in self.places]
-        params = [_plain(p) for p, _ in self.slots]
+        params = [plain(p) for p, _ in self.slots]
         self.sample = sample if sample is not None and sample.fits(params) else Sample(params)
         state = [optimizer.state.get(p, {}) for p, _ in self.slots]
         self.entries = self.sample.take(params)  # (T, S)
@@ -71,7 +72,7 @@ class Reading:
         names, sample = optimizer.names, before.sample
         self.names = tuple(names[place] for place in before.places)
         params = [p for p, _ in before.slots]
-        grads = [None if p.grad is None else _plain(p.grad) for p in params]
+        grads = [None if p.grad is None else plain(p.grad) for p in params]
         state = [optimizer.state.get(p, {}) for p in params]
         hypers = {id(group): [float(group[key]) for key in HYPERS] for _, group in before.slots}
         facts = [
@@ -79,7 +80,7 @@ class Reading:
         ]
         lr, decay, up, there, exact = np.array(facts, before.entries.dtype).reshape(-1, 5).T[..., None]  # (T, 1)
 
-        p, d = before.entries, sample.take([_plain(p) for p in params]) - before.entries  # (T, S)
+        p, d = before.entries, sample.take([plain(p) for p in params]) - before.entries  # (T, S)
         nominal = _nominal(before, sample.take(grads) * (1 - 2 * up))
         adamw = -lr * (nominal + decay * p)
         rate = lr * _cooling(before, optimizer)
@@ -144,10 +145,15 @@ def _nominal(before: Before, grads: Array) -> Array:
     moments = {key: torch.from_numpy(value) for key, value in before.moments.items()}
     params, grad = torch.from_numpy(before.entries), torch.from_numpy(grads)
     state = {"sample": {**moments, "step": torch.from_numpy(before.steps).to(grad.dtype)}}
-    symmetry = Symmetry.separate({"sample": grads.shape[1:]})
-    update, _ = NOMINAL({"sample": params}, {"sample": grad}, state, symmetry, lr=-1.0, batch_dims=1)
+    update, _ = NOMINAL({"sample": params}, {"sample": grad}, state, _separate(grads.shape[1]), lr=-1.0, batch_dims=1)
     nominal: Array = update["sample"].numpy()
     return nominal
+
+
+@lru_cache(maxsize=16)
+def _separate(count: int) -> Symmetry:
+    """The symmetry of entries that have nothing to do with each other."""
+    return Symmetry.separate({"sample": (count,)})
 
 
 def _cooling(before: Before, optimizer: NFNOptimizer) -> Array:
@@ -159,19 +165,13 @@ def _cooling(before: Before, optimizer: NFNOptimizer) -> Array:
 
 def _tensors(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | None]:
     """An entry of the state of every tensor."""
-    return [_plain(s[key]) if key in s else None for s in state]
+    return [plain(s[key]) if key in s else None for s in state]
 
 
 def _squares(tensors: Sequence[Tensor | None]) -> Array:
     """Sum of the squares of every tensor, in float32 at least; 0 where there is none. `(T,)`."""
     flat = [None if t is None else t.reshape(-1).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     return numbers([0.0 if t is None else t.dot(t) for t in flat])  # several times faster than a norm
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The real numbers that this process holds: of a sharded tensor the local part, of a complex one both parts."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return torch.view_as_real(local) if local.is_complex() else local
 
 
 def _is_exact(p: Tensor) -> bool:

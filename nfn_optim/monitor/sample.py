@@ -77,11 +77,16 @@ class Sample:
 
 def numbers(values: Sequence[Tensor | float]) -> Array:
     """One number of every tensor, `(T,)`, with one synchronization for each device."""
-    found = np.zeros(len(values))
-    tensors = {k: value for k, value in enumerate(values) if isinstance(value, Tensor)}
-    for device in {t.device for t in tensors.values()}:
-        places = [k for k, t in tensors.items() if t.device == device]
-        found[places] = torch.stack([tensors[k].reshape(()).double() for k in places]).cpu().numpy()
-    rest = [k for k in range(len(values)) if k not in tensors]
-    found[rest] = [values[k] for k in rest]
-    return found
+    found = list(values)
+    for device in {value.device for value in values if isinstance(value, Tensor)} - {torch.device("cpu")}:
+        places = [k for k, value in enumerate(values) if isinstance(value, Tensor) and value.device == device]
+        stacked = torch.stack([torch.as_tensor(values[k]).reshape(()).double() for k in places]).tolist()
+        for k, value in zip(places, stacked, strict=True):
+            found[k] = value
+    return np.array([float(value) for value in found])
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The real numbers that this process holds: of a sharded tensor the local part, of a complex one both parts."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return torch.view_as_real(local) if local.is_complex() else local

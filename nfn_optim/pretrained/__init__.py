@@ -104,9 +104,9 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
             f"{path} was changed after it was written: expected SHA-256 {stated['sha256']}, found {found}; "
             f"copy or install it again"
         )
-    with torch.device("meta"):  # nothing is drawn: whoever seeds before the optimizer is made gets the same numbers
+    with torch.random.fork_rng(devices=[]):  # the numbers that the caller draws next are not to depend on this
         rule = UpdateRule(RuleConfig(**json.loads(stated["config"])))
-    rule.load_state_dict(theta, assign=True)
+    rule.load_state_dict(theta)
     return rule.requires_grad_(False).eval()
 
 
