@@ -297,3 +297,25 @@ def test_the_expert_is_annealed_away() -> None:
     assert [config.estimation(i).imitation for i in (0, 50, 100)] == [1.0, 0.5, 0.0]
     assert config.estimation(99).unrolling.expert is not None
     assert config.estimation(100).unrolling.expert is None
+
+
+def test_tensorboard_has_a_chart_for_everything(tmp_path: Path) -> None:
+    """Custom Scalars name every family and validation task; pictures, histograms and hyperparameters are there."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    trainer.train(replace(smoke(), iterations=4, validate_every=2), tmp_path, {})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()
+    assert {"meta/objective", "meta/signal_to_noise", "objective/mlp", "validation/score"} <= set(tags["scalars"])
+    assert [event.step for event in events.Images("curves")] == [0, 2, 4]
+    assert any(name.startswith("theta/stack.read_rows") for name in tags["histograms"])
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    charts = {category.title: [chart.title for chart in category.chart] for category in layout.category}
+    assert charts["objective by family"] == ["mlp"]
+    assert charts["validation: speed, in AdamW's"][0].startswith("mlp-64-")
+    shown = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    assert len(shown) == len(set(shown))
+    hparams = EventAccumulator(str(tmp_path / "hparams")).Reload()
+    assert "final/best_score" in hparams.Tags()["scalars"]
