@@ -276,6 +276,7 @@ def test_broad_has_every_family_and_none_of_the_reserved_data() -> None:
 
 def test_a_run_over_a_mixture_resumes_bit_for_bit(tmp_path: Path) -> None:
     config = replace(broad(), iterations=6, members=2, slots=4, window=2, horizon=(2, 4), rule=RuleConfig(hidden=4))
+    config = replace(config, validation=None)
     trainer.train(config, tmp_path / "whole", {})
     trainer.train(replace(config, until=3), tmp_path / "parts", {})
     trainer.train(config, tmp_path / "parts", {}, resume=True)
