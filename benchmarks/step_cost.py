@@ -44,7 +44,7 @@ import torchvision_ops
 
 torchvision_ops.declare()
 Build = Callable[[nn.Module], Any]
-PATIENCE = 20.0  # seconds for the turns of one pair
+PATIENCE = 10.0  # seconds for the turns of one pair
 BYTES = {
     "AdamW": 28,
     "NFNOptimizer": 4 + 2 * 20 + 16,
@@ -209,6 +209,7 @@ def row(name: str, title: str, repetitions: int, training: float) -> dict[str, A
         "tensors": len(list(network.parameters())),
         "optimizer": title,
         "milliseconds": statistics.median(own for _, own in times) * 1e3,
+        "fused_milliseconds": statistics.median(other for other, _ in times) * 1e3,
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [quartiles[0], quartiles[2]],
         "whole_step": statistics.median((training + own) / (training + other) for other, own in times),
@@ -246,7 +247,7 @@ def page(content: dict[str, Any]) -> str:
         both = [found[name, title] for title in (own, compiled)]
         memory = " ".join(f"{r['transient_bytes'] / 1e6:.0f}" for r in both)
         lines.append(
-            f"| {name}, {model.title} | {found[name, FUSED]['milliseconds']:.2f} | {' | '.join(ratios)} "
+            f"| {name}, {model.title} | {both[1]['fused_milliseconds']:.2f} | {' | '.join(ratios)} "
             f"| {both[0]['whole_step']:.2f} {both[1]['whole_step']:.2f} | {memory} |"
         )
     moved, least = content["bytes"]["AdamW"], content["bytes"]["NFNOptimizer"]

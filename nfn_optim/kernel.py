@@ -53,9 +53,9 @@ class Kernel:
         for part in self._bands(p):
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
             correction = _rows(corrections, part)
-            if self._compiles(p):
+            if self._compiles(p.numel()):
                 together = TOGETHER if len(now_p) % TOGETHER == 0 and len(corrections) == 1 else 1
-                rows, columns = collect(*_compiled(look)(now_p, now_g, now, correction, together))
+                rows, columns = collect(*_compiled(look)(*_bare(now_p, now_g, now), correction.clone(), together))
             else:
                 rows, columns = sums_of(take(now_p, now_g, now, correction)[1])
             by_row.append(rows)
@@ -74,10 +74,16 @@ class Kernel:
         still: bool,
     ) -> None:
         """The second pass, see `passes.move_`."""
-        for part in [slice(None)] if self._compiles(p) else self._bands(p):  # compiled, it holds nothing
+        if self._compiles(p.numel()):  # no bands, since nothing is held
+            _compiled(move_)(*_bare(p, g, moments), corrections.clone(), heard.clone(), gain, network, still)
+            return
+        for part in self._bands(p):
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
-            said = (_rows(corrections, part), _rows(heard, part), gain, network, still)
-            (_compiled(move_) if self._compiles(p) else move_)(now_p, now_g, now, *said)
+            move_(now_p, now_g, now, _rows(corrections, part), _rows(heard, part), gain, network, still)
+
+    def call(self, function: Callable[..., Any], *args: Any, size: int) -> Any:
+        """Call a function that is no pass, compiled if it goes over so many numbers; once for each network."""
+        return (_compiled(function) if self._compiles(size) else function)(*args)
 
     def _bands(self, p: Tensor) -> Iterator[slice]:
         """Parts of the rows of an array, of `TOGETHER` rows at least."""
@@ -86,9 +92,9 @@ class Kernel:
         for start in range(0, rows, step) or (0,):  # an empty shard is one empty band
             yield slice(start, min(start + step, rows))
 
-    def _compiles(self, p: Tensor) -> bool:
-        """Whether passes over an array are compiled."""
-        return self.compiled and p.numel() >= self.least
+    def _compiles(self, size: int) -> bool:
+        """Whether what goes over so many numbers is compiled."""
+        return self.compiled and size >= self.least
 
 
 @cache
@@ -106,14 +112,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         import torch._inductor.compile_fx  # noqa: PLC0415
     run = torch.compile(function, dynamic=True, options=OPTIONS)
 
-    def call(p: Tensor, g: Tensor, moments: Sequence[Tensor], *said: Any) -> Any:
+    def call(*args: Any) -> Any:
         if _broken:
-            return function(p, g, moments, *said)
-        # what is a view, and where it starts, would be compiled in
-        arrays = [x.data for x in (p, g, *moments)]
-        others = [x.clone() if isinstance(x, Tensor) else x for x in said]
+            return function(*args)
         try:
-            return run(*arrays[:2], arrays[2:], *others)
+            return run(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             _broken.append(str(error))
             warnings.warn(
@@ -121,9 +124,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 f"install a C++ compiler, or say compile=False to silence this",
                 stacklevel=3,
             )
-            return function(p, g, moments, *said)
+            return function(*args)
 
     return call
+
+
+def _bare(p: Tensor, g: Tensor, moments: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The same memory without the knowledge of what it is a view of, and from where; that would be compiled in."""
+    return p.data, g.data, [x.data for x in moments]
 
 
 def _rows(value: Tensor, part: slice) -> Tensor:

@@ -207,7 +207,7 @@ class UpdateRule(nn.Module):
                 pooled |= block.layout.means(*sums)
             means = [pooled[i] for i in range(len(names))]
             means = means if shards is None else shards.gather(names, means)
-            said, untrusted = self._say(means, steps, incidence, total_steps, (rate, decay))
+            said, untrusted = self._say(means, steps, incidence, total_steps, (rate, decay), kernel)
             counters["fallbacks"] = torch.stack([state[n]["fallbacks"] for n in names], -1) + untrusted
         else:
             heard = torch.stack([-rate + 0 * steps, -rate * decay + 0 * steps], -1)  # (*batch, T, 2)
@@ -264,6 +264,7 @@ class UpdateRule(nn.Module):
         incidence: Incidence,
         total_steps: Tensor | float | None,
         rates: tuple[Tensor | float, Tensor | float],
+        kernel: Kernel | None,
     ) -> tuple[list[Said], Tensor]:
         """What every tensor, its rows, columns and taps say to its weights; costs O(neurons).
 
@@ -273,6 +274,7 @@ class UpdateRule(nn.Module):
             incidence: Where rows, neurons and tensors meet.
             total_steps: The horizon.
             rates: Learning rate and weight decay, numbers or `(*batch or none, T or 1)`.
+            kernel: Who compiles, if anybody does.
 
         Returns:
             By tensor; and which ones are not trusted to stay in range, so that they say what Adam would,
@@ -293,7 +295,11 @@ class UpdateRule(nn.Module):
         rows = features.describe(rows, incidence.tensors_to_rows(units))  # (*batch, N, ROW_CHANNELS)
         if incidence.mutes:
             rows = torch.where(index["mute"], incidence.tensors_to_rows(described), rows)
-        by_row, by_tensor = self.stack(rows, tensors, incidence)
+        if kernel is None:
+            by_row, by_tensor = self.stack(rows, tensors, incidence)
+        else:
+            args = (self.stack, rows, tensors, incidence)
+            by_row, by_tensor = kernel.call(TiedStack.forward, *args, size=rows.numel())
 
         every = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
         by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, channels + 1)

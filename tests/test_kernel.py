@@ -144,18 +144,21 @@ def test_compiled_training_is_uncompiled_training(counted: dict[str, int]) -> No
     Training amplifies rounding; so the two may part as far as two uncompiled runs do of which one has gradients that
     differ in the last digits. In bfloat16 a last digit is 1 / 256.
     """
-    for name, dtype, digit in (
+    cases = (
         ("deep_mlp", torch.float32, 3e-7),
         ("residual_cnn", torch.float32, 3e-7),
         ("attention", torch.float32, 3e-7),
         ("bias_free_mlp_on_images", torch.bfloat16, 4e-3),
-    ):
+    )
+    for number, (name, dtype, digit) in enumerate(cases, 1):
         plain = train(name, dtype)
         apart = (train(name, dtype, compiled=True) - plain).norm() / plain.norm()
         allowed = (train(name, dtype, disturbance=digit) - plain).norm() / plain.norm()
         assert apart < max(3 * allowed, digit), name
-        most = 6 if dtype == torch.float32 else 9
-        assert 0 < counted["unique_graphs"] <= most, name  # each network but the first has what it needs
+        passes = (
+            5 if dtype == torch.float32 else 8
+        )  # whatever the shapes; and one for what the neurons of a network say
+        assert number < counted["unique_graphs"] <= passes + number, name
 
 
 @compiler

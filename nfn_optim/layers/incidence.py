@@ -59,6 +59,7 @@ class Incidence:
         role_spans: Role -> (first row, one past the last row); rows of one role are contiguous.
         lengths: Number of *leading rows* of each tensor, those of its first dimension; 1 for a scalar, without rows.
         mutes: Whether there are mute rows.
+        plain: Whether every row meets one neuron, and only one.
         indices: The lists. `row` and `neuron` meet with weight `share`; `tensor_of_row`, and `row_share`, the weight of
             a row in the mean of its tensor; `mute` rows; `gathered`, the place of every row where the rows of tensor 0
             come first, then those of tensor 1; `leading`, the row that every leading row is (N for that of a scalar),
@@ -122,10 +123,12 @@ class Incidence:
                 neuron.append(offsets[o.axis] + entry)
                 share.append(1.0 / torch.bincount(entry)[entry] / carriers[o.axis])
         empty = torch.zeros(0, dtype=torch.int64)
+        rows, by_row = torch.sort(torch.cat([empty, *row]), stable=True)
+        self.plain = torch.equal(rows, torch.arange(self.rows))
         self.indices = {
-            "row": torch.cat([empty, *row]),
-            "neuron": torch.cat([empty, *neuron]),
-            "share": torch.cat([torch.zeros(0), *share])[:, None],
+            "row": rows,
+            "neuron": torch.cat([empty, *neuron])[by_row],
+            "share": torch.cat([torch.zeros(0), *share])[by_row, None],
             "tensor_of_row": tensor_of_row,
             "mute": silent[:, None],
             "gathered": torch.cat([empty, *gathered]),
@@ -151,7 +154,7 @@ class Incidence:
     def rows_to_neurons(self, rows: Tensor) -> Tensor:
         """Mean over all the rows of a neuron. `(*batch, N, C) -> (*batch, A, C)`."""
         index = self.at(rows)
-        messages = rows.index_select(-2, index["row"]) * index["share"]  # (*batch, pairs, C)
+        messages = (rows if self.plain else rows.index_select(-2, index["row"])) * index["share"]  # (*batch, pairs, C)
         zeros = rows.new_zeros((*rows.shape[:-2], self.neurons, rows.shape[-1]))
         return zeros.index_add(-2, index["neuron"], messages)
 
@@ -159,6 +162,8 @@ class Incidence:
         """Sum over the factors of a row's dimension. `(*batch, A, C) -> (*batch, N, C)`."""
         index = self.at(neurons)
         messages = neurons.index_select(-2, index["neuron"])  # (*batch, pairs, C)
+        if self.plain:
+            return messages
         zeros = neurons.new_zeros((*neurons.shape[:-2], self.rows, neurons.shape[-1]))
         return zeros.index_add(-2, index["row"], messages)
 

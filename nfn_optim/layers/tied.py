@@ -80,8 +80,8 @@ class TiedStack(nn.Module):
         h, z = torch.tanh(h0), torch.tanh(z0)
         for number in range(len(self.gather_rows)):
             if number > 0:
-                neurons = incidence.neurons_to_rows(incidence.rows_to_neurons(h))
-                heard = self.hear_neurons[number - 1](neurons)
+                neurons = self.hear_neurons[number - 1](incidence.rows_to_neurons(h))  # fewer than rows
+                heard = incidence.neurons_to_rows(neurons)
                 heard = heard + incidence.tensors_to_rows(self.hear_tensors[number - 1](z))
                 h = torch.tanh(h0 + heard)
             everyone = self.gather_all[number](z.mean(-2, keepdim=True))  # (*batch, 1, hidden)
