@@ -1,8 +1,11 @@
 """Keep the curve of a meta-training run: from its TensorBoard events to a small table and a picture.
 
-    python benchmarks/meta_curve.py runs/digits --name default
+    python -m meta_train train digits --out runs/digits --minutes 10 --tasks 2
+    python benchmarks/meta_curve.py runs/digits --name digits
 
-Writes `meta_curve_NAME.csv` (means over `EVERY` iterations) and `.png` to `benchmarks/results/`.
+Writes `meta_curve_NAME.csv`, `.md` and `.png` to `benchmarks/results/`: over minutes of wall-clock the objective (mean
+of `EVERY` iterations), and on validation tasks, which are held-out members of the family or other kinds, the score:
+the mean of log(final loss / that of AdamW at the best of four learning rates); below 0 the rule is better.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-EVERY = 10  # iterations in a row of the table
-TAGS = ("meta/objective", "meta/gradient_norm", "meta/dropped", "meta/restarted")
+EVERY = 10  # iterations in a point of the objective
+OBJECTIVE, SCORE, TASK_SCORE = "meta/objective", "validation/score", "validation_score/"
 
 
 def main() -> None:
@@ -29,24 +32,42 @@ def main() -> None:
     given = parser.parse_args()
     events = EventAccumulator(str(given.run), size_guidance={"scalars": 0})
     events.Reload()
-    steps = np.array([event.step for event in events.Scalars(TAGS[0])])
-    columns = {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in TAGS}
-    rows = len(steps) // EVERY
-    means = {tag: values[: rows * EVERY].reshape(rows, EVERY).mean(1) for tag, values in columns.items()}
-    last = steps[: rows * EVERY].reshape(rows, EVERY)[:, -1]
+    begun = events.Scalars(SCORE)[0].wall_time  # before the first iteration
+
+    def minutes(tag: str) -> np.ndarray:
+        return np.array([(event.wall_time - begun) / 60 for event in events.Scalars(tag)])
+
+    def values(tag: str) -> np.ndarray:
+        return np.array([event.value for event in events.Scalars(tag)])
+
+    rows = [
+        (event.step, minute, event.value) for event, minute in zip(events.Scalars(SCORE), minutes(SCORE), strict=True)
+    ]
     given.out.mkdir(parents=True, exist_ok=True)
     with (given.out / f"meta_curve_{given.name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["iteration", *TAGS])
-        writer.writerows([step, *(f"{means[tag][i]:.5g}" for tag in TAGS)] for i, step in enumerate(last))
+        writer.writerow(["iteration", "minutes", SCORE])
+        writer.writerows([step, f"{minute:.2f}", f"{score:.4f}"] for step, minute, score in rows)
+    lines = ["| iteration | minutes | score on validation tasks | final loss over AdamW's |", "|---|---|---|---|"]
+    lines += [f"| {step} | {minute:.1f} | {score:.3f} | {np.exp(score):.2f} |" for step, minute, score in rows]
+    (given.out / f"meta_curve_{given.name}.md").write_text("\n".join(lines) + "\n")
+
     mpl.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), constrained_layout=True)
-    for axis, tag in zip(axes, TAGS, strict=False):
-        axis.plot(last, means[tag])
-        axis.set(title=tag, xlabel="iteration")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), constrained_layout=True)
+    whole = len(values(OBJECTIVE)) // EVERY * EVERY
+    means = (column[:whole].reshape(-1, EVERY).mean(1) for column in (minutes(OBJECTIVE), values(OBJECTIVE)))
+    left.plot(*means)
+    left.set(title="objective, log of mean loss", xlabel="minutes")
+    for tag in sorted(tag for tag in events.Tags()["scalars"] if tag.startswith(TASK_SCORE)):
+        right.plot(minutes(tag), values(tag), alpha=0.5, label=tag.removeprefix(TASK_SCORE))
+    right.plot(minutes(SCORE), values(SCORE), color="black", label="mean")
+    right.axhline(0, color="grey", linestyle=":")
+    right.set(title="log(final loss / that of AdamW, best of four)", xlabel="minutes")
+    right.legend(fontsize=7)
+    for axis in (left, right):
         axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")
     figure.savefig(given.out / f"meta_curve_{given.name}.png", dpi=100)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

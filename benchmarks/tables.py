@@ -1,4 +1,4 @@
-"""Put the tables of `benchmarks/results/` where README.md and the card of the shipped rule show them.
+"""Put the tables of `benchmarks/results/` where README.md, the card of the shipped rule and the docs show them.
 
     python benchmarks/tables.py
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "nfn_optim" / "pretrained" / "default.md")
+PAGES = (ROOT / "README.md", ROOT / "nfn_optim" / "pretrained" / "default.md", ROOT / "docs" / "monitoring.md")
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

@@ -22,7 +22,7 @@ import tyro
 from meta_train import checkpoint
 from meta_train import tasks as task_families
 from meta_train.config import Config
-from meta_train.distributed import rank
+from meta_train.distributed import own_rank
 from meta_train.evaluate import evaluate
 from meta_train.meta_gradient import Estimator
 from meta_train.recipes import RECIPES
@@ -150,7 +150,7 @@ def resume(out: Annotated[Path, tyro.conf.Positional]) -> None:
 
 def _run(describe: dict[str, Any], out: Path, *, resume: bool = False) -> None:
     run_trainer(config_of(describe), out, describe, resume=resume)
-    if rank() == 0:
+    if own_rank() == 0:
         written = [out / name for name in (THETA, BEST) if (out / name).exists()]
         sys.stdout.write(f"wrote {' and '.join(map(str, written))}\n")
 

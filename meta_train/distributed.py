@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)  # for a process that does not answer
@@ -85,14 +87,17 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    store = PrefixStore(f"restart {restarts()}", store)  # which still knows the addresses of processes that died
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(rank, size)
     finally:
         dist.destroy_process_group()
 
 
-def rank() -> int:
+def own_rank() -> int:
     """This process's number among those that `torchrun` started, also after they have parted."""
     return int(os.environ.get("RANK", "0"))
 

@@ -32,10 +32,12 @@ def digits() -> Config:
     """
     return Config(
         rule=RuleConfig(power=1.0, cooldown=0.2),
+        validation=Validation((MLPDistribution(),) * 4, members=4, steps=400),
         iterations=2000,
         until=500,
         window=40,
         objective=Objective(averaged=0.5),
+        validate_every=50,
     )
 
 

@@ -10,7 +10,8 @@ hparams         the configuration with the final scores
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,21 +23,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 META = {
-    "objective": ["Multiline", ["^meta/objective$"]],
-    "gradient": ["Multiline", ["^meta/gradient_norm$"]],
-    "signal to noise": ["Multiline", ["^meta/signal_to_noise$"]],
-    "dropped and restarted": ["Multiline", ["^meta/dropped$", "^meta/restarted$"]],
-    "learning rate": ["Multiline", ["^meta/learning_rate$"]],
+    "objective": ["^meta/objective$"],
+    "norm of the meta-gradient": ["^meta/gradient_norm$"],
+    "signal to noise": ["^meta/signal_to_noise$"],
+    "share dropped": ["^meta/dropped$"],
+    "inner runs restarted": ["^meta/restarted$"],
+    "learning rate": ["^meta/learning_rate$"],
 }
-LAYOUT = {
-    "meta-training": META,
-    "by family": {"objective": ["Multiline", ["^objective/"]]},
-    "validation, beside AdamW": {
-        "log(final loss / AdamW's)": ["Multiline", ["^validation/score$", "^validation_score/"]],
-        "speed, in AdamW's": ["Multiline", ["^validation_speed/"]],
-        "learned over nominal": ["Multiline", ["^learned_over_nominal/"]],
-    },
+SECTIONS = {  # title -> what its tags begin with; every tag has a chart, since lines of one run have one colour
+    "objective by family": "objective/",
+    "validation: log(final loss / AdamW's)": "validation_score/",
+    "validation: speed, in AdamW's": "validation_speed/",
+    "validation: learned over nominal": "learned_over_nominal/",
 }
+
+
+def layout_of(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """The charts of Custom Scalars, by section, for the tags that there are."""
+    tags = sorted(tags)
+    layout = {"meta-training": META | ({"validation": ["^validation/score$"]} if "validation/score" in tags else {})}
+    for title, start in SECTIONS.items():
+        if found := [tag for tag in tags if tag.startswith(start)]:
+            layout[title] = {tag.removeprefix(start): [f"^{re.escape(tag)}$"] for tag in found}
+    return {title: {name: ["Multiline", of] for name, of in charts.items()} for title, charts in layout.items()}
 
 
 class Summary:
@@ -51,13 +60,15 @@ class Summary:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
 
         self._writer = SummaryWriter(str(folder), purge_step=iteration + 1)
-        if iteration == 0:
-            self._writer.add_custom_scalars(LAYOUT)
+        self._tags: set[str] = set()
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """Numbers by tag."""
+        """Numbers by tag; where there are new tags they get charts."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, iteration)
+        if not values.keys() <= self._tags:
+            self._tags |= values.keys()
+            self._writer.add_custom_scalars(layout_of(self._tags))
 
     def validation(self, rule: UpdateRule, found: Sequence[Comparison], iteration: int) -> None:
         """How the rule does on the validation tasks, and its theta."""
@@ -88,9 +99,13 @@ def figure_of(found: Sequence[Comparison]) -> Figure:
     """Loss over steps of every validation task: AdamW, the rule not told the horizon, and told."""
     from matplotlib.figure import Figure as Made  # noqa: PLC0415 - an extra, slow to import
 
-    figure = Made(figsize=(3.6 * len(found), 3.2), constrained_layout=True)
-    axes: Any = figure.subplots(1, len(found), squeeze=False)[0]
-    for axis, c in zip(axes, found, strict=True):
+    columns = min(len(found), 3)
+    rows = -(-len(found) // columns)
+    figure = Made(figsize=(4 * columns, 3 * rows), constrained_layout=True)
+    axes: Any = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes[len(found) :]:
+        axis.remove()
+    for axis, c in zip(axes, found, strict=False):
         for label, curve in (("AdamW, best of four", c.adamw), ("rule", c.untold), ("rule, told horizon", c.told)):
             width = max(len(curve) // 20, 1)
             axis.plot(range(width, len(curve) + 1), curve.unfold(0, width, 1).mean(1), label=label)

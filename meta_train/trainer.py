@@ -110,9 +110,11 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
         ranks.wait()
         out.mkdir(parents=True, exist_ok=True)
         run = restore(config, ranks, checkpoint.load(out)) if resume else begin(config, ranks)
-        if not resume:
-            save(run, config, ranks, out, describe)
         summary = Summary(out, run.iteration) if ranks.first else None
+        if not resume:
+            if config.validation is not None:
+                validate(run, config, ranks, out, summary)
+            save(run, config, ranks, out, describe)
         progress = tqdm(total=config.last, initial=run.iteration, desc="meta-training", disable=not ranks.first)
         begun = time.monotonic() - run.seconds
         stop = False
@@ -298,7 +300,9 @@ def started_from(name: str, config: RuleConfig) -> UpdateRule:
 
 def fresh_slot(run: Run, config: Config, generator: torch.Generator) -> Slot:
     """Draw a task, its members and a horizon of whole windows."""
-    task, horizon = config.distribution.sample(generator), drawn_horizon(run, config, generator)
+    task = config.distribution.sample(generator)
+    task.to(config.device)
+    horizon = drawn_horizon(run, config, generator)
     copies = config.estimation(run.iteration).copies
     return Slot(task, start(run.rule, task, config.members, horizon, generator, copies=copies), generator)
 
@@ -357,5 +361,7 @@ def restore(config: Config, ranks: Ranks, content: dict[str, Any]) -> Run:
         slot = content["slots"][place]
         generator = torch.Generator()
         generator.set_state(slot["generator"])
-        run.slots[place] = Slot(config.distribution.rebuild(slot["task"]), Carry(**slot["carry"]), generator)
+        task = config.distribution.rebuild(slot["task"])
+        task.to(config.device)
+        run.slots[place] = Slot(task, Carry(**slot["carry"]), generator)
     return run

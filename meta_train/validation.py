@@ -69,7 +69,8 @@ class Validation:
 
     @cached_property
     def _drawn(self) -> list[Task]:
-        return [d.sample(torch.Generator().manual_seed(self.seed)) for d in self.distributions]
+        seeds = range(self.seed, self.seed + len(self.distributions))
+        return [d.sample(torch.Generator().manual_seed(s)) for d, s in zip(self.distributions, seeds, strict=True)]
 
     def compare(self, rule: UpdateRule, number: int) -> Comparison:
         """Train task `number`, counted from 0, with the rule and with AdamW.
@@ -77,6 +78,7 @@ class Validation:
         AdamW's runs are kept for the next time.
         """
         task = self._drawn[number]
+        task.to(next((p.device for p in rule.parameters()), torch.device("cpu")))
         if number not in self._references:
             self._references[number] = self._adamw(task)
         adamw = self._references[number]  # (steps, members)
@@ -90,7 +92,7 @@ class Validation:
     def _adamw(self, task: Task) -> Tensor:
         """The losses of the best AdamW, `(steps, members)`."""
         rates = torch.tensor(LEARNING_RATES).repeat_interleave(self.members)
-        losses = self._run(UpdateRule.nominal(), task, 1, len(LEARNING_RATES), Unrolling(lr=rates))[1]
+        losses = self._run(UpdateRule.nominal(), task, 1, len(LEARNING_RATES), Unrolling(lr=rates.to(task.device)))[1]
         tried = losses.chunk(len(LEARNING_RATES), 1)
         return min(tried, key=lambda found: (final(found) + FLOOR).log().mean().item())
 

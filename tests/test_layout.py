@@ -58,9 +58,9 @@ nfn_optim.state_dict
 nfn_optim.layout
 nfn_optim.optimizer
 nfn_optim.differentiable
+nfn_optim.monitor.journal
 nfn_optim.monitor.sample
 nfn_optim.monitor.ear
-nfn_optim.monitor.journal
 nfn_optim.monitor.reading
 nfn_optim.monitor.lines
 nfn_optim.monitor.page

@@ -217,7 +217,7 @@ def test_persistence_takes_over_and_resumes(tmp_path: Path, config: Config) -> N
 def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Validation scores are given; the second is the best, and two worse ones end the run."""
+    """Scores, from before the first iteration on, are given: the second is the best, and two worse ones end the run."""
     scores = iter([0.3, 0.1, 0.2, 0.4, 0.0])
     thetas: list[torch.Tensor] = []
 
@@ -235,7 +235,7 @@ def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
     validated = replace(config, validation=smoke().validation, validate_every=1, patience=2, iterations=5)
     trainer.train(validated, tmp_path, {})
     content = checkpoint.load(tmp_path)
-    assert (content["iteration"], content["best"], content["stale"]) == (4, 0.1, 2)
+    assert (content["iteration"], content["best"], content["stale"]) == (3, 0.1, 2)
     assert torch.equal(theta.flatten(load(tmp_path / trainer.BEST)), thetas[1])
 
 
@@ -297,3 +297,25 @@ def test_the_expert_is_annealed_away() -> None:
     assert [config.estimation(i).imitation for i in (0, 50, 100)] == [1.0, 0.5, 0.0]
     assert config.estimation(99).unrolling.expert is not None
     assert config.estimation(100).unrolling.expert is None
+
+
+def test_tensorboard_has_a_chart_for_everything(tmp_path: Path) -> None:
+    """Custom Scalars name every family and validation task; pictures, histograms and hyperparameters are there."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    trainer.train(replace(smoke(), iterations=4, validate_every=2), tmp_path, {})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()
+    assert {"meta/objective", "meta/signal_to_noise", "objective/mlp", "validation/score"} <= set(tags["scalars"])
+    assert [event.step for event in events.Images("curves")] == [0, 2, 4]
+    assert any(name.startswith("theta/stack.read_rows") for name in tags["histograms"])
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    charts = {category.title: [chart.title for chart in category.chart] for category in layout.category}
+    assert charts["objective by family"] == ["mlp"]
+    assert charts["validation: speed, in AdamW's"][0].startswith("mlp-64-")
+    shown = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    assert len(shown) == len(set(shown))
+    hparams = EventAccumulator(str(tmp_path / "hparams")).Reload()
+    assert "final/best_score" in hparams.Tags()["scalars"]

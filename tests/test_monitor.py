@@ -448,6 +448,15 @@ def test_what_cannot_be_watched(
         watch(made, writer, every=every)
 
 
+def test_the_page_about_it_is_true() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "monitoring.md").read_text()
+    scope: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], scope)
+    events = EventAccumulator(scope["folder"]).Reload()
+    assert [event.step for event in events.Scalars("optimizer.gain/all")] == [1, 50, 100]
+    assert events.Scalars("optimizer.final/loss")[0].value == pytest.approx(scope["loss"].item())
+
+
 # -------------------------------------------------------------------------------------------------- charts and pages
 
 VIT_MODULES = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.0", "mlp.2")

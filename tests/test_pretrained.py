@@ -140,3 +140,11 @@ def test_shipped_rules_load_and_their_cards_name_them(name: str) -> None:
 
 def test_adamw_needs_no_file() -> None:
     assert not pretrained.load("adamw").learns
+
+
+def test_loading_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    pretrained.load()
+    assert torch.equal(torch.rand(3), expected)

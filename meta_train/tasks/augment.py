@@ -23,6 +23,7 @@ from torch import Tensor
 from meta_train.tasks.task import Params, Tensors
 
 NORMALS = 2**21  # numbers in the sequence that noise is cut from
+FEW = 2**11  # as many are drawn as fast as they are cut out
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,10 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the same shape: a piece of `_normals`, or drawn if too many of those were needed."""
-    places = NORMALS - like.numel()
-    if places < NORMALS // 2:
+    """Standard normal numbers of the same shape: a piece of `_normals`, or drawn where that is faster or too short."""
+    if not FEW < like.numel() < NORMALS // 2:
         return torch.randn(like.shape, generator=generator).to(like)
-    place = int(torch.randint(places, (), generator=generator))
+    place = int(torch.randint(NORMALS - like.numel(), (), generator=generator))
     return _normals(like.device, like.dtype)[place : place + like.numel()].view(like.shape)
 
 

@@ -89,10 +89,14 @@ class MLPTask(SupervisedTask):
     def output(self, weights: Params, x: Tensor) -> Tensor:
         """Logits. `(batch_size, channels, height, width) -> (batch_size, classes)`."""
         one = {name: value.unsqueeze(0) for name, value in weights.items()}
-        return self.outputs(one, x.unsqueeze(0)).squeeze(0)
+        return self._outputs(one, x.unsqueeze(0)).squeeze(0)
 
-    def outputs(self, weights: Params, x: Tensor) -> Tensor:
-        """Logits of all members. `(count, batch_size, channels, height, width) -> (count, batch_size, classes)`."""
+    def network_losses(self, weights: Params, x: Tensor, y: Tensor) -> Tensor:
+        """Of all networks by batched products: `vmap` costs more than the arithmetic of small ones."""
+        return torch.func.vmap(self._loss)(self._outputs(weights, x), y)
+
+    def _outputs(self, weights: Params, x: Tensor) -> Tensor:
+        """Logits of all. `(count, batch_size, channels, height, width) -> (count, batch_size, classes)`."""
         act = ACTIVATIONS[self.shape.activation]
         x = x.flatten(2)  # (count, batch_size, pixels)
         for i in range(len(self.layers)):

@@ -46,17 +46,19 @@ class SupervisedTask(Task):
             `(batch_size, ...)`.
         """
 
-    def outputs(self, weights: Params, x: Tensor) -> Tensor:
-        """What every network makes of its batch; a subclass may know a faster way to the same numbers.
+    def network_losses(self, weights: Params, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of every network, `(count,)`; a subclass may know a faster way to the same numbers.
 
         Args:
             weights: `(count, *shape)` by name.
             x: `(count, batch_size, ...)`.
-
-        Returns:
-            `(count, batch_size, ...)`.
+            y: `(count, batch_size, ...)`.
         """
-        return torch.func.vmap(self.output)(weights, x)
+
+        def alone(weights: Params, x: Tensor, y: Tensor) -> Tensor:
+            return self._loss(self.output(weights, x), y)
+
+        return torch.func.vmap(alone)(weights, x, y)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
         """Initial weights, and what `Augment` makes of them."""
@@ -76,8 +78,8 @@ class SupervisedTask(Task):
     def losses(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
         """The loss of every member, `(count,)`, each with its own scales, noise and names for the classes."""
         x, y = self.augment.examples(member, batch)
-        outputs = self.outputs(self.augment.weights(params, member), x)
-        return self.augment.scaled(torch.func.vmap(self._loss)(outputs, y), member)
+        losses = self.network_losses(self.augment.weights(params, member), x, y)
+        return self.augment.scaled(losses, member)
 
     def to(self, device: torch.device | str) -> None:
         """Move the data too."""

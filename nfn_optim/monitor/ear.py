@@ -7,13 +7,14 @@ kept, so that it is a sum; `N`, `A` and `T` count rows, neurons and tensors as i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from nfn_optim.layers import Incidence
-from nfn_optim.monitor.sample import Sample
+from nfn_optim.monitor.journal import Array
+from nfn_optim.monitor.sample import Sample, plain
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
 
@@ -34,7 +35,7 @@ class Ear:
             incidences.append(args[2])
 
         def hear_what(_: nn.Module, __: object, factors: tuple[Tensor, Tensor]) -> None:
-            logs.append((factors[0].detach().log(), factors[1].detach().log()))
+            logs.append((plain(factors[0].detach()).log(), plain(factors[1].detach()).log()))
 
         self._handles = (
             [rule.stack.register_forward_hook(hear_who), rule.gains.register_forward_hook(hear_what)]
@@ -47,16 +48,23 @@ class Ear:
         for handle in self._handles:
             handle.remove()
 
-    def by_tensor(self, names: Sequence[str]) -> list[Tensor]:
-        """Mean of the logarithm of the gain over the weights of every tensor; 0 where nothing was said."""
-        found: dict[str, Tensor] = {}
-        for incidence, (rows, tensors) in zip(self._incidences, self._logs, strict=True):
-            dims = torch.tensor(incidence.ndims, device=rows.device)
-            means = tensors + dims * incidence.rows_to_tensors(rows[:, None])[:, 0]
-            found.update(zip(incidence.names, means, strict=True))
-        return [found.get(name, torch.zeros(())) for name in names]
+    @cached_property
+    def _heard(self) -> list[tuple[Incidence, Array, Array]]:
+        """Incidence and logarithms, where they can be read."""
+        return [
+            (incidence, rows.cpu().numpy(), tensors.cpu().numpy())
+            for incidence, (rows, tensors) in zip(self._incidences, self._logs, strict=True)
+        ]
 
-    def by_weight(self, places: Mapping[str, int], sample: Sample) -> Tensor:
+    def by_tensor(self, names: Sequence[str]) -> Array:
+        """Mean of the logarithm of the gain over the weights of every tensor, `(T,)`; 0 where nothing was said."""
+        found: dict[str, float] = {}
+        for incidence, rows, tensors in self._heard:
+            for name, segments, tensor in zip(incidence.names, incidence.segments, tensors, strict=True):
+                found[name] = tensor + sum(rows[s.start : s.start + s.length].mean() for s in segments)
+        return np.array([found.get(name, 0.0) for name in names])
+
+    def by_weight(self, places: Mapping[str, int], sample: Sample) -> Array:
         """Logarithm of the gain of every entry of a sample.
 
         Args:
@@ -66,17 +74,19 @@ class Ear:
         Returns:
             As from `sample.take`.
         """
-        gains = sample.take([None] * len(sample.counts))
-        for incidence, (rows, tensors) in zip(self._incidences, self._logs, strict=True):
+        gains = np.zeros((len(sample.counts), max(sample.counts, default=0)))
+        for incidence, rows, tensors in self._heard:
             for name, segments, tensor in zip(incidence.names, incidence.segments, tensors, strict=True):
                 index = sample.coordinates[places[name]]
                 if len(index) == len(segments):
-                    factors = [rows[s.start + entries] for s, entries in zip(segments, index, strict=True)]
-                    gains[places[name], : sample.counts[places[name]]] = sum(factors, start=tensor)
+                    row = gains[places[name], : sample.counts[places[name]]]
+                    row += tensor
+                    for segment, entries in zip(segments, index, strict=True):
+                        row += rows[segment.start + entries]
         return gains
 
-    def by_neuron(self, symmetry: Symmetry) -> dict[str, Tensor]:
-        """Logarithm of what the gain of a neuron's rows has in common, their mean.
+    def by_neuron(self, symmetry: Symmetry) -> dict[str, Array]:
+        """Logarithm of what the gains of a neuron's rows have in common, their mean.
 
         Args:
             symmetry: Of all tensors.
@@ -86,7 +96,7 @@ class Ear:
         """
         found = {}
         for incidence, (rows, _) in zip(self._incidences, self._logs, strict=True):
-            neurons = incidence.rows_to_neurons(rows[:, None])[:, 0]  # (A,)
+            neurons: Array = incidence.rows_to_neurons(rows[:, None])[:, 0].cpu().numpy()  # (A,)
             found.update({axis: neurons[span] for axis, span in _spans(symmetry, incidence.names).items()})
         return found
 

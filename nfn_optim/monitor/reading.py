@@ -12,7 +12,8 @@ arrived in the parameter: in bfloat16 and float16 mostly rounding, so that the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from nfn_optim.monitor.ear import Ear
 from nfn_optim.monitor.journal import Array
-from nfn_optim.monitor.sample import Sample
+from nfn_optim.monitor.sample import Sample, numbers, plain
 from nfn_optim.optimizer import NFNOptimizer
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
 
+HYPERS = ("lr", "weight_decay", "maximize")
 NOMINAL = UpdateRule.nominal()
 
 
@@ -40,15 +42,15 @@ class Before:
     @torch.no_grad()
     def __init__(self, optimizer: NFNOptimizer, sample: Sample | None = None) -> None:
         everyone = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-        self.places = [place for place, (p, _) in enumerate(everyone) if p.numel() > 0]
+        self.places = [place for place, (p, _) in enumerate(everyone) if plain(p).numel() > 0]
         self.slots: list[tuple[Tensor, dict[str, Any]]] = [everyone[place] for place in self.places]
-        params = [_plain(p) for p, _ in self.slots]
+        params = [plain(p) for p, _ in self.slots]
         self.sample = sample if sample is not None and sample.fits(params) else Sample(params)
         state = [optimizer.state.get(p, {}) for p, _ in self.slots]
         self.entries = self.sample.take(params)  # (T, S)
         self.moments = {key: self.sample.take(_tensors(state, key)) for key in ("exp_avg", "exp_avg_sq")}
-        self.steps = self.sample.put(_counts(state, "step"))  # (T,)
-        self.fallbacks = self.sample.put(_counts(state, "fallbacks"))  # (T,)
+        self.steps = numbers([s.get("step", 0.0) for s in state])  # (T,)
+        self.fallbacks = numbers([s.get("fallbacks", 0.0) for s in state])  # (T,)
 
 
 class Reading:
@@ -70,45 +72,49 @@ class Reading:
         names, sample = optimizer.names, before.sample
         self.names = tuple(names[place] for place in before.places)
         params = [p for p, _ in before.slots]
-        grads = [None if p.grad is None else _plain(p.grad) for p in params]
+        grads = [None if p.grad is None else plain(p.grad) for p in params]
         state = [optimizer.state.get(p, {}) for p in params]
-        moments, squares = _tensors(state, "exp_avg"), _tensors(state, "exp_avg_sq")
-        there = sample.put([float(g is not None) for g in grads])
-        fallbacks = sample.put(_counts(state, "fallbacks"))
+        hypers = {id(group): [float(group[key]) for key in HYPERS] for _, group in before.slots}
+        facts = [
+            [*hypers[id(group)], g is not None, _is_exact(p)] for (p, group), g in zip(before.slots, grads, strict=True)
+        ]
+        lr, decay, up, there, exact = np.array(facts, before.entries.dtype).reshape(-1, 5).T[..., None]  # (T, 1)
 
-        p, d = before.entries, sample.take([_plain(p) for p in params]) - before.entries  # (T, S)
-        lr, decay, up = (_hypers(before, key) for key in ("lr", "weight_decay", "maximize"))  # (T, 1)
+        p, d = before.entries, sample.take([plain(p) for p in params]) - before.entries  # (T, S)
         nominal = _nominal(before, sample.take(grads) * (1 - 2 * up))
         adamw = -lr * (nominal + decay * p)
-        cooling = optimizer.rule.cooling(before.steps + 1, optimizer.param_groups[0]["total_steps"])
-        rate = lr if cooling is None else lr * cooling[:, None]
+        rate = lr * _cooling(before, optimizer)
+        fallbacks = numbers([s.get("fallbacks", 0.0) for s in state])
         gain = ear.by_weight({name: row for row, name in enumerate(self.names)}, sample)
-        gain = torch.where((fallbacks > before.fallbacks)[:, None], 0.0, gain)
-        exact = sample.put([float(_is_exact(p)) for p in params])[:, None] * (rate > 0)
-        learned = torch.where(exact > 0, -(d / rate + decay * p) * torch.exp(-gain) - nominal, 0.0)
+        gain *= (fallbacks == before.fallbacks)[:, None]
+        exact *= rate > 0
+        with np.errstate(all="ignore"):
+            learned = -(d / rate + decay * p) * np.exp(-gain) - nominal
+        learned[exact[:, 0] == 0] = 0.0
 
-        products = {
-            "p p": p * p,
-            "d d": d * d,
-            "a a": adamw * adamw,
-            "d a": d * adamw,
-            "nominal": exact * nominal * nominal,
-            "learned": learned * learned,
-        }
+        def dot(one: Array, other: Array) -> Array:
+            with np.errstate(over="ignore", invalid="ignore"):
+                found: Array = (one * other).sum(-1) * sample.sizes / sample.counts
+            return found
+
         sums = {
-            "there": torch.ones_like(there),
+            "there": np.ones(len(params)),
             "size": sample.sizes,
-            **{name: value.sum(-1) * sample.weights for name, value in products.items()},
-            "gain": sample.put(ear.by_tensor(self.names)) * sample.sizes,
-            "g g": sample.put([_norm(g, 2) for g in grads]).double().square(),
-            "m m": sample.put([_norm(m, 2) for m in moments]).double().square(),
-            "v": sample.put([_norm(v, 1) for v in squares]).double(),
+            "p p": dot(p, p),
+            "d d": dot(d, d),
+            "a a": dot(adamw, adamw),
+            "d a": dot(d, adamw),
+            "nominal": dot(exact * nominal, nominal),
+            "learned": dot(learned, learned),
+            "gain": ear.by_tensor(self.names) * sample.sizes,
+            "g g": _squares(grads),
+            "m m": _squares(_tensors(state, "exp_avg")),
+            "v": numbers([0.0 if v is None else v.sum() for v in _tensors(state, "exp_avg_sq")]),
             "fallbacks": fallbacks,
         }
-        found = torch.stack([value.double() * there for value in sums.values()]).cpu().numpy()
-        self.sums: dict[str, Array] = dict(zip(sums, found, strict=True))
+        self.sums: dict[str, Array] = {name: value * there[:, 0] for name, value in sums.items()}
         heard = ear.by_neuron(optimizer.symmetry) if isinstance(optimizer.symmetry, Symmetry) else {}
-        self.neurons: dict[str, Array] = {a: (value.double() / np.log(2)).cpu().numpy() for a, value in heard.items()}
+        self.neurons: dict[str, Array] = {axis: value / np.log(2) for axis, value in heard.items()}
 
     def lines(self, members: Array) -> dict[str, Array]:
         """What is shown of lines of tensors.
@@ -134,43 +140,38 @@ class Reading:
             }
 
 
-def _nominal(before: Before, grads: Tensor) -> Tensor:
+def _nominal(before: Before, grads: Array) -> Array:
     """Adam's direction for entries with gradients `(T, S)`."""
-    symmetry = Symmetry.separate({"sample": grads.shape[1:]})
-    state = {"sample": {**before.moments, "step": before.steps}}
-    update, _ = NOMINAL({"sample": before.entries}, {"sample": grads}, state, symmetry, lr=-1.0, batch_dims=1)
-    nominal: Tensor = update["sample"]
+    moments = {key: torch.from_numpy(value) for key, value in before.moments.items()}
+    params, grad = torch.from_numpy(before.entries), torch.from_numpy(grads)
+    state = {"sample": {**moments, "step": torch.from_numpy(before.steps).to(grad.dtype)}}
+    update, _ = NOMINAL({"sample": params}, {"sample": grad}, state, _separate(grads.shape[1]), lr=-1.0, batch_dims=1)
+    nominal: Array = update["sample"].numpy()
     return nominal
 
 
-def _hypers(before: Before, key: str) -> Tensor:
-    """A hyperparameter for every tensor, `(T, 1)`."""
-    values = {id(group): float(group[key]) for _, group in before.slots}
-    return before.sample.put([values[id(group)] for _, group in before.slots])[:, None]
+@lru_cache(maxsize=16)
+def _separate(count: int) -> Symmetry:
+    """The symmetry of entries that have nothing to do with each other."""
+    return Symmetry.separate({"sample": (count,)})
+
+
+def _cooling(before: Before, optimizer: NFNOptimizer) -> Array:
+    """What the rule multiplies the learning rate by, `(T, 1)`."""
+    total = optimizer.param_groups[0]["total_steps"]
+    found = optimizer.rule.cooling(torch.from_numpy(before.steps + 1), total)
+    return np.ones((len(before.steps), 1)) if found is None else found.numpy()[:, None]
 
 
 def _tensors(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | None]:
     """An entry of the state of every tensor."""
-    return [_plain(s[key]) if key in s else None for s in state]
+    return [plain(s[key]) if key in s else None for s in state]
 
 
-def _counts(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | float]:
-    """A counter in the state of every tensor; 0 where there is none yet."""
-    return [s.get(key, 0.0) for s in state]
-
-
-def _norm(tensor: Tensor | None, order: int) -> Tensor | float:
-    """Of all entries, in the precision of the moments."""
-    if tensor is None:
-        return 0.0
-    norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return norm
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The real numbers that this process holds: of a sharded tensor the local part, of a complex one both parts."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return torch.view_as_real(local) if local.is_complex() else local
+def _squares(tensors: Sequence[Tensor | None]) -> Array:
+    """Sum of the squares of every tensor, in float32 at least; 0 where there is none. `(T,)`."""
+    flat = [None if t is None else t.reshape(-1).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return numbers([0.0 if t is None else t.dot(t) for t in flat])  # several times faster than a norm
 
 
 def _is_exact(p: Tensor) -> bool:
