@@ -13,7 +13,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "nfn_optim" / "pretrained" / "default.md", ROOT / "docs" / "monitoring.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "nfn_optim" / "pretrained" / "default.md",
+    ROOT / "docs" / "monitoring.md",
+    ROOT / "docs" / "meta_training.md",
+)
 PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

@@ -284,9 +284,8 @@ def test_a_fingerprint_is_that_of_theta_and_behaviour(tmp_path: Path, monkeypatc
     assert fingerprint(str(tmp_path / "other.safetensors")) != known
     forward = UpdateRule.forward
 
-    def changed(*args: object, **kwargs: object) -> object:
-        update, state = forward(*args, **kwargs)  # type: ignore[arg-type]
-        return {name: 1.1 * value for name, value in update.items()}, state
+    def changed(*args: object, lr: float, **kwargs: object) -> object:
+        return forward(*args, lr=1.1 * lr, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(UpdateRule, "forward", changed)
     assert fingerprint("default") != known
