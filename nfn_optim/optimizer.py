@@ -59,7 +59,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         symmetry: The symmetry of the parameters by name, or in order when the parameters have no names.
         total_steps: The horizon in steps, if known.
         maximize: Ascend instead of descend.
-        compile: Whether steps are compiled, which takes ten seconds to a minute once and a few in each later process. By
+        compile: Whether steps are compiled, ten seconds to a minute once and a few in each later process. By
             default they are as soon as that has paid: after `PATIENCE` updates of single weights, 100 steps of ten
             million parameters, and where there is a compiler. Compiled and uncompiled steps differ by rounding.
 
