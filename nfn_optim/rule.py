@@ -306,7 +306,7 @@ class UpdateRule(nn.Module):
         coefficients = by_leading[..., :-1] + by_tensor[..., :-1].index_select(-2, every)
         by_scale = torch.exp(self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log())  # (*batch, T)
         by_row_gain, by_tensor_gain = self.gains(
-            by_row[..., -1], by_tensor[..., -1], by_scale
+            by_row[..., -1], by_tensor[..., -1], by_scale, incidence
         )  # (*batch, N), (*batch, T)
         gain = F.pad(by_row_gain, (0, 1), value=1.0).index_select(-1, index["leading"])  # (*batch, F)
         gain = gain * by_tensor_gain.index_select(-1, every)
@@ -392,13 +392,14 @@ class UpdateRule(nn.Module):
 class Gains(nn.Module):
     """The factors of the gain; a module without parameters, so that they can be heard by a forward hook."""
 
-    def forward(self, by_row: Tensor, by_tensor: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, by_row: Tensor, by_tensor: Tensor, units: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:
         """Turn what was said into factors, each of what was said between exp(-GAIN_RANGE) and exp(GAIN_RANGE).
 
         Args:
             by_row: What every row says, `(*batch, N)`.
             by_tensor: What every tensor says, `(*batch, T)`.
             units: What a tensor's updates are measured in, over that of a typical one, `(*batch, T)`.
+            incidence: Whose rows and tensors these are; for those who listen.
 
         Returns:
             The factors of the rows `(*batch, N)` and of the tensors `(*batch, T)`.

@@ -16,7 +16,19 @@ from meta_train import checkpoint, trainer
 from meta_train.config import Config
 from meta_train.distributed import ALONE, Ranks
 
-WORDS = ("smoke", "--tasks", "2", "--slots", "4", "--iterations", "24", "--checkpoint-every", "4")
+WORDS = (
+    "smoke",
+    "--tasks",
+    "2",
+    "--slots",
+    "4",
+    "--iterations",
+    "10",
+    "--checkpoint-every",
+    "2",
+    "--validate-every",
+    "5",
+)
 
 
 def torchrun(*words: str, restarts: int = 0) -> list[str]:
@@ -73,9 +85,9 @@ def children(pid: int) -> list[int]:
 
 
 def kill_a_rank(run: subprocess.Popen[str], out: Path) -> None:
-    """Kill one of two ranks once there is a checkpoint of the eighth iteration."""
+    """Kill one of two ranks once there is a checkpoint of the fourth iteration."""
     deadline = time.monotonic() + 120
-    while not checkpoint.paths(out) or checkpoint.load(out)["iteration"] < 8:
+    while not checkpoint.paths(out) or checkpoint.load(out)["iteration"] < 4:
         assert run.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -92,7 +104,7 @@ def test_a_rank_that_dies(tmp_path: Path, alone: Path, restarts: int) -> None:
     _, said = run.communicate(timeout=240)
     assert (run.returncode == 0) == (restarts == 1), said
     if not restarts:
-        assert 8 <= checkpoint.load(tmp_path)["iteration"] < 24
+        assert 4 <= checkpoint.load(tmp_path)["iteration"] < 10
         done = finish([sys.executable, "-m", "meta_train", "resume", str(tmp_path)])
         assert done.returncode == 0, done.stderr
     assert same(tmp_path, alone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -31,17 +32,11 @@ class Ear:
         self._logs: list[tuple[Tensor, Tensor]] = []  # of the factors of rows `(N,)` and tensors `(T,)`
         incidences, logs = self._incidences, self._logs
 
-        def hear_who(_: nn.Module, args: tuple[Tensor, Tensor, Incidence], __: object) -> None:
-            incidences.append(args[2])
-
-        def hear_what(_: nn.Module, __: object, factors: tuple[Tensor, Tensor]) -> None:
+        def hear(_: nn.Module, args: tuple[Any, ...], factors: tuple[Tensor, Tensor]) -> None:
+            incidences.append(args[-1])
             logs.append((plain(factors[0].detach()).log(), plain(factors[1].detach()).log()))
 
-        self._handles = (
-            [rule.stack.register_forward_hook(hear_who), rule.gains.register_forward_hook(hear_what)]
-            if rule.learns
-            else []
-        )
+        self._handles = [rule.gains.register_forward_hook(hear)] if rule.learns else []
 
     def close(self) -> None:
         """Stop listening."""
