@@ -35,9 +35,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def heed_interrupts() -> None:
+    """As a shell's foreground job; those in the background begin with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(command: list[str], by: int, cache: Path, runs: int) -> subprocess.CompletedProcess[str]:
     """Start a command, send its process a signal when so many runs are kept, wait until its workers are gone too."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)  # noqa: PLW1509
     while len(kept(cache)) < runs:
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.02)
