@@ -53,12 +53,17 @@ class Objective:
         Returns:
             `(members,)`: nats of loss ratio for "log", else losses over the first loss.
         """
-        bounded = torch.minimum(torch.nan_to_num(losses, nan=torch.inf), worst(first_loss))
+        losses = bounded(losses, first_loss)
         if self.measure == "log":
-            return torch.log(bounded.mean(0) + FLOOR)
-        return (bounded[-1] if self.measure == "last" else bounded.mean(0)) / (first_loss + FLOOR)
+            return torch.log(losses.mean(0) + FLOOR)
+        return (losses[-1] if self.measure == "last" else losses.mean(0)) / (first_loss + FLOOR)
 
 
 def worst(first_loss: Tensor) -> Tensor:
     """The loss above which an inner run has diverged: twice where it began, and one. `(members,)`."""
     return 2 * first_loss + 1
+
+
+def bounded(losses: Tensor, first_loss: Tensor) -> Tensor:
+    """Losses `(steps, members)` of which none is above the worst, those that are not finite included."""
+    return torch.minimum(torch.nan_to_num(losses, nan=torch.inf), worst(first_loss))

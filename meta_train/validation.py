@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meta_train.imitation import Expert
-from meta_train.objective import FLOOR, worst
+from meta_train.objective import FLOOR, bounded
 from meta_train.tasks import Task, TaskDistribution
 from meta_train.unroll import LR, Carry, Unrolling, start, unroll
 from nfn_optim.rule import UpdateRule
@@ -106,8 +106,7 @@ class Validation:
         if told > 1:
             known[self.members :] = self.steps
         window = unroll(rule, task, replace(carry, total_steps=known), self.steps, generator, how=how)
-        losses = torch.minimum(torch.nan_to_num(window.losses, nan=torch.inf), worst(carry.first_loss))
-        return window.carry, losses
+        return window.carry, bounded(window.losses, carry.first_loss)
 
     @torch.no_grad()
     def _ratio(self, rule: UpdateRule, task: Task, carry: Carry) -> float:
@@ -128,7 +127,7 @@ def speed_of(curve: Tensor, reference: Tensor) -> float:
     """Steps of the reference over the steps of the curve to the reference's final loss; 0 if it is never reached.
 
     Args:
-        curve: Losses `(steps,)`, averaged over the tenth of the steps before each.
+        curve: Losses `(steps,)`; they count averaged over a tenth of the steps.
         reference: The same of the reference.
     """
     width = max(len(curve) // 10, 1)
