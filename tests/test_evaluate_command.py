@@ -42,7 +42,7 @@ def heed_interrupts() -> None:
 
 def stopped(command: list[str], by: int, cache: Path, runs: int) -> subprocess.CompletedProcess[str]:
     """Start a command, send its process a signal when so many runs are kept, wait until its workers are gone too."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)  # noqa: PLW1509
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)  # noqa: PLW1509 - no threads
     while len(kept(cache)) < runs:
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.02)
