@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from meta_train.meta_gradient import Estimation
+from meta_train.recipes import UNIVERSAL
 from meta_train.tasks import Augment, MLPShape, MLPTask, Params, digits
 from meta_train.unroll import LR, Unrolling, start, unroll
-from nfn_optim import RuleConfig, UpdateRule
+from nfn_optim import UpdateRule
 from nfn_optim.features import State
 
 MEMBERS, BACKPROP, FORWARD = 16, 20, 50
@@ -48,6 +49,10 @@ class Nothing(nn.Module):
         super().__init__()
         self.number = nn.Parameter(torch.zeros(()))
 
+    def talks(self, _taken: int) -> bool:
+        """Never."""
+        return False
+
     def init(self, params: Params, batch_dims: int = 0) -> State:
         """No state."""
         return {name: {} for name in params}
@@ -60,7 +65,7 @@ class Nothing(nn.Module):
 def turns(repetitions: int) -> dict[str, list[float]]:
     """Seconds by name, all names taking turns."""
     task = MLPTask(MLPShape(1, (32,), "relu", False, False, 64), digits(), Augment())
-    learned, adamw, nothing = UpdateRule(RuleConfig(power=1.0)), UpdateRule.nominal(), Nothing()
+    learned, adamw, nothing = UpdateRule(UNIVERSAL), UpdateRule.nominal(), Nothing()
     generator = torch.Generator().manual_seed(0)
 
     def backprop(rule: Any, members: int = MEMBERS) -> Callable[[], object]:

@@ -3,10 +3,11 @@
     python benchmarks/step_cost.py
 
 Every optimizer takes turns with fused AdamW on a model of its own, on one thread, so that a slow moment of the machine
-hits both; a ratio is the median of the ratios of turns beside each other. Times are of the processor, which others on
-the machine disturb less than the clock. Transient memory is the most that a step allocates above what there was before,
-counted by the profiler; persistent memory is the optimizer's state. The whole step is one of training: forward and
-backward pass at the batch given, and the optimizer.
+hits both; a ratio is the median of the ratios of turns beside each other. A turn is as many steps as lie between two
+talks of the neurons of the shipped rule, so that dear and cheap steps count as often as they occur. Times are of the
+processor, which others on the machine disturb less than the clock. Transient memory is the most that a step allocates
+above what there was before, counted by the profiler; persistent memory is the optimizer's state. The whole step is one
+of training: forward and backward pass at the batch given, and the optimizer.
 
     bytes        that must move for each weight: every array read or written in every pass, and the check of gradients
     operations   for each weight: elements that PyTorch's operators write in an uncompiled step, over the weights
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nfn_optim import NFNOptimizer
+from nfn_optim import NFNOptimizer, pretrained
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import torchvision_ops
@@ -45,10 +46,11 @@ import torchvision_ops
 torchvision_ops.declare()
 Build = Callable[[nn.Module], Any]
 PATIENCE = 10.0  # seconds for the turns of one pair
+TURN = pretrained.load().config.talk_every  # steps
 BYTES = {
-    "AdamW": 28,
-    "NFNOptimizer": 4 + 2 * 20 + 16,
-}  # p g m v read, p m v written; g; p g m v M twice, p m v M written
+    "AdamW": 28,  # p g m v read, p m v written
+    "NFNOptimizer": 4 + 20 / TURN + 20 + 16,  # g; p g m v M, where neurons talk; the same, and p m v M written
+}
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,14 @@ def backward(network: nn.Module, batch: Tensor) -> float:
     return time.thread_time() - begun
 
 
+def take_turn(optimizer: Any) -> float:
+    """The steps of a turn; processor seconds of one of them on average."""
+    start = time.thread_time()
+    for _ in range(TURN):
+        optimizer.step()
+    return (time.thread_time() - start) / TURN
+
+
 def ready(model: Model, build: Build) -> tuple[nn.Module, Any, float]:
     """A network with gradients, its optimizer, and the seconds that the first two steps took by the clock."""
     torch.manual_seed(0)
@@ -157,9 +167,9 @@ def ready(model: Model, build: Build) -> tuple[nn.Module, Any, float]:
 
 
 def transient(optimizer: Any) -> int:
-    """Most bytes that one step holds above what there was before it."""
+    """Most bytes that a step holds above what there was before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        optimizer.step()
+        take_turn(optimizer)
     now = most = 0
     for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
@@ -193,12 +203,7 @@ def row(name: str, title: str, repetitions: int, training: float) -> dict[str, A
     times: list[tuple[float, float]] = []
     begun = time.perf_counter()
     while len(times) < repetitions and (len(times) < 3 or time.perf_counter() - begun < PATIENCE):  # noqa: PLR2004
-        pair = []
-        for turn in (fused, optimizer):
-            start = time.thread_time()
-            turn.step()
-            pair.append(time.thread_time() - start)
-        times.append((pair[0], pair[1]))
+        times.append((take_turn(fused), take_turn(optimizer)))
     floats = sum(p.numel() for p in network.parameters())
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
     ratios = [own / other for other, own in times]
@@ -225,8 +230,8 @@ def operations() -> float:
     """Elements that a step writes uncompiled, for each weight."""
     network, optimizer, _ = ready(MODELS["MLP 1M"], OPTIMIZERS["NFNOptimizer"])
     with Written() as written:
-        optimizer.step()
-    return written.elements / sum(p.numel() for p in network.parameters())
+        take_turn(optimizer)
+    return written.elements / TURN / sum(p.numel() for p in network.parameters())
 
 
 def page(content: dict[str, Any]) -> str:
@@ -256,7 +261,7 @@ def page(content: dict[str, Any]) -> str:
     lines += [
         "",
         f"Fused AdamW moves {moved} bytes a weight, here {speed:.0f} GB a second at ten million weights; NFNOptimizer",
-        f"has to move {least}, so {least / moved:.1f} times fused AdamW is the floor set by memory. Uncompiled it",
+        f"has to move {least:.0f}, so {least / moved:.1f} times fused AdamW is the floor set by memory. Uncompiled it",
         f"computes {content['operations']:.0f} numbers a weight, each written to memory.",
     ]
     return "\n".join(lines) + "\n"

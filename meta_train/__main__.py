@@ -48,12 +48,13 @@ class Changes:
         estimator: How the meta-gradient is estimated.
         polish: Iteration from which "pes" takes over.
         sigma: Standard deviation of the perturbations of theta, with "es" and "pes".
-        window: Steps from which one estimate is made.
+        window: Steps from which one estimate is made; 0 for whole inner runs.
         horizon: Shortest and longest inner run, in steps.
         restart: Share of the inner runs that go on with trained networks and a new optimizer.
         curriculum: Iterations over which the longest inner run grows from the shortest.
         measure: What is minimised: "log" of the mean loss, "mean" or "last" loss over the first.
         averaged: Share of the objective that is measured at the average of a window's parameters, 0 to 1.
+        tail: Share of a window's steps, the last ones, that the objective counts.
         held_out: Whether the objective is measured on data held out from inner training.
         expert: Optimizer to be imitated at first.
         imitation: Weight of the imitation at the first iteration.
@@ -87,6 +88,7 @@ class Changes:
     curriculum: int | None = None
     measure: Literal["log", "mean", "last"] | None = None
     averaged: float | None = None
+    tail: float | None = None
     held_out: bool | None = None
     expert: Literal["adamw", "muon"] | None = None
     imitation: float | None = None
@@ -103,7 +105,7 @@ class Changes:
     device: str | None = None
 
 
-OF_OBJECTIVE = ("measure", "averaged", "held_out")
+OF_OBJECTIVE = ("measure", "averaged", "tail", "held_out")
 
 
 def config_of(describe: dict[str, Any]) -> Config:

@@ -21,6 +21,7 @@ class Config:
 
     Args:
         rule: The architecture of the rule.
+        learn: Beginnings of the names of the parameters of the rule that are trained; the others stay as they are.
         initial: Name or file of the rule to start from, of that architecture; None for a new one.
         distribution: What it is trained on.
         validation: What the best theta is chosen on; None for no choice.
@@ -35,7 +36,8 @@ class Config:
         estimator: "backprop", "es" or "pes".
         polish: Iteration from which "pes" takes the place of `estimator`; None for never.
         sigma: Standard deviation of the perturbations of theta, of "es" and "pes".
-        window: Steps from which one estimate is made.
+        standardised: Whether evolution strategies weigh all tasks the same, however much their loss moves.
+        window: Steps from which one estimate is made; 0 for whole inner runs.
         horizon: Shortest and longest inner run, in steps, log-uniform, rounded up to whole windows.
         restart: Share of the inner runs that go on with the networks of the run before, but with a new optimizer.
         curriculum: Iterations over which the longest inner run grows from the shortest to the longest, on a log scale.
@@ -57,6 +59,7 @@ class Config:
     """
 
     rule: RuleConfig = field(default_factory=RuleConfig)
+    learn: tuple[str, ...] = ("",)
     initial: str | None = None
     distribution: TaskDistribution[Any] = field(default_factory=MLPDistribution)
     validation: Validation | None = None
@@ -70,6 +73,7 @@ class Config:
     estimator: Estimator = "backprop"
     polish: int | None = None
     sigma: float = 0.01
+    standardised: bool = False
     window: int = 20
     horizon: tuple[int, int] = (100, 1000)
     restart: float = 0.0
@@ -109,6 +113,7 @@ class Config:
             objective=self.objective,
             unrolling=unrolling,
             sigma=self.sigma,
+            standardised=self.standardised,
             imitation=weight,
         )
 

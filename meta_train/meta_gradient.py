@@ -28,11 +28,13 @@ from torch import Tensor
 
 from meta_train.objective import Objective
 from meta_train.tasks import Task
-from meta_train.theta import flatten, unflatten
+from meta_train.theta import flatten, trained, unflatten
 from meta_train.unroll import Carry, Unrolling, Window, batch_of, losses_of, unroll
 from nfn_optim.rule import UpdateRule
 
 AVERAGE_BATCHES = 4  # on which the loss of averaged parameters is measured
+
+TINY = 1e-30
 
 Estimator = Literal["backprop", "es", "pes"]
 
@@ -60,10 +62,12 @@ class Estimation:
 
     Args:
         estimator: "backprop", "es" or "pes".
-        window: Steps, in each.
+        window: Steps, in each; 0 for whole inner runs.
         objective: What is minimised.
         unrolling: How inner training is carried out.
         sigma: Standard deviation of the perturbations of theta; of "es" and "pes".
+        standardised: Whether the differences that evolution strategies see within a task are divided by their root
+            mean square, so that all tasks weigh the same, however much their loss moves.
         imitation: Weight of the disagreement with the expert in the objective, if there is one.
 
     Raises:
@@ -75,13 +79,14 @@ class Estimation:
     objective: Objective = field(default_factory=Objective)
     unrolling: Unrolling = field(default_factory=Unrolling)
     sigma: float = 0.01
+    standardised: bool = False
     imitation: float = 0.0
 
     def __post_init__(self) -> None:
         if self.estimator not in ("backprop", "es", "pes"):
             raise ValueError(f"expected the estimator 'backprop', 'es' or 'pes', found {self.estimator!r}")
-        if self.window < 1 or self.sigma <= 0:
-            raise ValueError(f"expected a window of at least 1 step and sigma > 0, found {self.window}, {self.sigma}")
+        if self.window < 0 or self.sigma <= 0:
+            raise ValueError(f"expected a window of 0 steps or more, and sigma > 0, found {self.window}, {self.sigma}")
 
     @property
     def copies(self) -> int:
@@ -98,8 +103,10 @@ class Estimation:
             generator: Of batches and perturbations.
 
         Raises:
-            ValueError: The carry was begun for another estimator.
+            ValueError: The carry was begun for another estimator, or nothing of the rule requires a gradient.
         """
+        if not any(p.requires_grad for p in rule.parameters()):
+            raise ValueError("expected a rule of which something is trained, found none; call rule.requires_grad_()")
         if carry.copies != self.copies:
             raise ValueError(
                 f"expected a carry with {self.copies} copies of every member for {self.estimator!r}, found "
@@ -113,15 +120,18 @@ class Estimation:
         with torch.enable_grad():
             window, scores = self._scored(rule, task, carry, generator, theta)
             (samples,) = torch.autograd.grad(scores.sum(), theta)
-        samples = torch.where(carry.alive.unsqueeze(-1), samples, torch.nan)
+        samples = torch.where(carry.alive.unsqueeze(-1), samples * trained(rule), torch.nan)
         return Estimate(samples, scores.detach(), window.losses.detach(), window.carry.detach())
 
     @torch.no_grad()
     def _evolution(self, rule: UpdateRule, task: Task, carry: Carry, generator: torch.Generator) -> Estimate:
         center, pairs = flatten(rule), len(carry.total_steps) // 2
-        noise = torch.randn(pairs, len(center), generator=generator, dtype=center.dtype).to(center.device) * self.sigma
+        noise = torch.randn(pairs, len(center), generator=generator, dtype=center.dtype).to(center.device)
+        noise = noise * self.sigma * trained(rule)
         window, scores = self._scored(rule, task, carry, generator, center + torch.cat([noise, -noise]))
         difference = (scores[:pairs] - scores[pairs:]) / (2 * self.sigma**2)
+        if self.standardised:
+            difference = difference / (difference.square().mean().sqrt() + TINY)
         end = window.carry
         if self.estimator == "pes":
             drift = noise if carry.drift is None else carry.drift + noise
@@ -135,7 +145,8 @@ class Estimation:
     ) -> tuple[Window, Tensor]:
         """Unroll with a theta for each member, `(members, size)`; the objective of each, `(members,)`."""
         how, objective = replace(self.unrolling, held_out=self.objective.held_out), self.objective
-        window = unroll(rule, task, carry, self.window, generator, theta=unflatten(rule, theta), how=how)
+        steps = self.window or carry.horizon - carry.steps
+        window = unroll(rule, task, carry, steps, generator, theta=unflatten(rule, theta), how=how)
         scores = objective(window.losses, carry.first_loss)
         if objective.averaged > 0:
             at_mean = torch.stack(

@@ -10,6 +10,7 @@ where improvement stops to count, and `worst` is where deterioration does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ class Objective:
         measure: "log", "mean" or "last".
         averaged: Share that is measured at the average of the window's parameters, 0 to 1. There the noise of single
             steps does not count, so that it does not pay to stop moving.
+        tail: Share of the steps, the last ones, that count; above 0, at most 1.
         held_out: Whether losses are those on the data held out for meta-validation, instead of training batches.
 
     Raises:
@@ -35,6 +37,7 @@ class Objective:
 
     measure: Literal["log", "mean", "last"] = "log"
     averaged: float = 0.0
+    tail: float = 1.0
     held_out: bool = False
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class Objective:
             raise ValueError(f"expected the measure 'log', 'mean' or 'last', found {self.measure!r}")
         if not 0 <= self.averaged <= 1:
             raise ValueError(f"expected a share between 0 and 1, found averaged={self.averaged}")
+        if not 0 < self.tail <= 1:
+            raise ValueError(f"expected a share above 0, at most 1, found tail={self.tail}")
 
     def __call__(self, losses: Tensor, first_loss: Tensor) -> Tensor:
         """The objective of every member.
@@ -53,7 +58,7 @@ class Objective:
         Returns:
             `(members,)`: nats of loss ratio for "log", else losses over the first loss.
         """
-        losses = bounded(losses, first_loss)
+        losses = bounded(losses[-math.ceil(self.tail * len(losses)) :], first_loss)
         if self.measure == "log":
             return torch.log(losses.mean(0) + FLOOR)
         return (losses[-1] if self.measure == "last" else losses.mean(0)) / (first_loss + FLOOR)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,24 @@ from torch import Tensor, nn
 def flatten(rule: nn.Module) -> Tensor:
     """The parameters of a rule one after the other, `(size,)`, without history."""
     return torch.cat([p.detach().flatten() for p in rule.parameters()])
+
+
+def trained(rule: nn.Module) -> Tensor:
+    """Which of the numbers of `flatten` are trained: 1 or 0 for each, `(size,)`."""
+    return torch.cat([torch.full_like(p, float(p.requires_grad)).detach().flatten() for p in rule.parameters()])
+
+
+def train_only(rule: nn.Module, prefixes: Sequence[str]) -> None:
+    """Let only the parameters be trained whose names begin with one of some prefixes.
+
+    Raises:
+        ValueError: A prefix that no name begins with.
+    """
+    names = [name for name, _ in rule.named_parameters()]
+    if unknown := [x for x in prefixes if not any(name.startswith(x) for name in names)]:
+        raise ValueError(f"expected beginnings of names of the rule's parameters, {names}, found {unknown}")
+    for name, p in rule.named_parameters():
+        p.requires_grad_(name.startswith(tuple(prefixes)))
 
 
 def unflatten(rule: nn.Module, rows: Tensor) -> dict[str, Tensor]:

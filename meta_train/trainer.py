@@ -227,8 +227,8 @@ def reported(task: Task, found: Estimate) -> dict[str, Any]:
 def move(run: Run, config: Config, gradient: Tensor, rate: float) -> None:
     """Move theta along a gradient `(size of theta,)`, and its average behind it."""
     for name, value in theta.unflatten(run.rule, gradient).items():
-        p = run.rule.get_parameter(name)
-        p.grad = value.to(p.device, copy=True)
+        if (p := run.rule.get_parameter(name)).requires_grad:
+            p.grad = value.to(p.device, copy=True)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
@@ -269,10 +269,10 @@ def begin(config: Config, ranks: Ranks = ALONE) -> Run:
     for place in ranks.share(range(config.slots)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
         slot = fresh_slot(run, config, generator)
-        windows = math.ceil(
-            slot.carry.horizon / config.window * (place + 1) / config.slots
-        )  # staggered: not all at once
-        run.slots[place] = replace(slot, carry=replace(slot.carry, horizon=windows * config.window))
+        if config.window:  # staggered: not all at once
+            windows = math.ceil(slot.carry.horizon / config.window * (place + 1) / config.slots)
+            slot = replace(slot, carry=replace(slot.carry, horizon=windows * config.window))
+        run.slots[place] = slot
     return run
 
 
@@ -281,8 +281,10 @@ def blank(config: Config) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         rule = UpdateRule(config.rule).to(config.device)
+    theta.train_only(rule, config.learn)
     average = copy.deepcopy(rule).requires_grad_(False)
-    optimizer = torch.optim.AdamW(rule.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    trained = [p for p in rule.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     return Run(rule, average, optimizer, {})
 
 
@@ -293,7 +295,10 @@ def started_from(name: str, config: RuleConfig) -> UpdateRule:
         ValueError: It has another architecture.
     """
     found = pretrained.load(name)
-    if replace(found.config, power=config.power, cooldown=config.cooldown) != config:  # these may change
+    free = {
+        key: getattr(config, key) for key in ("power", "gain", "cooldown", "fading", "talk_every")
+    }  # these may change
+    if replace(found.config, **free) != config:
         raise ValueError(f"expected a rule to start from of architecture {config}, found {found.config} in {name}")
     return found
 
@@ -316,10 +321,10 @@ def next_slot(run: Run, config: Config, slot: Slot) -> Slot:
 
 
 def drawn_horizon(run: Run, config: Config, generator: torch.Generator) -> int:
-    """The number of steps of an inner run, whole windows."""
+    """The number of steps of an inner run: whole windows, if there are any."""
     low, high = config.horizon_at(run.iteration)
     steps = low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()
-    return math.ceil(steps / config.window) * config.window
+    return math.ceil(steps / config.window) * config.window if config.window else round(steps)
 
 
 def is_sound(found: Estimate) -> bool:

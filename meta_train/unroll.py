@@ -11,16 +11,18 @@ steps in segments of s needs the memory of k/s + s steps and one more forward pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from meta_train.imitation import Expert, disagreement
 from meta_train.objective import worst
+from meta_train.replay import replayed
 from meta_train.tasks import Params, Task, Tensors
 from nfn_optim.features import State
 from nfn_optim.rule import UpdateRule
@@ -192,16 +194,24 @@ def unroll(
     """
     differentiable = torch.is_grad_enabled()
     tail = steps - steps // 2
+    theta = dict(rule.named_parameters()) if theta is None else theta
+    rates = {"lr": how.lr}
 
     def segment(
-        params: Params, state: State, batches: Sequence[tuple[Tensors, Tensors]], weights: Sequence[float]
+        batches: Sequence[tuple[Tensors, Tensors]],
+        weights: Sequence[float],
+        taken: int,
+        params: Params,
+        state: State,
+        theta: dict[str, Tensor],
+        rates: dict[str, Tensor | float],
     ) -> tuple[Params, State, list[Tensor], list[Tensor], Params]:
         losses, apart = [], []
         mean: Params = {}
-        for (batch, unseen), weight in zip(batches, weights, strict=True):
+        for number, ((batch, unseen), weight) in enumerate(zip(batches, weights, strict=True), taken):
             loss, grads = _inner_gradient(task, params, carry.member, batch, how.second_order)
-            hypers = {"lr": how.lr, "total_steps": carry.total_steps, "batch_dims": 1}
-            update, state = functional_call(rule, theta or {}, (params, grads, state, task.symmetry), hypers)
+            hypers = {**rates, "total_steps": carry.total_steps, "batch_dims": 1, "talk": rule.talks(number)}
+            update, state = functional_call(rule, theta, (params, grads, state, task.symmetry), hypers)
             params = {name: p + update[name] for name, p in params.items()}
             losses.append(losses_of(task, params, carry.member, unseen) if how.held_out else loss)
             if how.expert is not None:
@@ -222,11 +232,9 @@ def unroll(
             for _ in span
         ]
         weights = [1 / tail if step >= steps - tail else 0.0 for step in span]
-        if differentiable and how.segment:
-            found = checkpoint(segment, params, state, batches, weights, use_reentrant=False)
-        else:
-            found = segment(params, state, batches, weights)
-        params, state, more, further, part = found
+        run = partial(segment, batches, weights, carry.steps + first)
+        call = replayed if differentiable and how.segment else _called
+        params, state, more, further, part = call(run, params, state, theta, rates)
         losses, apart = losses + more, apart + further
         mean = {name: mean[name] + value if mean else value for name, value in part.items()} if part else mean
     if not how.held_out:  # the loss before every step is that after the one before, on the batch that comes next
@@ -235,6 +243,11 @@ def unroll(
     alive = carry.alive & (seen[-1].detach() < worst(carry.first_loss))  # False for NaN
     end = replace(carry, params=params, state=state, steps=carry.steps + steps, alive=alive)
     return Window(seen, end, mean, torch.stack(apart).mean(0) if apart else torch.zeros_like(carry.first_loss))
+
+
+def _called(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function; what `replayed` does but for memory."""
+    return function(*args)
 
 
 def _inner_gradient(

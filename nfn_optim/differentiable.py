@@ -99,7 +99,7 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
                     if (old := theirs[key]) is not None:
                         old.copy_(buffer)
         for group, real, states in zip(self.param_groups, self._optimizer.param_groups, self.state, strict=True):
-            real["skipped_steps"] = int(group["skipped_steps"])
+            real |= {key: int(group[key]) for key in ("skipped_steps", "steps_taken")}
             for i, state in states.items():
                 self._optimizer.state[real["params"][i]] = {k: v.detach().clone() for k, v in state.items()}
 
@@ -115,6 +115,8 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
             return
         for device in dict.fromkeys(entry.param.device for entry in entries.values()):
             self._advance({name: entry for name, entry in entries.items() if entry.param.device == device}, device)
+        for group in self.param_groups:
+            group["steps_taken"] = group["steps_taken"] + 1
 
     def _entries(self, grouped_grads: Sequence[Sequence[Tensor | None]]) -> dict[str, Entry]:
         """The parameters that have a gradient, by name; what is frozen has none, though `higher` may thaw it."""
@@ -139,8 +141,11 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
         dtype = max((s["exp_avg"].dtype for s in state.values()), key=lambda d: d.itemsize)
         state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
         grads = {name: entry.grad for name, entry in entries.items()}
-        hypers = {key: {n: entry.group[key] for n, entry in entries.items()} for key in ("lr", "weight_decay")}
+        hypers: dict[str, Any] = {
+            key: {n: entry.group[key] for n, entry in entries.items()} for key in ("lr", "weight_decay")
+        }
         hypers["total_steps"] = self.param_groups[0]["total_steps"]
+        hypers["talk"] = optimizer.rule.talks(int(self.param_groups[0]["steps_taken"]))
         symmetry = symmetry if params.keys() == symmetry.dims.keys() else symmetry.restrict(params)
         with torch.set_grad_enabled(self._track_higher_grads), torch.autocast(device.type, enabled=False):
             theta = self._theta(device, dtype)

@@ -4,6 +4,7 @@
     param_names     their names, if they have any            maximize       whether to ascend
     lr              in Adam's units, per step                total_steps    the horizon in steps, or None
     betas           what schedulers expect to find           skipped_steps  steps not taken
+                                                             steps_taken    steps taken
 
 A number is the same thing whether it is written as a number or as a tensor with one element.
 """

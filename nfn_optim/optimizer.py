@@ -94,6 +94,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             "maximize": maximize,
             "total_steps": total_steps,
             "skipped_steps": 0,
+            "steps_taken": 0,
         }
         check_numbers(defaults)
         for expected, argument, value in ((nn.Module, "model", model), (Symmetry, "symmetry", symmetry)):
@@ -198,11 +199,14 @@ class NFNOptimizer(torch.optim.Optimizer):
         if not any(moves(group) for group in self.param_groups) and not any(g.any() for g in grads):
             return loss  # a checkpoint that wants the state to be there
         full = [slot for slot in slots if slot.param.numel() > 0]
+        talk = self.rule.talks(self.param_groups[0]["steps_taken"])
         for device in dict.fromkeys(slot.param.device for slot in full):
-            self._update([slot for slot in full if slot.param.device == device])
+            self._update([slot for slot in full if slot.param.device == device], talk)
+        for group in self.param_groups:
+            group["steps_taken"] += 1
         return loss
 
-    def _update(self, slots: list[Slot]) -> None:
+    def _update(self, slots: list[Slot], talk: bool) -> None:
         """Call the rule for parameters of one device and write back what it says."""
         shards = Shards.of({name: p for name, p, _ in slots})
         params = {name: local(real(p)) for name, p, _ in slots}
@@ -217,6 +221,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             "lr": by_name(slots, "lr"),
             "weight_decay": by_name(slots, "weight_decay"),
             "total_steps": self.param_groups[0]["total_steps"],
+            "talk": talk,
             "kernel": self._kernel(sum(p.numel() for p in params.values())),
             "shards": shards,
         }
@@ -288,7 +293,8 @@ class NFNOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if len(self.param_groups) > 1:
-            self.param_groups[-1]["skipped_steps"] = self.skipped_steps
+            for key in ("skipped_steps", "steps_taken"):
+                self.param_groups[-1][key] = self.param_groups[0][key]
         self._layout.listen()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

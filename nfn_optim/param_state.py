@@ -2,6 +2,9 @@
 
     exp_avg  exp_avg_sq  exp_avg_slow    moments, as large as the parameter; complex where the parameter is
     step  fallbacks                      counters, 0-d
+    words  gains                         what the neurons said last, of a rule whose neurons do not talk at every step:
+                                         `(shape[0] or 1, words)` and `(sum of the other sizes,)`, whole where the
+                                         parameter is divided among processes
 
 All of it is float32, or float64 for float64 parameters, whatever the precision of the parameter. The names are those of
 `torch.optim.AdamW` where it has the same thing.
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nfn_optim.features import MOMENTS
 from nfn_optim.real_view import real
 from nfn_optim.rule import UpdateRule
 
@@ -28,7 +32,7 @@ def fresh(rule: UpdateRule, param: Tensor) -> ParamState:
     state = rule.init({"": view})[""]
     if view is param:
         return state
-    return {key: torch.view_as_complex(value) if value.shape == view.shape else value for key, value in state.items()}
+    return {key: torch.view_as_complex(value) if key in MOMENTS else value for key, value in state.items()}
 
 
 def real_views(state: ParamState) -> ParamState:

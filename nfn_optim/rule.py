@@ -6,12 +6,15 @@
     learned    sum_k c_k f_k, linear in the features f of the weight (form "linear"), or a network of them ("network")
     gain       (s / s0)^power exp(a), s the scale of the tensor
 
-where -lr also falls to zero over the last part of training (`RuleConfig.cooldown`) if the horizon is known, the
-coefficients c of a weight are what its row and its tensor say, and a the sum of what its row, its column,
-its taps and its tensor say, each computed by messages between the neurons of the whole network
-(`nfn_optim.layers.tied`); so the gain is a product of small factors and the linear form reads the features once. With
-power = 1 an update is measured in units of its tensor's scale. With the learned part at zero (`UpdateRule.zero_`) or
-absent (`UpdateRule.nominal`) the rule is AdamW.
+where lr also falls to zero over the last part of training (`RuleConfig.cooldown`) if the horizon is known, and as a
+power of the age (`RuleConfig.fading`) if it is not, the coefficients c of a weight are what its row and its tensor say,
+and a the sum of what its row, its column, its taps and its tensor say, each computed by messages between the neurons of
+the whole network (`nfn_optim.layers.tied`); so the gain is a product of small factors and the linear form reads the
+features once. With power = 1 an update is measured in units of its tensor's scale. With the learned part at zero
+(`UpdateRule.zero_`) or absent (`UpdateRule.nominal`) the rule is AdamW.
+
+Neurons need not talk at every step: what they say changes slowly. With `RuleConfig.talk_every` above 1 the state keeps
+what was said last, O(neurons), and a step in between is one pass over the weights.
 
 The rule is one pure function: the optimizer calls it without gradients, meta-training with them, and nothing else
 computes an update. All of it commutes with permuting neurons.
@@ -24,8 +27,9 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -47,6 +51,7 @@ Hyper = float | Tensor | Mapping[str, float | Tensor]
 
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
 GAIN_RANGE = 3.0  # no part of a exceeds this in size
+FADING_AGE = 100.0  # steps after which fading begins to be felt
 COOLEST = 0.01  # what is left of the learning rate behind the end of the horizon
 FALLBACK_RMS = 50.0  # a direction that might be of larger root mean square (Adam's has about 1) is not trusted
 
@@ -62,7 +67,10 @@ class RuleConfig:
         weight_hidden: Hidden units of the network per weight, form "network" only.
         power: Power of the tensor's scale in the gain when meta-training starts; it is learned. 1 measures updates in
             units of the scale, 0 is Adam's.
+        gain: Factor of every update when meta-training starts, between exp(-3) and exp(3); it is learned.
         cooldown: Last part of a known horizon over which the learning rate falls linearly, 0 to 1.
+        fading: Where the horizon is not known, the learning rate falls as (1 + age / FADING_AGE)^-fading; 0 or more.
+        talk_every: Steps from one time that the neurons talk to the next; in between weights act on what was said last.
     """
 
     hidden: int = 16
@@ -70,11 +78,18 @@ class RuleConfig:
     form: Literal["linear", "network"] = "linear"
     weight_hidden: int = 8
     power: float = 0.0
+    gain: float = 1.0
     cooldown: float = 0.0
+    fading: float = 0.0
+    talk_every: int = 1
 
     def __post_init__(self) -> None:
+        if self.talk_every < 1 or self.fading < 0:
+            raise ValueError(f"expected talk_every >= 1 and fading >= 0, found {self.talk_every} and {self.fading}")
         if self.hidden < 0 or self.rounds < 0 or self.weight_hidden < 1:
             raise ValueError(f"expected hidden >= 0, rounds >= 0 and weight_hidden >= 1, found {self}")
+        if not (self.gain > 0 and abs(math.log(self.gain)) < GAIN_RANGE):
+            raise ValueError(f"expected a gain between exp(-{GAIN_RANGE:g}) and exp({GAIN_RANGE:g}), found {self.gain}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"expected a cooldown of 0 to 1, found {self.cooldown}")
         if self.form not in ("linear", "network"):
@@ -86,21 +101,30 @@ class Said:
     """What one tensor and its rows, columns and taps say to its weights.
 
     Attributes:
-        heard: By each row, see `nfn_optim.passes`, `(*batch, shape[0] or 1, heard channels)`.
+        words: To each row, `(*batch, shape[0] or 1, words)`.
         gains: For every dimension but the first `(*batch, shape[dim])`.
     """
 
-    heard: Tensor
+    words: Tensor
     gains: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def kept(cls, state: Mapping[str, Tensor], lengths: Sequence[int]) -> Said:
+        """What was said last, from the state of a tensor whose dimensions but the first have these lengths."""
+        return cls(state["words"], torch.split(state["gains"], list(lengths), -1))
+
+    def to_keep(self) -> dict[str, Tensor]:
+        """The inverse of `kept`."""
+        return {"words": self.words, "gains": torch.cat([self.words[..., 0, :0], *self.gains], -1)}
 
     def part(self, name: str, shards: Shards) -> Said:
         """What is said to those weights of the tensor that are here; no batch."""
         gains = tuple(gain[shards.part(name, dim)] for dim, gain in enumerate(self.gains, 1))
-        return replace(self, heard=self.heard[shards.part(name, 0)], gains=gains)
+        return Said(self.words[shards.part(name, 0)], gains)
 
 
 class UpdateRule(nn.Module):
-    """A learned update rule; its parameters are theta. A new one equals AdamW (for `power=0`).
+    """A learned update rule; its parameters are theta. A new one equals AdamW (for `power=0` and `gain=1`).
 
     Theta may carry the leading dimensions of the batch (`torch.func.functional_call` with `(*batch, *shape)` for every
     parameter): every member then has a rule of its own, as the particles of evolution strategies do.
@@ -126,6 +150,8 @@ class UpdateRule(nn.Module):
             out = (CHANNELS if config.form == "linear" else config.weight_hidden) + 1  # the last one is the gain's
             self.stack = TiedStack(ROW_CHANNELS, TENSOR_CHANNELS, config.hidden, out, config.rounds)
             self.power = nn.Parameter(torch.tensor(float(config.power)))
+            with torch.no_grad():
+                self.stack.read_tensors.bias[-1] = GAIN_RANGE * math.atanh(math.log(config.gain) / GAIN_RANGE)
             if config.form == "network":
                 self.see = nn.Linear(CHANNELS, config.weight_hidden)
                 self.answer = nn.Linear(config.weight_hidden, 1, bias=False)
@@ -141,9 +167,8 @@ class UpdateRule(nn.Module):
         """Set the learned part's output to zero, in place; what remains is AdamW."""
         if self.learns:
             self.power.zero_()
-            for readout in (*self.stack.read_rows.values(), self.stack.read_tensors):
-                for value in readout.parameters():
-                    value.zero_()
+            for value in self.stack.readouts():
+                value.zero_()
             if self.config.form == "network":
                 self.answer.weight.zero_()
         return self
@@ -155,7 +180,15 @@ class UpdateRule(nn.Module):
             params: Name -> tensor `(*batch, *shape)`.
             batch_dims: How many leading dimensions are batch.
         """
-        return features.init_state(params, batch_dims, learned=self.learns)
+        state = features.init_state(params, batch_dims, learned=self.learns)
+        if self.learns and self.config.talk_every > 1:
+            for name, values in state.items():
+                values.update(self._silence(params[name].shape, values["step"]).to_keep())
+        return state
+
+    def talks(self, taken: int) -> bool:
+        """Whether the neurons talk at the step after so many: at the first ones, then every `talk_every`."""
+        return self.learns and (taken < self.config.talk_every or taken % self.config.talk_every == 0)
 
     def forward(  # noqa: PLR0913 - this is the whole interface of a rule
         self,
@@ -168,6 +201,7 @@ class UpdateRule(nn.Module):
         weight_decay: Hyper = 0.0,
         total_steps: Tensor | float | None = None,
         batch_dims: int = 0,
+        talk: bool = True,
         kernel: Kernel | None = None,
         shards: Shards | None = None,
     ) -> tuple[dict[str, Tensor], State]:
@@ -182,6 +216,8 @@ class UpdateRule(nn.Module):
             weight_decay: Decoupled weight decay, per unit of learning rate; as `lr`.
             total_steps: The horizon in steps, if known; 0 where it is not. A number or `(*batch,)`.
             batch_dims: How many leading dimensions of every tensor are batch: independent networks of one shape.
+            talk: Whether the neurons talk at this step, see `talks`; only a rule with `talk_every` above 1 can do
+                without, once.
             kernel: Change parameters and state in place instead, and return no update. There is no batch then, nothing
                 is differentiated, and parameters whose `lr` is the number 0 keep every bit.
             shards: Where the tensors are parts of larger ones: which, of `symmetry`, is said of the whole. No batch.
@@ -199,28 +235,29 @@ class UpdateRule(nn.Module):
         tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
         blocks = [Block.of(x, tensors, corrections) for x in layouts_of([x[0] for x in tensors], batch_dims)]
         seen = [passes.take(*block.arrays) for block in blocks if kernel is None]
-        counters = {"step": steps}
-        if self.learns:
+        found: State = {n: {"step": step} for n, step in zip(names, steps.unbind(-1), strict=True)}
+        if self.learns and talk:
             pooled: dict[int, Pooled] = {}
             for k, block in enumerate(blocks):
                 sums = passes.sums_of(seen[k][1]) if kernel is None else kernel.look(*block.arrays)
                 pooled |= block.layout.means(*sums)
             means = [pooled[i] for i in range(len(names))]
             means = means if shards is None else shards.gather(names, means)
-            said, untrusted = self._say(means, steps, incidence, total_steps, (rate, decay), kernel)
-            counters["fallbacks"] = torch.stack([state[n]["fallbacks"] for n in names], -1) + untrusted
+            said, untrusted = self._say(means, steps, incidence, total_steps, kernel)
+            for n, x, broken in zip(names, said, untrusted.unbind(-1), strict=True):
+                found[n]["fallbacks"] = state[n]["fallbacks"] + broken
+                found[n] |= x.to_keep() if self.config.talk_every > 1 else {}
         else:
-            heard = torch.stack([-rate + 0 * steps, -rate * decay + 0 * steps], -1)  # (*batch, T, 2)
-            heard = heard.index_select(-2, incidence.at(heard)["tensor_of_leading"])
-            said = [Said(x) for x in torch.split(heard, incidence.lengths, -2)]
+            said = self._said_before(state, steps, incidence)
+        heard = self._heard(torch.cat([x.words for x in said], -2), rate, decay, incidence)
+        said = [Said(x, y.gains) for x, y in zip(torch.split(heard, incidence.lengths, -2), said, strict=True)]
         if shards is not None:
             said = [x.part(name, shards) for name, x in zip(names, said, strict=True)]
         update: dict[str, Tensor] = {}
-        new: State = {n: dict(state[n]) for n in names}
         for k, block in enumerate(blocks):
             layout = block.layout
             parts = [said[i] for i in layout.numbers]
-            heard = parts[0].heard if len(parts) == 1 else torch.cat([x.heard for x in parts], -2)
+            heard = parts[0].words if len(parts) == 1 else torch.cat([x.words for x in parts], -2)
             words = (heard, layout.gain([x.gains for x in parts]) if self.learns else None, self._network())
             if kernel is not None:
                 still = {i for i in layout.numbers if _is_zero(lr, names[i])}
@@ -231,18 +268,15 @@ class UpdateRule(nn.Module):
             arrays = (passes.answer(raw, block.arrays[0], *words), *moments)
             for i, u, *values in zip(layout.numbers, *(layout.unfold(x) for x in arrays), strict=True):
                 update[names[i]] = u
-                new[names[i]] |= dict(zip(MOMENTS, values, strict=False))
-        for key, value in counters.items():
-            counts = value.unbind(-1)
-            if kernel is not None:
-                torch._foreach_copy_([state[n][key] for n in names], counts)
-            else:
-                for n, count in zip(names, counts, strict=True):
-                    new[n][key] = count
-        return update, new if kernel is None else state
+                found[names[i]] |= dict(zip(MOMENTS, values, strict=False))
+        if kernel is None:
+            return update, {n: {**state[n], **found[n]} for n in names}
+        pairs = [(state[n][key], value) for n in names for key, value in found[n].items()]
+        torch._foreach_copy_([old for old, _ in pairs], [value for _, value in pairs])
+        return update, state
 
     def cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:
-        """What the learning rate is multiplied by: 1, falling to zero at the end of a known horizon.
+        """What the learning rate is multiplied by: falls to zero at the end of a known horizon, else slowly with age.
 
         Args:
             steps: Steps taken, this one included, `(*batch, T)`.
@@ -251,11 +285,28 @@ class UpdateRule(nn.Module):
         Returns:
             `(*batch, T)`, or None where it is always 1.
         """
-        if not self.config.cooldown or total_steps is None:
+        cooldown, fading = self.config.cooldown, self.config.fading
+        if not fading and (not cooldown or total_steps is None):
             return None
+        faded = (1 + (steps - 1) / FADING_AGE) ** -fading
+        if total_steps is None:
+            return faded
         total = _horizon(total_steps, steps)
-        left = (1 - (steps - 1) / total.clamp(min=1)) / self.config.cooldown
-        return torch.where(total > 0, left.clamp(COOLEST, 1.0), torch.ones_like(left))
+        left = (1 - (steps - 1) / total.clamp(min=1)) / cooldown if cooldown else torch.ones_like(faded)
+        return torch.where(total > 0, left.clamp(COOLEST, 1.0), faded)
+
+    def _said_before(self, state: State, steps: Tensor, incidence: Incidence) -> list[Said]:
+        """What every tensor acts on where nothing is said now: what was said last, or what AdamW says.
+
+        Args:
+            state: By name.
+            steps: `(*batch, T)`.
+            incidence: Whose state it is.
+        """
+        if not self.learns:
+            return [Said(steps.new_ones((*steps.shape[:-1], length, 1))) for length in incidence.lengths]
+        lengths = ([s.length for s in segments[1:]] for segments in incidence.segments)
+        return [Said.kept(state[n], x) for n, x in zip(incidence.names, lengths, strict=True)]
 
     def _say(
         self,
@@ -263,7 +314,6 @@ class UpdateRule(nn.Module):
         steps: Tensor,
         incidence: Incidence,
         total_steps: Tensor | float | None,
-        rates: tuple[Tensor | float, Tensor | float],
         kernel: Kernel | None,
     ) -> tuple[list[Said], Tensor]:
         """What every tensor, its rows, columns and taps say to its weights; costs O(neurons).
@@ -273,7 +323,6 @@ class UpdateRule(nn.Module):
             steps: Steps taken, `(*batch, T)`.
             incidence: Where rows, neurons and tensors meet.
             total_steps: The horizon.
-            rates: Learning rate and weight decay, numbers or `(*batch or none, T or 1)`.
             kernel: Who compiles, if anybody does.
 
         Returns:
@@ -323,18 +372,12 @@ class UpdateRule(nn.Module):
         gain = torch.where(believed, gain, 1.0)
         coefficients = torch.where(believed.unsqueeze(-1), coefficients, 0.0)
 
-        rate, decay = (x if isinstance(x, float | int) else (x + 0 * steps).index_select(-1, every) for x in rates)
-        heard = self._heard(
-            -rate * gain,
-            coefficients,
-            units.index_select(-2, every),
-            torch.where(trusted, activity, 0.0).index_select(-1, every),
-            -rate * decay + 0 * gain,
-        )
+        active = torch.where(trusted, activity, 0.0).index_select(-1, every)
+        words = self._words(gain, coefficients, units.index_select(-2, every), active)
         said = []
-        for segments, words in zip(incidence.segments, torch.split(heard, incidence.lengths, -2), strict=True):
+        for segments, part in zip(incidence.segments, torch.split(words, incidence.lengths, -2), strict=True):
             gains = tuple(by_row_gain[..., s.start : s.start + s.length] for s in segments[1:])
-            said.append(Said(words, gains))
+            said.append(Said(part, gains))
         return said, ~trusted
 
     def _reach(self, means: Tensor, units: Tensor, coefficients: Tensor, activity: Tensor) -> Tensor:
@@ -366,23 +409,48 @@ class UpdateRule(nn.Module):
             most.append(value)
         return torch.stack(most, -1)
 
-    def _heard(self, first: Tensor, coefficients: Tensor, units: Tensor, activity: Tensor, decay: Tensor) -> Tensor:
-        """What `passes.move` wants to hear, `(*batch, F, heard channels)`.
+    @property
+    def _scaled_words(self) -> int:
+        """How many words, the first ones, are multiplied by the learning rate."""
+        return CHANNELS if self.learns and self.config.form == "linear" else 1
+
+    def _words(self, gain: Tensor, coefficients: Tensor, units: Tensor, activity: Tensor) -> Tensor:
+        """What `passes.answer` wants to hear, but for learning rate and weight decay, `(*batch, F, words)`.
 
         Args:
-            first: -lr times gain, `(*batch, F)`.
+            gain: `(*batch, F)`.
             coefficients: `(*batch, F, channels)`.
             units: `(*batch, F, CHANNELS)`.
             activity: `(*batch, F)`.
-            decay: -lr times weight decay, `(*batch, F)`.
         """
         if self.config.form == "linear":
             nominal, *others = coefficients.unbind(-1)
             others[2] = others[2] * units[..., 3]
-            words = [first * (1 + nominal), *(first * c for c in others), units[..., 4]]
-        else:
-            words = [first, units[..., 3], units[..., 4], activity, *coefficients.unbind(-1)]
-        return torch.stack([*words, decay], -1)
+            return torch.stack([gain * (1 + nominal), *(gain * c for c in others), units[..., 4]], -1)
+        return torch.stack([gain, units[..., 3], units[..., 4], activity, *coefficients.unbind(-1)], -1)
+
+    def _silence(self, shape: Sequence[int], like: Tensor) -> Said:
+        """What the weights of a tensor `(*batch, *shape)` act on before anything was said: Adam; `like` `(*batch,)`."""
+        first, *others = shape[like.dim() :] or (1,)
+        size = CHANNELS + 1 if self.config.form == "linear" else 4 + self.config.weight_hidden
+        words = F.pad(like.new_ones((*like.shape, first, 1)), (0, size - 1))
+        return Said(words, tuple(like.new_ones((*like.shape, length)) for length in others))
+
+    def _heard(self, words: Tensor, rate: Tensor | float, decay: Tensor | float, incidence: Incidence) -> Tensor:
+        """What `passes.answer` wants to hear, `(*batch, F, words + 1)`.
+
+        Args:
+            words: `(*batch, F, words)`.
+            rate: Learning rate, a number or `(*batch or none, T or 1)`.
+            decay: Weight decay, likewise.
+            incidence: Whose rows these are.
+        """
+        if not isinstance(rate, float | int) or not isinstance(decay, float | int):
+            every = incidence.at(words)["tensor_of_leading"]
+            none = words.new_zeros(len(incidence.names))
+            rate, decay = ((x + none).index_select(-1, every).unsqueeze(-1) for x in (rate, decay))
+        scaled = words[..., : self._scaled_words] * -rate
+        return torch.cat([scaled, words[..., self._scaled_words :], 0 * words[..., :1] - rate * decay], -1)
 
     def _network(self) -> Network | None:
         """The network per weight, if the form has one."""

@@ -67,7 +67,7 @@ INFO = OptimizerInfo(
         [lambda o: lr_scheduler.PolynomialLR(o, power=0.9, total_iters=30)],
     ),
     supported_impls=(),
-    not_og_supported_flags=("maximize", "total_steps", "skipped_steps"),
+    not_og_supported_flags=("maximize", "total_steps", "skipped_steps", "steps_taken"),
 )
 INFOS: dict[str, OptimizerInfo] = {
     "NFNOptimizer": INFO,

@@ -91,13 +91,14 @@ class Problem:
             return self.loss(fmodel, steps.stop)
 
 
-def learned(form: str = "linear") -> UpdateRule:
+def learned(form: str = "linear", **config: Any) -> UpdateRule:
     """A rule in float64 of which nothing is zero."""
     torch.manual_seed(0)
-    rule = UpdateRule(RuleConfig(hidden=4, form=form, power=0.5, cooldown=0.5)).double()  # type: ignore[arg-type]
+    shape: dict[str, Any] = {"hidden": 4, "form": form, "power": 0.5, "cooldown": 0.5, **config}
+    rule = UpdateRule(RuleConfig(**shape)).double()
     with torch.no_grad():
-        for p in rule.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+        for name, p in rule.named_parameters():  # a bypass sees logarithms of several units: large steps are chaotic
+            p.add_(torch.randn_like(p) * (0.02 if "bypass" in name else 0.1))
     return rule.requires_grad_(False)
 
 
@@ -127,6 +128,16 @@ def test_it_takes_the_steps_of_the_optimizer(network: Network) -> None:
     for step, loop in enumerate((ours.train, ours.inner, ours.inner, ours.train)):
         loop(optimizer, range(step, step + 1))
         theirs.train(reference, range(step, step + 1))
+        assert_close(standing(ours.model, optimizer), standing(theirs.model, reference))
+
+
+def test_it_is_silent_where_the_optimizer_is() -> None:
+    """Neurons talk at steps 0, 1, 2, 4 and 6; the inner loop ends in a silence."""
+    ours, theirs = Problem(BY_NAME["dropout"]), Problem(BY_NAME["dropout"])
+    optimizer, reference = (told(problem.model, rule=learned(talk_every=2)) for problem in (ours, theirs))
+    for loop, steps in ((ours.train, range(1)), (ours.inner, range(1, 4)), (ours.train, range(4, 7))):
+        loop(optimizer, steps)
+        theirs.train(reference, steps)
         assert_close(standing(ours.model, optimizer), standing(theirs.model, reference))
 
 
@@ -248,7 +259,8 @@ def arguments(network: Network, form: str) -> dict[str, Tensor]:
     numbers = {"lr": 1e-2, "weight_decay": 0.1, "total_steps": 9.0, "loss": 1.5}
     given = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
     given |= {n: p.detach().clone() for n, p in learned(form).named_parameters()}
-    return given | {n: torch.zeros_like(p).double() for n, p in network.module().named_parameters()}
+    torch.manual_seed(1)  # away from zero, where the scale of a tensor has no second derivative
+    return given | {n: 0.1 * torch.randn_like(p).double() for n, p in network.module().named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -278,7 +290,7 @@ def test_meta_gradients_equal_finite_differences(name: str, form: str) -> None:
             for sign in (epsilon, -epsilon)
         )
         assert analytic != 0
-        assert analytic == pytest.approx((above - below) / (2 * epsilon), rel=1e-5, abs=1e-9), part
+        assert analytic == pytest.approx((above - below) / (2 * epsilon), rel=1e-4, abs=2e-6), part
 
 
 def test_first_order_gradients_take_inner_gradients_as_constants() -> None:

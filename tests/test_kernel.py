@@ -41,19 +41,20 @@ def trajectories(rule: UpdateRule, how: Kernel, params: dict[str, Tensor], steps
         for step in range(steps):
             grads = {n: (now[n] - g).to(now[n].dtype) for n, g in draw(step + 10).items()}
             with torch.no_grad():
-                update, state = rule(now, grads, state, SYMMETRY, lr=0.01, weight_decay=0.1, kernel=chosen)
+                hypers = {"lr": 0.01, "weight_decay": 0.1, "talk": rule.talks(step)}
+                update, state = rule(now, grads, state, SYMMETRY, **hypers, kernel=chosen)
                 for n, u in update.items():
                     now[n] += u
         found.append(now | {f"{n}.{key}": value for n, s in state.items() for key, value in s.items()})
     return found
 
 
-@pytest.mark.parametrize("form", ["linear", "network", "nominal"])
+@pytest.mark.parametrize("form", ["linear", "network", "sparse", "nominal"])
 def test_in_place_is_pure(form: str) -> None:
     """To the last bit in one band; in bands of two rows sums over columns are added up in another order."""
     rule = UpdateRule.nominal() if form == "nominal" else random_rule()
-    if form == "network":
-        rule = UpdateRule(RuleConfig(form="network"))
+    if form in ("network", "sparse"):
+        rule = UpdateRule(RuleConfig(form="network") if form == "network" else RuleConfig(talk_every=2))
         with torch.no_grad():
             for value in rule.parameters():
                 value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from meta_train.meta_gradient import Estimate, Estimation, combine
 from meta_train.objective import Objective
 from meta_train.tasks import MLPTask, Params, Task, Tensors, digits
 from meta_train.tasks.mlp import Augment, MLPShape
-from meta_train.theta import flatten, unflatten
+from meta_train.theta import flatten, train_only, unflatten
 from meta_train.unroll import LR, Carry, Unrolling, start, unroll
 from nfn_optim import RuleConfig, UpdateRule
 from nfn_optim.features import State
@@ -67,6 +67,7 @@ CASES = {
     "averaged": Estimation(window=3, objective=Objective(averaged=0.5)),
     "held out": Estimation(window=3, objective=Objective(averaged=0.5, held_out=True)),
     "segments": Estimation(window=3, unrolling=Unrolling(segment=2)),
+    "tail": Estimation(window=3, objective=Objective(tail=0.5)),
     "imitation": Estimation(window=1, unrolling=Unrolling(expert=Expert("muon")), imitation=0.7),
 }
 
@@ -102,6 +103,35 @@ def test_theta_is_one_vector_and_back() -> None:
     found = unflatten(learned, torch.stack([flatten(learned), 2 * flatten(learned)]))
     for name, p in learned.named_parameters():
         assert torch.equal(found[name], torch.stack([p, 2 * p]))
+
+
+PARTS = ("power", "stack.read_tensors.bias")
+
+
+@pytest.mark.parametrize("estimator", ["backprop", "es"])
+def test_only_what_is_trained_has_a_gradient(estimator: str) -> None:
+    learned = rule()
+    train_only(learned, PARTS)
+    estimation = Estimation(estimator, window=2)  # type: ignore[arg-type]
+    carry = start(learned, task(), 4, 40, torch.Generator().manual_seed(0), copies=estimation.copies)
+    found = unflatten(learned, estimation(learned, task(), carry, torch.Generator()).samples[0])
+    for name, gradient in found.items():
+        assert bool(gradient.any()) == name.startswith(PARTS), name
+
+
+def test_what_nobody_can_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected beginnings of names"):
+        train_only(rule(), ("power", "stak"))
+    with pytest.raises(ValueError, match="of which something is trained"):
+        Estimation()(rule().requires_grad_(False), task(), carried(), torch.Generator())
+
+
+def test_the_tail_of_a_window_may_count_alone() -> None:
+    losses = torch.tensor([[4.0], [3.0], [2.0], [1.0]])
+    assert Objective("mean", tail=0.5)(losses, torch.tensor([1.0])).item() == pytest.approx(1.5, rel=1e-2)
+    assert Objective("mean", tail=0.01)(losses, torch.tensor([1.0])).item() == pytest.approx(1.0, rel=1e-2)
+    with pytest.raises(ValueError, match="tail"):
+        Objective(tail=0.0)
 
 
 def test_segments_change_memory_only() -> None:
@@ -213,6 +243,9 @@ class Toy(nn.Module):
         super().__init__()
         self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
 
+    def talks(self, taken: int) -> bool:
+        return True
+
     def init(self, params: Params, batch_dims: int = 0) -> State:
         return {"p": {}}
 
@@ -243,6 +276,16 @@ class Influence(Toy):
         signs = torch.cat([torch.ones(10), -torch.ones(13)]).double()
         neighbours = torch.cat([p[:, 1:], torch.zeros_like(p[:, :1])], 1)
         return 0.5 * p + 0.5 * neighbours + theta * signs - p
+
+
+@dataclass(frozen=True)
+class Scaled(Objective):
+    """The mean loss, magnified."""
+
+    times: float = 1.0
+
+    def __call__(self, losses: Tensor, first_loss: Tensor) -> Tensor:
+        return self.times * losses.mean(0)
 
 
 class ToyTask(Task):
@@ -314,6 +357,25 @@ def test_persistence_removes_the_bias_of_truncation() -> None:
     assert abs(pes - whole) < 4 * pes_error
 
 
+def test_standardised_differences_do_not_depend_on_how_much_the_loss_moves() -> None:
+    """A task whose objective moves ten times as much gives the same estimates."""
+
+    def samples(times: float) -> Tensor:
+        one = ToyTask(lambda p: 0.5 * p.square().sum(), 1, 1.0)
+        estimation = Estimation("es", window=4, objective=Scaled(times=times), standardised=True)
+        carry = start(Descent(-1.0), one, 6, 4, torch.Generator().manual_seed(0), copies=2)  # type: ignore[arg-type]
+        return estimation(Descent(-1.0), one, carry, torch.Generator().manual_seed(0)).samples  # type: ignore[arg-type]
+
+    assert samples(1.0).abs().max() > 0
+    torch.testing.assert_close(samples(10.0), samples(1.0))
+
+
+def test_a_window_may_be_the_whole_run() -> None:
+    found = Estimation(window=0)(rule(), task(), carried(), torch.Generator().manual_seed(0))
+    assert len(found.losses) == 40 - 3
+    assert found.carry.steps == found.carry.horizon == 40
+
+
 def test_antithetic_runs_share_everything_but_theta() -> None:
     estimation = Estimation(estimator="pes", window=4, sigma=1e-9)
     carry = start(rule(), task(), 6, 40, torch.Generator().manual_seed(0), copies=2)
@@ -331,7 +393,7 @@ def test_a_carry_of_another_estimator_is_refused() -> None:
     "make",
     [
         lambda: Estimation(estimator="adjoint"),  # type: ignore[arg-type]
-        lambda: Estimation(window=0),
+        lambda: Estimation(window=-1),
         lambda: Estimation(sigma=0.0),
         lambda: Objective("median"),  # type: ignore[arg-type]
         lambda: Objective(averaged=1.5),

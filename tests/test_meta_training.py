@@ -74,7 +74,7 @@ def test_an_interrupted_run_finishes_its_iteration_and_resumes(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("train", "nothing", "--out", "{}/new"), "one of ['broad', 'digits', 'smoke']"),
+        (("train", "nothing", "--out", "{}/new"), "one of ['broad', 'default', 'digits', 'smoke']"),
         (("resume", "{}"), "expected a checkpoint"),
     ],
 )

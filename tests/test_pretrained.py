@@ -68,7 +68,7 @@ def said(text: str) -> Callable[[Path], None]:
     return lambda path: rewritten(path, lambda metadata: metadata.update({pretrained.FORMAT: text}))
 
 
-CONFIG = {"hidden": 4, "rounds": 2, "form": "linear", "weight_hidden": 8, "power": 0.0, "cooldown": 0.0}
+CONFIG = {"hidden": 4, "rounds": 2, "form": "linear", "weight_hidden": 8, "power": 0.0, "gain": 1.0, "cooldown": 0.0}
 BROKEN = {name: torch.full_like(p, torch.nan) for name, p in UpdateRule(RuleConfig(hidden=4)).state_dict().items()}
 UNREADABLE = "not a rule that this version can read"
 

@@ -139,6 +139,34 @@ def test_the_learning_rate_falls_at_the_end_of_a_known_horizon() -> None:
             torch.testing.assert_close(update[n][1], adamw[n][1])
 
 
+def test_the_learning_rate_fades_with_age_where_the_horizon_is_not_known() -> None:
+    faded, nominal = UpdateRule(RuleConfig(fading=0.5)).zero_().double(), UpdateRule.nominal()
+    params, grads = draw(0, 2), draw(1, 2)
+    state, plain = faded.init(params, 1), nominal.init(params, 1)
+    for age in (0, 300):  # a step at this age
+        for s in (*state.values(), *plain.values()):
+            s["step"] = torch.full_like(s["step"], age)
+        hypers = {"lr": 0.01, "batch_dims": 1}
+        update, _ = faded(params, grads, state, SYMMETRY, total_steps=torch.tensor([900.0, 0.0]), **hypers)
+        alone, _ = faded(params, grads, state, SYMMETRY, **hypers)
+        expected, _ = nominal(params, grads, plain, SYMMETRY, **hypers)
+        factors = torch.tensor([1.0, 1.0 if age == 0 else 0.5]).double()
+        for n, u in update.items():
+            torch.testing.assert_close(u, expected[n] * factors.reshape(2, *(1,) * (u.dim() - 1)))
+            torch.testing.assert_close(alone[n], expected[n] * factors[1])
+
+
+def test_steps_begin_as_large_as_the_configuration_says() -> None:
+    """The gain multiplies: with four times the gain a step is four times as long."""
+    params, grads = draw(0), draw(1)
+    steps = []
+    for gain in (1.0, 4.0):
+        rule = UpdateRule(RuleConfig(gain=gain)).double()
+        steps.append(rule(params, grads, rule.init(params), SYMMETRY, lr=0.01)[0])
+    for name, update in steps[0].items():
+        torch.testing.assert_close(steps[1][name], 4 * update, rtol=1e-6, atol=0)
+
+
 def test_hyperparameters_by_name_by_member_and_as_tensors() -> None:
     rule, params, grads = random_rule("linear"), draw(0), draw(1)
 
@@ -186,7 +214,16 @@ def test_a_broken_tensor_does_not_break_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"hidden": -1}, {"rounds": -1}, {"form": "cubic"}, {"weight_hidden": 0}, {"cooldown": 2.0}]
+    "bad",
+    [
+        {"hidden": -1},
+        {"rounds": -1},
+        {"form": "cubic"},
+        {"weight_hidden": 0},
+        {"cooldown": 2.0},
+        {"gain": 0.0},
+        {"fading": -0.1},
+    ],
 )
 def test_impossible_rules_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(bad)))):

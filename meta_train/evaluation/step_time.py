@@ -12,7 +12,7 @@ import torch
 from meta_train.evaluation.optimizers import Setting
 from meta_train.evaluation.task import Task
 
-ROUNDS, STEPS = 7, 3
+ROUNDS, STEPS = 5, 8  # whole turns of a rule whose neurons talk at every second, fourth or eighth step
 
 
 def step_times(task: Task, settings: Sequence[Setting], data: Path) -> list[float]:

@@ -8,7 +8,9 @@ matrix or kernel), never to layer numbers, so that one set of them serves every 
     neurons = mean of h over the rows of the neuron            ... which hear all the rows that they have
     tensors = tanh(z0 + W mean of h + G mean of tensors)       ... in every tensor of the network
 
-after `rounds` of which a readout per role gives every row and every tensor its coefficients. A weight then listens to
+after `rounds` of which a readout per role gives every row and every tensor its coefficients. The last of them, which
+the update rule makes its gain of, is also linear in what the embedding was made of: so a handful of numbers says the
+plain things, such as smaller steps for older networks. A weight then listens to
 the sum of what its row, its column, its taps and its tensor say: the cheap form of a stack of equivariant layers, since
 messages cost O(neurons) and not O(weights). It commutes with permuting any axis, free or fixed.
 
@@ -18,7 +20,10 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfn_optim.layers.incidence import ROLES, Incidence
@@ -59,10 +64,15 @@ class TiedStack(nn.Module):
         self.gather_all = nn.ModuleList(SharedLinear(hidden, hidden, bias=False) for _ in range(rounds + 1))
         self.read_rows = nn.ModuleDict({role: SharedLinear(hidden, out_channels, bias=False) for role in ROLES})
         self.read_tensors = SharedLinear(hidden, out_channels)
-        for readout in (*self.read_rows.values(), self.read_tensors):
-            assert isinstance(readout, SharedLinear)
-            nn.init.zeros_(readout.weight)
-        nn.init.zeros_(self.read_tensors.bias)
+        self.bypass_rows = nn.ModuleDict({role: SharedLinear(row_channels, 1, bias=False) for role in ROLES})
+        self.bypass_tensors = SharedLinear(tensor_channels, 1, bias=False)
+        for value in self.readouts():
+            nn.init.zeros_(value)
+
+    def readouts(self) -> Iterator[nn.Parameter]:
+        """The parameters without which every coefficient is zero."""
+        for readout in (self.read_rows, self.read_tensors, self.bypass_rows, self.bypass_tensors):
+            yield from readout.parameters()
 
     def forward(self, rows: Tensor, tensors: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:
         """Exchange messages and read the coefficients out.
@@ -86,7 +96,9 @@ class TiedStack(nn.Module):
                 h = torch.tanh(h0 + heard)
             everyone = self.gather_all[number](z.mean(-2, keepdim=True))  # (*batch, 1, hidden)
             z = torch.tanh(z0 + self.gather_rows[number](incidence.rows_to_tensors(h)) + everyone)
-        return self._by_role(self.read_rows, h, incidence), self.read_tensors(z)
+        by_row, by_tensor = self._by_role(self.read_rows, h, incidence), self.read_tensors(z)
+        plainly = self._by_role(self.bypass_rows, rows, incidence), self.bypass_tensors(tensors)
+        return _add_to_last(by_row, plainly[0]), _add_to_last(by_tensor, plainly[1])
 
     @staticmethod
     def _by_role(linears: nn.ModuleDict, rows: Tensor, incidence: Incidence) -> Tensor:
@@ -94,3 +106,8 @@ class TiedStack(nn.Module):
         spans = [(role, span) for role, span in incidence.role_spans.items() if span[1] > span[0]]
         spans = spans or [("vector", (0, 0))]  # a network of scalars only
         return torch.cat([linears[role](rows[..., first:last, :]) for role, (first, last) in spans], -2)
+
+
+def _add_to_last(values: Tensor, more: Tensor) -> Tensor:
+    """Add `(..., 1)` to the last channel of `(..., C)`."""
+    return values + F.pad(more, (values.shape[-1] - 1, 0))

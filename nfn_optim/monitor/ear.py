@@ -1,4 +1,4 @@
-"""Hearing the gains that a rule gives, by forward hooks that are there for one step.
+"""Hearing the gains that a rule gives, by a forward hook that is there for one step at a time.
 
 The gain of a weight is the product of the factors that its row, its column, its taps and its tensor get. Logarithms are
 kept, so that it is a sum; `N`, `A` and `T` count rows, neurons and tensors as in `nfn_optim.layers.incidence`.
@@ -7,11 +7,12 @@ kept, so that it is a sum; `N`, `A` and `T` count rows, neurons and tensors as i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nfn_optim.layers import Incidence
 from nfn_optim.monitor.journal import Array
@@ -21,7 +22,7 @@ from nfn_optim.symmetry import Symmetry
 
 
 class Ear:
-    """Listens to a rule until it is closed.
+    """Listens to a rule during steps, and remembers what was said at the last one at which something was.
 
     Args:
         rule: The rule. One without a learned part says nothing: all its gains are 1.
@@ -29,21 +30,35 @@ class Ear:
 
     def __init__(self, rule: UpdateRule) -> None:
         self._incidences: list[Incidence] = []  # of every device in turn
-        self._logs: list[tuple[Tensor, Tensor]] = []  # of the factors of rows `(N,)` and tensors `(T,)`
-        incidences, logs = self._incidences, self._logs
+        self._factors: list[tuple[Tensor, Tensor]] = []  # of rows `(N,)` and tensors `(T,)`
+        self._rule, self._new = rule, True
+        self._handles: list[RemovableHandle] = []
 
-        def hear(_: nn.Module, args: tuple[Any, ...], factors: tuple[Tensor, Tensor]) -> None:
-            incidences.append(args[-1])
-            logs.append((plain(factors[0].detach()).log(), plain(factors[1].detach()).log()))
+    def _hear(self, _: nn.Module, args: tuple[Any, ...], factors: tuple[Tensor, Tensor]) -> None:
+        """Hook behind the gains."""
+        if self._new:
+            self._incidences, self._factors, self._new = [], [], False
+        self._incidences.append(args[-1])
+        self._factors.append((factors[0].detach(), factors[1].detach()))
 
-        self._handles = [rule.gains.register_forward_hook(hear)] if rule.learns else []
+    def begin_step(self) -> None:
+        """Listen, until `end_step`; what is said at this step takes the place of what was said before."""
+        self.end_step()
+        self._new = True
+        self._handles = [self._rule.gains.register_forward_hook(self._hear)] if self._rule.learns else []
 
-    def close(self) -> None:
-        """Stop listening."""
+    def end_step(self) -> None:
+        """Listen no longer."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
-    @cached_property
+    @property
+    def _logs(self) -> list[tuple[Tensor, Tensor]]:
+        """Logarithms of the factors."""
+        return [(plain(rows).log(), plain(tensors).log()) for rows, tensors in self._factors]
+
+    @property
     def _heard(self) -> list[tuple[Incidence, Array, Array]]:
         """Incidence and logarithms, where they can be read."""
         return [
@@ -72,8 +87,7 @@ class Ear:
         gains = np.zeros((len(sample.counts), max(sample.counts, default=0)))
         for incidence, rows, tensors in self._heard:
             for name, segments, tensor in zip(incidence.names, incidence.segments, tensors, strict=True):
-                index = sample.coordinates[places[name]]
-                if len(index) == len(segments):
+                if name in places and len(index := sample.coordinates[places[name]]) == len(segments):
                     row = gains[places[name], : sample.counts[places[name]]]
                     row += tensor
                     for segment, entries in zip(segments, index, strict=True):

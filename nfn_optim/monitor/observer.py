@@ -89,6 +89,7 @@ class Observer:
         self.every, self.name = every, name
         self.layout: Layout = {}
         self._optimizer, self._journal = optimizer, journal
+        self._ear = Ear(optimizer.rule)
         self._look: _Look | None = None
         self._sample: Sample | None = None
         self._shown: tuple[object, ...] = ()  # the names and the symmetry that layout and text are about
@@ -130,7 +131,8 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._forget()
+        self._ear.end_step()
+        self._look = None
 
     # ------------------------------------------------------------------------------------------------------ the hooks
 
@@ -146,14 +148,14 @@ class Observer:
         if torch.compiler.is_compiling():
             return None
         self.step += 1
+        self._ear.begin_step()
+        self._look = None  # also one at a step that failed
         if self.step % self.every and self.step != self._first:
             return None
-        self._forget()
         entered = self._now()
         before = Before(self._optimizer, self._sample)
         self._sample = before.sample
-        ear = Ear(self._optimizer.rule)
-        look = self._look = _Look(before, ear, self._optimizer.skipped_steps, entered)
+        look = self._look = _Look(before, self._optimizer.skipped_steps, entered)
         look.left = look.begun = time.perf_counter()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -168,18 +170,19 @@ class Observer:
 
     def _after(self, *_: object) -> None:
         """Hook after a step."""
+        self._ear.end_step()
         if (look := self._look) is None:
             if (self.step + 1) % self.every == 0:
                 self._ended = time.perf_counter()
             return
         now, optimizer = self._now(), self._optimizer
-        self._forget()
+        self._look = None
         neurons: dict[str, Array] = {}
         values = {tag(self.name, "steps", "skipped"): float(optimizer.skipped_steps)}
         for number, group in enumerate(optimizer.param_groups):
             values[tag(self.name, "lr", f"group{number}")] = float(group["lr"])
         if optimizer.skipped_steps == look.skipped and look.before.places:
-            reading = Reading(look.before, optimizer, look.ear)
+            reading = Reading(look.before, optimizer, self._ear)
             self._describe(reading.names)
             values |= self._values(reading)
             neurons = self._neurons(reading)
@@ -188,12 +191,6 @@ class Observer:
         self._journal.numbers(values, neurons, self.step)
         self._seen_step = self.step
         self._seen = self._ended = time.perf_counter()
-
-    def _forget(self) -> None:
-        """End a look, also one at a step that failed."""
-        if self._look is not None:
-            self._look.ear.close()
-        self._look = None
 
     def _now(self) -> float:
         """The time when all devices have done what they were given, in seconds."""
@@ -273,7 +270,6 @@ class _Look:
 
     Args:
         before: What there was before.
-        ear: What hears the rule.
         skipped: Steps skipped before.
         entered: When the hook before the step began, in seconds.
         left: When it ended.
@@ -281,7 +277,6 @@ class _Look:
     """
 
     before: Before
-    ear: Ear
     skipped: int
     entered: float
     left: float = math.nan

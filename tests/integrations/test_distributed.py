@@ -69,7 +69,7 @@ def test_fully_sharded(ranks: Ranks, hidden: int) -> None:
         assert outcome["axes"] == SYMMETRY
 
 
-@pytest.mark.parametrize("config", [{"form": "linear"}, {"form": "network", "power": 0.5}])
+@pytest.mark.parametrize("config", [{"form": "linear"}, {"form": "network", "power": 0.5}, {"talk_every": 2}])
 def test_fully_sharded_with_a_rule_of_which_nothing_is_zero(ranks: Ranks, config: dict[str, Any]) -> None:
     check(
         ranks.run(partial(parallel_training.fully_sharded, 7, **config)),
