@@ -25,8 +25,14 @@ from meta_train.tasks import (
 from meta_train.validation import Validation
 from nfn_optim.rule import RuleConfig
 
-UNIVERSAL = RuleConfig(power=0.75, gain=4.0, cooldown=1.0, fading=0.5, talk_every=4)
-"""The architecture of the shipped rule, and where it starts: AdamW with a schedule, its steps in units of the scale."""
+PLAIN = RuleConfig(hidden=1, rounds=0, power=0.75, gain=4.0, cooldown=1.0, fading=0.5, talk_every=4)
+"""The architecture of the shipped rule, and where it starts: AdamW with a schedule, its steps in units of the scale.
+
+One equivariant layer: what it says is linear in what rows and tensors show. The hidden channel, which there must be, is
+silent.
+"""
+UNIVERSAL = replace(PLAIN, hidden=16, rounds=2)
+"""The same with a network between what is seen and what is said."""
 
 MILD = Augment(reparametrise=0.25, label_noise=0.1, pixel_noise=0.5, rescale=0.1, loss_scale=0.3)
 """How members of validation tasks differ: with so little noise that the loss goes on falling, as on most data."""
@@ -55,7 +61,7 @@ def default() -> Config:
     constant part of the coefficients. Whole runs have no short-horizon bias, and so few numbers need no gradients.
     """
     return Config(
-        rule=UNIVERSAL,
+        rule=PLAIN,
         learn=("power", "stack.read_tensors.bias", "stack.bypass_"),
         distribution=families(),
         validation=validation(),

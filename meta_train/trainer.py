@@ -34,6 +34,7 @@ from meta_train.validation import Comparison, score_of
 from nfn_optim import pretrained
 from nfn_optim.rule import RuleConfig, UpdateRule
 
+SAID_PLAINLY = ("power", "stack.read_tensors.bias")
 THETA, BEST = "theta.safetensors", "best.safetensors"
 MODULES, COUNTERS = ("rule", "average", "optimizer"), ("iteration", "dropped", "seconds", "best", "stale")  # of a `Run`
 
@@ -264,7 +265,7 @@ def begin(config: Config, ranks: Ranks = ALONE) -> Run:
     """A run before its first iteration."""
     run = blank(config)
     if config.initial is not None:
-        run.rule.load_state_dict(started_from(config.initial, config.rule).state_dict())
+        run.rule.load_state_dict(run.rule.state_dict() | started_from(config.initial, config.rule))
         run.average.load_state_dict(run.rule.state_dict())
     for place in ranks.share(range(config.slots)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
@@ -288,19 +289,22 @@ def blank(config: Config) -> Run:
     return Run(rule, average, optimizer, {})
 
 
-def started_from(name: str, config: RuleConfig) -> UpdateRule:
-    """Load the rule to start from.
+def started_from(name: str, config: RuleConfig) -> dict[str, Tensor]:
+    """Load the theta to start from; of a rule whose network is silent, what another network may stand beside.
 
     Raises:
-        ValueError: It has another architecture.
+        ValueError: It is that of another architecture.
     """
     found = pretrained.load(name)
     free = {
         key: getattr(config, key) for key in ("power", "gain", "cooldown", "fading", "talk_every")
     }  # these may change
-    if replace(found.config, **free) != config:
-        raise ValueError(f"expected a rule to start from of architecture {config}, found {found.config} in {name}")
-    return found
+    if replace(found.config, **free) == config:
+        return found.state_dict()
+    wider = replace(found.config, **free, hidden=config.hidden, rounds=config.rounds)
+    if found.learns and wider == config and config.form == "linear" and found.stack.silent:
+        return {n: v for n, v in found.state_dict().items() if n in SAID_PLAINLY or ".bypass_" in n}
+    raise ValueError(f"expected a rule to start from of architecture {config}, found {found.config} in {name}")
 
 
 def fresh_slot(run: Run, config: Config, generator: torch.Generator) -> Slot:

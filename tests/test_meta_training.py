@@ -21,8 +21,8 @@ from meta_train.recipes import smoke
 from meta_train.tasks import Task
 from meta_train.unroll import Carry, start, unroll
 from meta_train.validation import speed_of
-from nfn_optim import UpdateRule
-from nfn_optim.pretrained import load
+from nfn_optim import RuleConfig, Symmetry, UpdateRule
+from nfn_optim.pretrained import load, save
 
 
 def command(*words: str) -> list[str]:
@@ -195,10 +195,29 @@ def test_meta_training_improves_unseen_members(tmp_path: Path) -> None:
 
 
 def test_a_run_starts_from_a_rule_of_its_architecture() -> None:
-    found = trainer.begin(Config(initial="default", slots=1)).average.state_dict()
-    assert all(torch.equal(found[name], value) for name, value in load("default").state_dict().items())
+    shipped = load("default")
+    found = trainer.begin(Config(rule=shipped.config, initial="default", slots=1)).average.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in shipped.state_dict().items())
+
+
+def test_a_network_may_stand_beside_a_rule_whose_own_is_silent(tmp_path: Path) -> None:
+    """A larger rule started from a silent one takes the same steps; from one that speaks it is refused."""
+    small = UpdateRule(RuleConfig(hidden=1, rounds=0, power=0.5, gain=2.0))
+    with torch.no_grad():
+        for value in small.stack.bypass_tensors.parameters():
+            value.add_(0.1)
+    save(small, tmp_path / "silent.safetensors")
+    large = RuleConfig(hidden=5, rounds=1, power=0.5, gain=2.0)
+    begun = trainer.begin(Config(rule=large, initial=str(tmp_path / "silent.safetensors"), slots=1)).rule
+    params, grads = {"w": torch.randn(3, 4)}, {"w": torch.randn(3, 4)}
+    symmetry = Symmetry.separate({"w": (3, 4)})
+    steps = [rule(params, grads, rule.init(params), symmetry, lr=0.1)[0]["w"] for rule in (small, begun)]
+    torch.testing.assert_close(*steps)
+    with torch.no_grad():
+        small.stack.read_tensors.weight.add_(0.1)
+    save(small, tmp_path / "speaking.safetensors")
     with pytest.raises(ValueError, match="expected a rule to start from of architecture"):
-        trainer.begin(replace(smoke(), initial="default"))
+        trainer.begin(Config(rule=large, initial=str(tmp_path / "speaking.safetensors"), slots=1))
 
 
 def test_persistence_takes_over_and_resumes(tmp_path: Path, config: Config) -> None:

@@ -74,6 +74,11 @@ class TiedStack(nn.Module):
         for readout in (self.read_rows, self.read_tensors, self.bypass_rows, self.bypass_tensors):
             yield from readout.parameters()
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is read out of the embeddings, so that all is said by the bypass and the constant part."""
+        return not any(bool(weight.any()) for weight in (*self.read_rows.parameters(), self.read_tensors.weight))
+
     def forward(self, rows: Tensor, tensors: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:
         """Exchange messages and read the coefficients out.
 
