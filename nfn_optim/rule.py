@@ -347,8 +347,9 @@ class UpdateRule(nn.Module):
         if kernel is None:
             by_row, by_tensor = self.stack(rows, tensors, incidence)
         else:
-            args = (self.stack, rows, tensors, incidence)
-            by_row, by_tensor = kernel.call(TiedStack.forward, *args, size=rows.numel())
+            size = rows.numel()
+            by_row, by_tensor = kernel.call(TiedStack.forward, self.stack, rows, tensors, incidence, size=size)
+        del rows  # as large as all that follows
 
         every = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
         by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, channels + 1)
@@ -357,6 +358,7 @@ class UpdateRule(nn.Module):
         by_row_gain, by_tensor_gain = self.gains(
             by_row[..., -1], by_tensor[..., -1], by_scale, incidence
         )  # (*batch, N), (*batch, T)
+        del by_row, by_leading
         gain = F.pad(by_row_gain, (0, 1), value=1.0).index_select(-1, index["leading"])  # (*batch, F)
         gain = gain * by_tensor_gain.index_select(-1, every)
         activity = (whole[..., 0] + features.TINY).sqrt()
