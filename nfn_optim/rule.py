@@ -40,9 +40,11 @@ from torch import Tensor, nn
 from nfn_optim import features, passes
 from nfn_optim.arrays import Block, Pooled, layouts_of
 from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS, State
+from nfn_optim.gains import GAIN_RANGE, Gains
 from nfn_optim.kernel import Kernel
 from nfn_optim.layers import Incidence, TiedStack
 from nfn_optim.passes import Network
+from nfn_optim.said import Said
 from nfn_optim.shards import Shards
 from nfn_optim.symmetry import Symmetry
 
@@ -50,7 +52,6 @@ Hyper = float | Tensor | Mapping[str, float | Tensor]
 """One value for all parameters, or one for each by name."""
 
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
-GAIN_RANGE = 3.0  # no part of a exceeds this in size
 FADING_AGE = 100.0  # steps after which fading begins to be felt
 COOLEST = 0.01  # what is left of the learning rate behind the end of the horizon
 FALLBACK_RMS = 50.0  # a direction that might be of larger root mean square (Adam's has about 1) is not trusted
@@ -94,33 +95,6 @@ class RuleConfig:
             raise ValueError(f"expected a cooldown of 0 to 1, found {self.cooldown}")
         if self.form not in ("linear", "network"):
             raise ValueError(f"expected form 'linear' or 'network', found {self.form!r}")
-
-
-@dataclass(frozen=True)
-class Said:
-    """What one tensor and its rows, columns and taps say to its weights.
-
-    Attributes:
-        words: To each row, `(*batch, shape[0] or 1, words)`.
-        gains: For every dimension but the first `(*batch, shape[dim])`.
-    """
-
-    words: Tensor
-    gains: tuple[Tensor, ...] = ()
-
-    @classmethod
-    def kept(cls, state: Mapping[str, Tensor], lengths: Sequence[int]) -> Said:
-        """What was said last, from the state of a tensor whose dimensions but the first have these lengths."""
-        return cls(state["words"], torch.split(state["gains"], list(lengths), -1))
-
-    def to_keep(self) -> dict[str, Tensor]:
-        """The inverse of `kept`."""
-        return {"words": self.words, "gains": torch.cat([self.words[..., 0, :0], *self.gains], -1)}
-
-    def part(self, name: str, shards: Shards) -> Said:
-        """What is said to those weights of the tensor that are here; no batch."""
-        gains = tuple(gain[shards.part(name, dim)] for dim, gain in enumerate(self.gains, 1))
-        return Said(self.words[shards.part(name, 0)], gains)
 
 
 class UpdateRule(nn.Module):
@@ -459,24 +433,6 @@ class UpdateRule(nn.Module):
         return (self.see.weight, self.see.bias, self.answer.weight) if hasattr(self, "see") else None
 
 
-class Gains(nn.Module):
-    """The factors of the gain; a module without parameters, so that they can be heard by a forward hook."""
-
-    def forward(self, by_row: Tensor, by_tensor: Tensor, units: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:
-        """Turn what was said into factors, each of what was said between exp(-GAIN_RANGE) and exp(GAIN_RANGE).
-
-        Args:
-            by_row: What every row says, `(*batch, N)`.
-            by_tensor: What every tensor says, `(*batch, T)`.
-            units: What a tensor's updates are measured in, over that of a typical one, `(*batch, T)`.
-            incidence: Whose rows and tensors these are; for those who listen.
-
-        Returns:
-            The factors of the rows `(*batch, N)` and of the tensors `(*batch, T)`.
-        """
-        return _gain(by_row), units * _gain(by_tensor)
-
-
 @lru_cache(maxsize=64)
 def incidence_of(symmetry: Symmetry) -> Incidence:
     """The index lists of a symmetry, made once."""
@@ -505,8 +461,3 @@ def _is_zero(hyper: Hyper, name: str) -> bool:
     """Whether a hyperparameter is the number 0 for a tensor."""
     value = hyper[name] if isinstance(hyper, Mapping) else hyper
     return not isinstance(value, Tensor) and value == 0
-
-
-def _gain(said: Tensor) -> Tensor:
-    """A factor of the gain, between exp(-GAIN_RANGE) and exp(GAIN_RANGE)."""
-    return torch.exp(GAIN_RANGE * torch.tanh(said / GAIN_RANGE))

@@ -48,6 +48,8 @@ nfn_optim.network
 nfn_optim.naming
 nfn_optim.certificate
 nfn_optim.trace
+nfn_optim.gains
+nfn_optim.said
 nfn_optim.rule
 nfn_optim.pretrained
 nfn_optim.discovery
@@ -97,6 +99,7 @@ meta_train.tasks
 meta_train.theta
 meta_train.objective
 meta_train.imitation
+meta_train.replay
 meta_train.unroll
 meta_train.meta_gradient
 meta_train.checkpoint
