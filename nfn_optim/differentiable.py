@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nfn_optim.discovery import unwrap
+from nfn_optim.group import COUNTERS
 from nfn_optim.optimizer import NFNOptimizer, _is_usable
 
 
@@ -99,7 +100,7 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
                     if (old := theirs[key]) is not None:
                         old.copy_(buffer)
         for group, real, states in zip(self.param_groups, self._optimizer.param_groups, self.state, strict=True):
-            real |= {key: int(group[key]) for key in ("skipped_steps", "steps_taken")}
+            real |= {key: int(group[key]) for key in COUNTERS}
             for i, state in states.items():
                 self._optimizer.state[real["params"][i]] = {k: v.detach().clone() for k, v in state.items()}
 

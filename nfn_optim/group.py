@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 BETAS = (0.9, 0.999)
+COUNTERS = ("skipped_steps", "steps_taken")  # of the whole optimizer, the same in every group
 """Decay of the moments that the nominal part has; the only one there is."""
 
 

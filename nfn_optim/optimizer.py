@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nfn_optim import param_state
-from nfn_optim.group import BETAS, Slot, by_name, check_betas, check_numbers, moves
+from nfn_optim.group import BETAS, COUNTERS, Slot, by_name, check_betas, check_numbers, moves
 from nfn_optim.kernel import Kernel, can_compile
 from nfn_optim.layout import Layout
 from nfn_optim.param_state import ParamState
@@ -93,8 +93,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             "betas": BETAS,
             "maximize": maximize,
             "total_steps": total_steps,
-            "skipped_steps": 0,
-            "steps_taken": 0,
+            **dict.fromkeys(COUNTERS, 0),
         }
         check_numbers(defaults)
         for expected, argument, value in ((nn.Module, "model", model), (Symmetry, "symmetry", symmetry)):
@@ -293,8 +292,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if len(self.param_groups) > 1:
-            for key in ("skipped_steps", "steps_taken"):
-                self.param_groups[-1][key] = self.param_groups[0][key]
+            self.param_groups[-1] |= {key: self.param_groups[0][key] for key in COUNTERS}
         self._layout.listen()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

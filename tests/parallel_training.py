@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from nfn_optim import NFNOptimizer
 from nfn_optim.rule import RuleConfig, UpdateRule
 
-STEPS = 12
+STEPS = 20
 Outcome = dict[str, Any]
 
 
