@@ -49,7 +49,8 @@ PATIENCE = 10.0  # seconds for the turns of one pair
 TURN = pretrained.load().config.talk_every  # steps
 BYTES = {
     "AdamW": 28,  # p g m v read, p m v written
-    "NFNOptimizer": 4 + 20 / TURN + 20 + 16,  # g; p g m v M, where neurons talk; the same, and p m v M written
+    # g; g m v; p g m v M and again g m v, where neurons talk; p g m v M, and p m v M written
+    "NFNOptimizer": 4 + 12 + 32 / TURN + 20 + 16,
 }
 
 

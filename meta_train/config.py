@@ -36,7 +36,7 @@ class Config:
         estimator: "backprop", "es" or "pes".
         polish: Iteration from which "pes" takes the place of `estimator`; None for never.
         sigma: Standard deviation of the perturbations of theta, of "es" and "pes".
-        standardised: Whether evolution strategies weigh all tasks the same, however much their loss moves.
+        standardised: Whether all tasks weigh the same, however much their loss moves.
         window: Steps from which one estimate is made; 0 for whole inner runs.
         horizon: Shortest and longest inner run, in steps, log-uniform, rounded up to whole windows.
         restart: Share of the inner runs that go on with the networks of the run before, but with a new optimizer.

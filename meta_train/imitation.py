@@ -10,7 +10,7 @@ at the learning rate given to the rule times `Expert.boost`.
 
 References:
     Efficient Training of Learned Optimizers by Imitation (ELO, Yang et al., 2023): weights of direction and size
-    Muon (Jordan et al., 2024): Newton-Schulz iteration with coefficients 3.4445, -4.7750, 2.0315
+    Muon (Jordan et al., 2024)
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from torch import Tensor
 
 from nfn_optim import features
 from nfn_optim.features import State
+from nfn_optim.orthogonal import inverse_root
 
 DIRECTION, SIZE = 0.7, 0.3  # what the two parts of the disagreement weigh
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-ROUNDS = 5  # of the iteration
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,10 @@ def adam_direction(m: Tensor, v: Tensor, steps: Tensor) -> Tensor:
 
 def orthogonal(m: Tensor) -> Tensor:
     """The orthogonal part of matrices `(*batch, rows, columns)`, singular values near one, times Muon's scale."""
-    a, b, c = NEWTON_SCHULZ
     tall = m.shape[-2] > m.shape[-1]
     x = m.mT if tall else m
     x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
-    for _ in range(ROUNDS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = inverse_root(x @ x.mT) @ x
     scale: float = max(1.0, m.shape[-2] / max(m.shape[-1], 1)) ** 0.5
     return (x.mT if tall else x) * scale
 

@@ -65,8 +65,9 @@ class Estimation:
         objective: What is minimised.
         unrolling: How inner training is carried out.
         sigma: Standard deviation of the perturbations of theta; of "es" and "pes".
-        standardised: Whether the differences that evolution strategies see within a task are divided by their root
-            mean square, so that all tasks weigh the same, however much their loss moves.
+        standardised: Whether the gradients of the members of a task, or the differences that evolution strategies see
+            within it, are divided by their root mean square, so that all tasks weigh the same, however much their loss
+            moves.
         imitation: Weight of the disagreement with the expert in the objective, if there is one.
 
     Raises:
@@ -120,6 +121,9 @@ class Estimation:
             window, scores = self._scored(rule, task, carry, generator, theta)
             (samples,) = torch.autograd.grad(scores.sum(), theta)
         samples = torch.where(carry.alive.unsqueeze(-1), samples * trained(rule), torch.nan)
+        if self.standardised:
+            squares = samples.square().sum(1)
+            samples = samples / (squares[squares.isfinite()].mean().sqrt() + TINY)
         return Estimate(samples, scores.detach(), window.losses.detach(), window.carry.detach())
 
     @torch.no_grad()

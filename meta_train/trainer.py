@@ -297,7 +297,7 @@ def started_from(name: str, config: RuleConfig) -> dict[str, Tensor]:
     """
     found = pretrained.load(name)
     free = {
-        key: getattr(config, key) for key in ("power", "gain", "cooldown", "fading", "talk_every")
+        key: getattr(config, key) for key in ("power", "gain", "cooldown", "bend", "fading", "talk_every", "rank")
     }  # these may change
     if replace(found.config, **free) == config:
         return found.state_dict()

@@ -2,16 +2,19 @@
 
 A matrix or a kernel is an array by itself: its first dimension, and all others in the order in which they lie in
 memory. All vectors and scalars of a network are one array, row after row, with a rest of 1: they are many and small.
+Where there is no batch, small matrices of one shape may be taken together, `(count, rows, rest)`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+STACK = 2**18  # entries of small matrices that are taken together at most
 
 Pooled = tuple[list[Tensor], Tensor]
 """Means over one tensor: for every dimension over the rest, `(*batch, shape[d], C)`; and over all, `(*batch, C)`."""
@@ -51,6 +54,10 @@ class Matrix:
             x.permute(*range(len(self.batch)), *(len(self.batch) + self.order.index(d) for d in sorted(self.order)))
         ]
 
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """What is said to the rows of every tensor, `(*batch, rows, C)` each, for the rows of the array."""
+        return values[0]
+
     def spread(self, value: Tensor) -> Tensor:
         """What is said of every tensor, `(*batch, T, C)`, for the rows of the array: `(*batch, 1, C)`."""
         return value[..., self.number : self.number + 1, :]
@@ -65,6 +72,20 @@ class Matrix:
             others = [other for other in dims if other != dim]
             found[d] = taps.mean(others) if others else taps
         return {self.number: ([found[d] for d in sorted(found)], found[0].mean(-2))}
+
+    def fold_basis(self, basis: Tensor) -> Tensor:
+        """`(*batch, *shape[1:], k) -> (*batch, rest, k)`, for the columns of the array."""
+        return basis.permute(*self._columns(), -1).reshape(*self.batch, math.prod(self.sizes[1:]), basis.shape[-1])
+
+    def unfold_basis(self, basis: Tensor) -> Tensor:
+        """The inverse of `fold_basis`."""
+        columns = self._columns()
+        x = basis.reshape(*self.batch, *self.sizes[1:], basis.shape[-1])
+        return x.permute(*(columns.index(d) for d in range(len(columns))), -1)
+
+    def _columns(self) -> list[int]:
+        """Where the dimensions of a basis come from, but for the last one."""
+        return [*range(len(self.batch)), *(len(self.batch) + d - 1 for d in self.order[1:])]
 
     def gain(self, gains: Sequence[Sequence[Tensor]]) -> Tensor:
         """The product of what all dimensions but the first say, `(*batch, shape[d])` each: `(*batch, 1, rest)`."""
@@ -102,6 +123,10 @@ class Vectors:
         parts = torch.split(array.squeeze(-1), self.lengths, -1)
         return [x.reshape((*self.batch, *shape)) for x, shape in zip(parts, self.shapes, strict=True)]
 
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """What is said to the rows of every tensor, `(*batch, rows, C)` each, for the rows of the array."""
+        return torch.cat(list(values), -2)
+
     def spread(self, value: Tensor) -> Tensor:
         """What is said of every tensor, `(*batch, T, C)`, for the rows of the array: `(*batch, rows, C)`."""
         parts = [value[..., n : n + 1, :] for n in self.numbers]
@@ -119,15 +144,68 @@ class Vectors:
         del gains
 
 
-Layout = Matrix | Vectors
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape, taken together; there is no batch.
+
+    Attributes:
+        numbers: Their places among the tensors of the network.
+        each: How one of them is laid out; they are its batch.
+    """
+
+    numbers: tuple[int, ...]
+    each: Matrix
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Their number."""
+        return self.each.batch
+
+    def fold(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`shape` each `-> (count, rows, rest)`."""
+        return self.each.fold([torch.stack(list(tensors))])
+
+    def unfold(self, array: Tensor) -> list[Tensor]:
+        """The inverse of `fold`."""
+        return list(self.each.unfold(array)[0].unbind())
+
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """What is said to the rows of every tensor, `(rows, C)` each, for the rows of the array; bases likewise."""
+        return torch.stack(list(values))
+
+    def spread(self, value: Tensor) -> Tensor:
+        """What is said of every tensor, `(T, C)`, for the rows of the array: `(count, 1, C)`."""
+        return value[list(self.numbers)].unsqueeze(-2)
+
+    def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
+        """Means by tensor, from sums over rows `(count, rows, C)` and over columns `(count, rest, C)`."""
+        rows, whole = self.each.means(by_row, by_column)[self.each.number]
+        parts = zip(*(x.unbind() for x in rows), strict=True)
+        return {i: (list(part), x) for i, part, x in zip(self.numbers, parts, whole.unbind(), strict=True)}
+
+    def fold_basis(self, basis: Tensor) -> Tensor:
+        """`(count, *shape[1:], k) -> (count, rest, k)`."""
+        return self.each.fold_basis(basis)
+
+    def unfold_basis(self, basis: Tensor) -> Tensor:
+        """The inverse of `fold_basis`."""
+        return self.each.unfold_basis(basis)
+
+    def gain(self, gains: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The product of what all dimensions but the first say, `(shape[d],)` each: `(count, 1, rest)`."""
+        return self.each.gain([[torch.stack(x) for x in zip(*gains, strict=True)]])
 
 
-def layouts_of(params: Sequence[Tensor], batch_dims: int) -> list[Layout]:
+Layout = Matrix | Vectors | Stack
+
+
+def layouts_of(params: Sequence[Tensor], batch_dims: int, stacked: int = 0) -> list[Layout]:
     """How the tensors of a network are laid out.
 
     Args:
         params: Tensors `(*batch, *shape)`.
         batch_dims: How many leading dimensions are batch.
+        stacked: Matrices of at most so many entries are taken together where they have one shape; no batch.
     """
     batch = tuple(params[0].shape[:batch_dims])
     small = [i for i, p in enumerate(params) if p.dim() - batch_dims < 2]  # noqa: PLR2004 - a matrix has two dimensions
@@ -140,7 +218,24 @@ def layouts_of(params: Sequence[Tensor], batch_dims: int) -> list[Layout]:
             if not p.is_contiguous():
                 order[1:] = sorted(order[1:], key=lambda d, p=p: -p.stride(d + batch_dims))  # type: ignore[misc]
             layouts.append(Matrix(i, batch, tuple(order), tuple(p.shape[batch_dims + d] for d in order)))
-    return layouts
+    return _stacked(layouts, params, stacked) if stacked else layouts
+
+
+def _stacked(layouts: Sequence[Layout], params: Sequence[Tensor], size: int) -> list[Layout]:
+    """The same, with small matrices of one shape taken together."""
+    found: list[Layout] = []
+    kinds: dict[object, list[Matrix]] = {}
+    for layout in layouts:
+        if isinstance(layout, Matrix) and math.prod(layout.sizes) <= size:
+            kinds.setdefault((layout.order, layout.sizes, params[layout.number].dtype), []).append(layout)
+        else:
+            found.append(layout)
+    for alike in kinds.values():
+        count = max(STACK // max(math.prod(alike[0].sizes), 1), 1)
+        for some in (alike[first : first + count] for first in range(0, len(alike), count)):
+            numbers = tuple(layout.number for layout in some)
+            found.append(Stack(numbers, replace(some[0], batch=(len(some),))) if len(some) > 1 else some[0])
+    return found
 
 
 @dataclass(frozen=True)
@@ -186,3 +281,11 @@ class Block:
                 pairs += [(old, value) for i, old, value in values if kind is not ps or i not in still]
         if pairs:
             torch._foreach_copy_([old for old, _ in pairs], [value for _, value in pairs])
+
+
+def blocks_of(
+    tensors: Sequence[Sequence[Tensor]], corrections: Tensor, batch_dims: int, stacked: int = 0
+) -> list[Block]:
+    """All tensors of a network as arrays; arguments as for `Block.of` and `layouts_of`."""
+    layouts = layouts_of([x[0] for x in tensors], batch_dims, stacked)
+    return [Block.of(layout, tensors, corrections) for layout in layouts]

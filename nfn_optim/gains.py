@@ -28,6 +28,17 @@ class Gains(nn.Module):
         return _gain(by_row), units * _gain(by_tensor)
 
 
+def most_of(by_row: Tensor, incidence: Incidence) -> Tensor:
+    """The most that columns and taps multiply a weight with, from the factors of rows: `(*batch, N) -> (*batch, T)`."""
+    most = []
+    for segments in incidence.segments:
+        value = torch.ones_like(by_row[..., 0]) if segments else by_row.new_ones(by_row.shape[:-1])
+        for s in segments[1:]:
+            value = value * by_row[..., s.start : s.start + s.length].detach().amax(-1)
+        most.append(value)
+    return torch.stack(most, -1)
+
+
 def _gain(said: Tensor) -> Tensor:
     """A factor of the gain, between exp(-GAIN_RANGE) and exp(GAIN_RANGE)."""
     return torch.exp(GAIN_RANGE * torch.tanh(said / GAIN_RANGE))

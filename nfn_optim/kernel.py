@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfn_optim.passes import Network, collect, look, move_, sums_of, take
+from nfn_optim.passes import Network, collect, direction, look, move_, sums_of, take
 
 OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 10**5,
@@ -36,11 +36,14 @@ _broken: list[str] = []  # why compilation failed in this process
 class Kernel:
     """The two passes in place, over arrays without batch dimensions.
 
+    Small matrices may come in stacks, `(count, rows, rest)` instead of `(rows, rest)` and likewise everywhere.
+
     Args:
         compiled: Compile them with `torch.compile`, at their first use; needs a C++ compiler on a CPU. Where it fails,
             one warning, and all goes on uncompiled.
         band: Weights that are taken at a time, some 20 numbers held for each.
-        least: Arrays of fewer weights are not compiled, since their cost is that of calling anything at all.
+        least: Arrays of fewer weights are not compiled, since their cost is that of calling anything at all; those of
+            one shape come in stacks.
     """
 
     compiled: bool = False
@@ -53,7 +56,7 @@ class Kernel:
         for part in self._bands(p):
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
             correction = _rows(corrections, part)
-            if self._compiles(p.numel()):
+            if self._compiles(p):
                 together = TOGETHER if len(now_p) % TOGETHER == 0 and len(corrections) == 1 else 1
                 rows, columns = collect(*_compiled(look)(*_bare(now_p, now_g, now), correction.clone(), together))
             else:
@@ -61,6 +64,48 @@ class Kernel:
             by_row.append(rows)
             by_column.append(columns)
         return by_row[0] if len(by_row) == 1 else torch.cat(by_row), sum(by_column[1:], by_column[0])
+
+    def project(
+        self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, basis: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Raw channel 0 of this step, X, as seen from a subspace.
+
+        Args:
+            p: Parameters `(rows, rest)`.
+            g: Gradients, the same shape.
+            moments: Of the last step.
+            corrections: As in `passes.see`, of this step.
+            basis: `(rest, k)`.
+
+        Returns:
+            X basis, `(rows, k)`, and the sum of the squares of X, 0-d.
+        """
+        seen = moments[0].new_empty((*p.shape[:-1], basis.shape[-1]))
+        energy = moments[0].new_zeros(p.shape[:-2])
+        for part, x in self._directions(p, g, moments, corrections):
+            torch.matmul(x, basis, out=seen[part])
+            energy += x.square().sum((-2, -1))
+        return seen, energy
+
+    def image(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, polar: Tensor) -> Tensor:
+        """X^T polar, `(rest, k)`; polar `(rows, k)`, otherwise as `project`."""
+        found = polar.new_zeros((*p.shape[:-2], p.shape[-1], polar.shape[-1]))
+        for part, x in self._directions(p, g, moments, corrections):
+            found += x.mT @ polar[part]
+        return found
+
+    def _directions(
+        self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """X band by band: which rows, and theirs."""
+        compiles = self._compiles(p)
+        for part in self._bands(p):
+            now_p, now_g, *now = (x[part] for x in (p, g, *moments[:2]))
+            correction = _rows(corrections, part)
+            if compiles:
+                yield part, _compiled(direction)(*_bare(now_p, now_g, now), correction.clone())
+            else:
+                yield part, direction(now_p, now_g, now, correction)
 
     def move_(  # noqa: PLR0913, PLR0917 - as `passes.move_`
         self,
@@ -71,30 +116,36 @@ class Kernel:
         heard: Tensor,
         gain: Tensor | None,
         network: Network | None,
+        ahead: tuple[Tensor, Tensor] | None,
         still: bool,
     ) -> None:
-        """The second pass, see `passes.move_`."""
-        if self._compiles(p.numel()):  # no bands, since nothing is held
-            _compiled(move_)(*_bare(p, g, moments), corrections.clone(), heard.clone(), gain, network, still)
-            return
-        for part in self._bands(p):
+        """The second pass, see `passes.move_`; D is given as the factors `(rows, k)` and `(k, rest)`."""
+        compiles = self._compiles(p)
+        run = _compiled(move_) if compiles else move_
+        for part in self._bands(p) if ahead is not None or not compiles else (slice(None),):  # else nothing is held
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
-            move_(now_p, now_g, now, _rows(corrections, part), _rows(heard, part), gain, network, still)
+            arrays = _bare(now_p, now_g, now) if compiles else (now_p, now_g, now)
+            said = _rows(corrections, part), _rows(heard, part)
+            said = (said[0].clone(), said[1].clone()) if compiles else said
+            run(*arrays, *said, gain, network, ahead[0][part] @ ahead[1] if ahead is not None else None, still)
 
     def call(self, function: Callable[..., Any], *args: Any, size: int) -> Any:
         """Call a function that is no pass, compiled if it goes over so many numbers; once for each network."""
-        return (_compiled(function) if self._compiles(size) else function)(*args)
+        return (_compiled(function) if self.compiled and size >= self.least else function)(*args)
 
     def _bands(self, p: Tensor) -> Iterator[slice]:
-        """Parts of the rows of an array, of `TOGETHER` rows at least."""
+        """Parts of the rows of an array, of `TOGETHER` rows at least; a stack is one."""
+        if p.dim() > 2:  # noqa: PLR2004 - rows and rest
+            yield slice(None)
+            return
         rows, rest = p.shape
         step = max(self.band // max(rest, 1) // TOGETHER, 1) * TOGETHER
         for start in range(0, rows, step) or (0,):  # an empty shard is one empty band
             yield slice(start, min(start + step, rows))
 
-    def _compiles(self, size: int) -> bool:
-        """Whether what goes over so many numbers is compiled."""
-        return self.compiled and size >= self.least
+    def _compiles(self, p: Tensor) -> bool:
+        """Whether a pass over these weights is compiled."""
+        return self.compiled and p.dim() == 2 and p.numel() >= self.least  # noqa: PLR2004 - no stack
 
 
 @cache

@@ -115,6 +115,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._rule_name = type(rule).__name__ if isinstance(rule, UpdateRule) else os.fspath(rule)
         self._compile, self._work = compile, 0
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[int, int]], dict[str, Tensor]]] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._layout = Layout(model)
         super().__init__(params_or_model, defaults)
         self._layout.label(self.param_groups)
@@ -225,7 +226,8 @@ class NFNOptimizer(torch.optim.Optimizer):
             "shards": shards,
         }
         with torch.autocast(device.type, enabled=False):
-            functional_call(self.rule, self._theta(device, dtype), (params, grads, state, symmetry), hypers)
+            theta, given = self._theta(device, dtype), (params, grads, state, symmetry)
+            functional_call(self.rule, theta, given, hypers) if theta else self.rule(*given, **hypers)
         if len(dtypes) > 1:
             entries = [(value, state[name][key]) for name, s in kept.items() for key, value in s.items()]
             torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
@@ -242,7 +244,9 @@ class NFNOptimizer(torch.optim.Optimizer):
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rule's tensors where and in which dtype they are needed; empty if that is how they are."""
-        theta = {**dict(self.rule.named_parameters()), **dict(self.rule.named_buffers())}
+        theta = self._tensors
+        if next(self.rule.parameters(), None) is not next(iter(theta.values()), None):  # to walk through all takes long
+            theta = self._tensors = {**dict(self.rule.named_parameters()), **dict(self.rule.named_buffers())}
         if all(t.device == device and t.dtype in (dtype, torch.int64, torch.bool) for t in theta.values()):
             return {}
         versions = [(id(t), t._version) for t in theta.values()]
@@ -345,6 +349,7 @@ class NFNOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_cast", {})
+        self.__dict__.setdefault("_tensors", {})
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which the base class adds here

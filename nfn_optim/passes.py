@@ -7,10 +7,11 @@ Both see a tensor as an array `(*batch, rows, rest)`: its first dimension, and a
 for the weights of one row comes as one vector, `heard` `(*batch, rows or 1, heard channels)`, and what follows for
 columns and taps as one factor, `gain` `(*batch, 1, rest)`:
 
-    update = gain (h_0 f_0 + h_1 f_1 + h_2 f_2 + h_3 p + h_4 clip(h_5 m^)) + h_6 p                 form "linear"
+    update = gain (h_0 f_0 + h_1 f_1 + h_2 f_2 + h_3 p + h_4 clip(h_5 m^) + D) + h_6 p             form "linear"
     update = gain h_0 (f_0 + h_3 sum_j a_j tanh(w_j . f' + b_j + h_4+j)) + h_-1 p                  form "network"
 
-with f the raw channels of `nfn_optim.features` and f' the channels, their units h_1 and h_2. `take`, `sums_of` and
+with f the raw channels of `nfn_optim.features` and f' the channels, their units h_1 and h_2, and D what of the
+orthogonal direction is not in f_0, if there is any (`nfn_optim.orthogonal`). `take`, `sums_of` and
 `answer` are that mathematics. The rule calls them as they are where it is pure; `look` and `move_`, made of them, work
 in place, remember nothing from one pass to the next, and may be compiled.
 """
@@ -80,7 +81,19 @@ def sums_of(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return products.sum(-1).mT, products.sum(-2).mT
 
 
-def answer(raw: Sequence[Tensor], p: Tensor, heard: Tensor, gain: Tensor | None, network: Network | None) -> Tensor:
+def direction(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> Tensor:
+    """Raw channel 0 alone, of this step, `(rows, rest)`; arguments as for `take`."""
+    return take(p, g, moments[:2], corrections)[1][0]
+
+
+def answer(
+    raw: Sequence[Tensor],
+    p: Tensor,
+    heard: Tensor,
+    gain: Tensor | None,
+    network: Network | None,
+    ahead: Tensor | None = None,
+) -> Tensor:
     """The update.
 
     Args:
@@ -89,6 +102,7 @@ def answer(raw: Sequence[Tensor], p: Tensor, heard: Tensor, gain: Tensor | None,
         heard: What rows and tensors say, `(*batch, rows or 1, heard channels)`; without M the first and the last alone.
         gain: What columns and taps say, `(*batch, 1, rest)`.
         network: The network per weight, if the form has one.
+        ahead: D, `(*batch, rows, rest)`.
 
     Returns:
         `(*batch, rows, rest)` in the precision of the moments.
@@ -103,6 +117,8 @@ def answer(raw: Sequence[Tensor], p: Tensor, heard: Tensor, gain: Tensor | None,
         *coefficients, unit = said
         for x, c in zip([*raw[1:4], (raw[4] * unit).clamp(-CLIP, CLIP)], coefficients, strict=True):
             update = torch.addcmul(update, x, c)
+    if ahead is not None:
+        update = update + ahead
     if gain is not None:
         update = update * gain
     return torch.addcmul(update, p.to(update.dtype), decay)
@@ -146,6 +162,7 @@ def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made o
     heard: Tensor,
     gain: Tensor | None,
     network: Network | None,
+    ahead: Tensor | None,
     still: bool,
 ) -> None:
     """The second pass over some rows of an array, in place.
@@ -158,11 +175,12 @@ def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made o
         heard: As in `answer`; so are `gain` and `network`.
         gain: See there.
         network: See there.
+        ahead: See there.
         still: Leave parameters as they are.
     """
     new, raw = take(p, g, moments, corrections)
     if not still:
-        p.copy_(p + answer(raw, p, heard, gain, network))
+        p.copy_(p + answer(raw, p, heard, gain, network, ahead))
     for old, value in zip(moments, new, strict=True):
         old.copy_(value)
 

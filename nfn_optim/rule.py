@@ -2,7 +2,10 @@
 
     update = -lr (gain (nominal + learned) + weight_decay p)
 
-    nominal    m^ / (sqrt(v^) + eps), Adam's bias-corrected direction
+    nominal    (1 - share) X + share D
+    X          m^ / (sqrt(v^) + eps), Adam's bias-corrected direction
+    D          X with its singular values made equal, where X is a matrix (`nfn_optim.orthogonal`); for vectors, and
+               without `RuleConfig.rank`, share is 0
     learned    sum_k c_k f_k, linear in the features f of the weight (form "linear"), or a network of them ("network")
     gain       (s / s0)^power exp(a), s the scale of the tensor
 
@@ -14,7 +17,7 @@ features once. With power = 1 an update is measured in units of its tensor's sca
 (`UpdateRule.zero_`) or absent (`UpdateRule.nominal`) the rule is AdamW.
 
 Neurons need not talk at every step: what they say changes slowly. With `RuleConfig.talk_every` above 1 the state keeps
-what was said last, O(neurons), and a step in between is one pass over the weights.
+what was said last, O(neurons), and a step in between is one pass over the weights; two with orthogonal directions.
 
 The rule is one pure function: the optimizer calls it without gradients, meta-training with them, and nothing else
 computes an update. All of it commutes with permuting neurons.
@@ -38,22 +41,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfn_optim import features, passes
-from nfn_optim.arrays import Block, Pooled, layouts_of
+from nfn_optim.aiming import Aimed, Aiming
+from nfn_optim.arrays import Pooled, blocks_of
 from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS, State
-from nfn_optim.gains import GAIN_RANGE, Gains
+from nfn_optim.gains import GAIN_RANGE, Gains, most_of
+from nfn_optim.hyper import Hyper, by_tensor, cooled, faded, horizon_of, is_zero
 from nfn_optim.kernel import Kernel
 from nfn_optim.layers import Incidence, TiedStack
+from nfn_optim.orthogonal import LARGEST, SIZE, basis_shape
 from nfn_optim.passes import Network
 from nfn_optim.said import Said
 from nfn_optim.shards import Shards
 from nfn_optim.symmetry import Symmetry
 
-Hyper = float | Tensor | Mapping[str, float | Tensor]
-"""One value for all parameters, or one for each by name."""
-
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
-FADING_AGE = 100.0  # steps after which fading begins to be felt
-COOLEST = 0.01  # what is left of the learning rate behind the end of the horizon
 FALLBACK_RMS = 50.0  # a direction that might be of larger root mean square (Adam's has about 1) is not trusted
 
 
@@ -69,9 +70,12 @@ class RuleConfig:
         power: Power of the tensor's scale in the gain when meta-training starts; it is learned. 1 measures updates in
             units of the scale, 0 is Adam's.
         gain: Factor of every update when meta-training starts, between exp(-3) and exp(3); it is learned.
-        cooldown: Last part of a known horizon over which the learning rate falls linearly, 0 to 1.
+        cooldown: Last part of a known horizon over which the learning rate falls, 0 to 1.
+        bend: Power with which it falls there: 1 linearly, more than 1 sooner.
         fading: Where the horizon is not known, the learning rate falls as (1 + age / FADING_AGE)^-fading; 0 or more.
         talk_every: Steps from one time that the neurons talk to the next; in between weights act on what was said last.
+        rank: Directions in which the neurons of a matrix hear each other; 0 for none. With it, the nominal direction of
+            matrices is the orthogonal one when meta-training starts; how far is learned. Form "linear" only.
     """
 
     hidden: int = 16
@@ -81,12 +85,16 @@ class RuleConfig:
     power: float = 0.0
     gain: float = 1.0
     cooldown: float = 0.0
+    bend: float = 1.0
     fading: float = 0.0
     talk_every: int = 1
+    rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.talk_every < 1 or self.fading < 0:
-            raise ValueError(f"expected talk_every >= 1 and fading >= 0, found {self.talk_every} and {self.fading}")
+        if self.talk_every < 1 or self.fading < 0 or self.bend <= 0:
+            raise ValueError(f"expected talk_every >= 1, fading >= 0 and bend > 0, found {self}")
+        if self.rank < 0 or (self.rank and (self.hidden == 0 or self.form != "linear")):
+            raise ValueError(f"expected rank >= 0, and 0 without hidden channels or in form 'network', found {self}")
         if self.hidden < 0 or self.rounds < 0 or self.weight_hidden < 1:
             raise ValueError(f"expected hidden >= 0, rounds >= 0 and weight_hidden >= 1, found {self}")
         if not (self.gain > 0 and abs(math.log(self.gain)) < GAIN_RANGE):
@@ -124,6 +132,8 @@ class UpdateRule(nn.Module):
             out = (CHANNELS if config.form == "linear" else config.weight_hidden) + 1  # the last one is the gain's
             self.stack = TiedStack(ROW_CHANNELS, TENSOR_CHANNELS, config.hidden, out, config.rounds)
             self.power = nn.Parameter(torch.tensor(float(config.power)))
+            if config.rank:
+                self.share = nn.Parameter(torch.tensor(1.0))
             with torch.no_grad():
                 self.stack.read_tensors.bias[-1] = GAIN_RANGE * math.atanh(math.log(config.gain) / GAIN_RANGE)
             if config.form == "network":
@@ -141,6 +151,8 @@ class UpdateRule(nn.Module):
         """Set the learned part's output to zero, in place; what remains is AdamW."""
         if self.learns:
             self.power.zero_()
+            if self.config.rank:
+                self.share.zero_()
             for value in self.stack.readouts():
                 value.zero_()
             if self.config.form == "network":
@@ -155,9 +167,11 @@ class UpdateRule(nn.Module):
             batch_dims: How many leading dimensions are batch.
         """
         state = features.init_state(params, batch_dims, learned=self.learns)
-        if self.learns and self.config.talk_every > 1:
-            for name, values in state.items():
+        for name, values in state.items() if self.learns else ():
+            if self.config.talk_every > 1:
                 values.update(self._silence(params[name].shape, values["step"]).to_keep())
+            if (shape := basis_shape(self.config.rank, params[name].shape[batch_dims:])) is not None:
+                values["basis"] = values["step"].new_zeros((*params[name].shape[:batch_dims], *shape))
         return state
 
     def talks(self, taken: int) -> bool:
@@ -202,14 +216,20 @@ class UpdateRule(nn.Module):
         incidence = incidence_of(symmetry)
         names = incidence.names
         steps = torch.stack([state[n]["step"] for n in names], -1) + 1  # (*batch, T)
-        rate, decay = _by_tensor(lr, names, steps), _by_tensor(weight_decay, names, steps)
+        rate, decay = by_tensor(lr, names, steps), by_tensor(weight_decay, names, steps)
         if (cooling := self.cooling(steps, total_steps)) is not None:
             rate = rate * cooling
-        corrections = features.corrections_of(steps)
         tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
-        blocks = [Block.of(x, tensors, corrections) for x in layouts_of([x[0] for x in tensors], batch_dims)]
+        stacked = kernel.least if kernel is not None and shards is None else 0
+        blocks = blocks_of(tensors, features.corrections_of(steps), batch_dims, stacked)
         seen = [passes.take(*block.arrays) for block in blocks if kernel is None]
         found: State = {n: {"step": step} for n, step in zip(names, steps.unbind(-1), strict=True)}
+        aiming = Aiming(names, blocks, None if kernel is not None else [raw[0] for _, raw in seen], kernel, shards)
+        aims = (
+            aiming.aims({n: state[n].get("basis") for n in names}, batch_dims)
+            if self.learns and self.config.rank
+            else {}
+        )
         if self.learns and talk:
             pooled: dict[int, Pooled] = {}
             for k, block in enumerate(blocks):
@@ -217,6 +237,10 @@ class UpdateRule(nn.Module):
                 pooled |= block.layout.means(*sums)
             means = [pooled[i] for i in range(len(names))]
             means = means if shards is None else shards.gather(names, means)
+            for number, basis in aiming.next_bases(
+                aims, {i: by_dim[0][..., 4] for i, (by_dim, _) in enumerate(means) if by_dim}
+            ):
+                found[names[number]]["basis"] = basis
             said, untrusted = self._say(means, steps, incidence, total_steps, kernel)
             for n, x, broken in zip(names, said, untrusted.unbind(-1), strict=True):
                 found[n]["fallbacks"] = state[n]["fallbacks"] + broken
@@ -231,15 +255,21 @@ class UpdateRule(nn.Module):
         for k, block in enumerate(blocks):
             layout = block.layout
             parts = [said[i] for i in layout.numbers]
-            heard = parts[0].words if len(parts) == 1 else torch.cat([x.words for x in parts], -2)
+            heard = layout.join([x.words for x in parts])
+            ahead = None
+            if self.learns and self.config.rank:
+                heard, ahead = self._aimed(heard, aims.get(k))
             words = (heard, layout.gain([x.gains for x in parts]) if self.learns else None, self._network())
             if kernel is not None:
-                still = {i for i in layout.numbers if _is_zero(lr, names[i])}
-                kernel.move_(*block.arrays, *words, len(still) == len(layout.numbers))
+                still = {i for i in layout.numbers if is_zero(lr, names[i])}
+                kernel.move_(*block.arrays, *words, ahead, len(still) == len(layout.numbers))
                 block.write_back(still)
                 continue
             moments, raw = seen[k]
-            arrays = (passes.answer(raw, block.arrays[0], *words), *moments)
+            arrays = (
+                passes.answer(raw, block.arrays[0], *words, None if ahead is None else ahead[0] @ ahead[1]),
+                *moments,
+            )
             for i, u, *values in zip(layout.numbers, *(layout.unfold(x) for x in arrays), strict=True):
                 update[names[i]] = u
                 found[names[i]] |= dict(zip(MOMENTS, values, strict=False))
@@ -259,15 +289,14 @@ class UpdateRule(nn.Module):
         Returns:
             `(*batch, T)`, or None where it is always 1.
         """
-        cooldown, fading = self.config.cooldown, self.config.fading
-        if not fading and (not cooldown or total_steps is None):
+        config = self.config
+        if not config.fading and (not config.cooldown or total_steps is None):
             return None
-        faded = (1 + (steps - 1) / FADING_AGE) ** -fading
+        untold = faded(steps, config.fading)
         if total_steps is None:
-            return faded
-        total = _horizon(total_steps, steps)
-        left = (1 - (steps - 1) / total.clamp(min=1)) / cooldown if cooldown else torch.ones_like(faded)
-        return torch.where(total > 0, left.clamp(COOLEST, 1.0), faded)
+            return untold
+        total = horizon_of(total_steps, steps)
+        return torch.where(total > 0, cooled(steps, total, config.cooldown, config.bend), untold)
 
     def _said_before(self, state: State, steps: Tensor, incidence: Incidence) -> list[Said]:
         """What every tensor acts on where nothing is said now: what was said last, or what AdamW says.
@@ -310,7 +339,7 @@ class UpdateRule(nn.Module):
         described = features.describe(whole, units)
         total = None
         if total_steps is not None:
-            total = _horizon(total_steps, steps)
+            total = horizon_of(total_steps, steps)
         time = features.time_features(steps, total)
         tensors = features.tensor_features(described, scale, rms, time, incidence)  # (*batch, T, TENSOR_CHANNELS)
         none = whole[..., :0, :]
@@ -340,7 +369,7 @@ class UpdateRule(nn.Module):
         means = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
         reach = gain * self._reach(means, units.index_select(-2, every), coefficients, activity.index_select(-1, every))
         squares = (reach * reach).detach() * index["leading_share"]
-        bound = torch.zeros_like(activity).index_add(-1, every, squares).sqrt() * self._most(by_row_gain, incidence)
+        bound = torch.zeros_like(activity).index_add(-1, every, squares).sqrt() * most_of(by_row_gain, incidence)
         trusted = bound / by_scale.detach() <= FALLBACK_RMS  # in units of the tensor's scale; False for NaN
         by_row_gain = torch.where(trusted.index_select(-1, index["tensor_of_row"]), by_row_gain, 1.0)
         units = torch.where(trusted.unsqueeze(-1), units, 0.0)
@@ -349,7 +378,9 @@ class UpdateRule(nn.Module):
         coefficients = torch.where(believed.unsqueeze(-1), coefficients, 0.0)
 
         active = torch.where(trusted, activity, 0.0).index_select(-1, every)
-        words = self._words(gain, coefficients, units.index_select(-2, every), active)
+        share = trusted * index["matrix"] * self.share.unsqueeze(-1) if self.config.rank else None
+        share = None if share is None else share.index_select(-1, every)
+        words = self._words(gain, coefficients, units.index_select(-2, every), active, share)
         said = []
         for segments, part in zip(incidence.segments, torch.split(words, incidence.lengths, -2), strict=True):
             gains = tuple(by_row_gain[..., s.start : s.start + s.length] for s in segments[1:])
@@ -370,27 +401,23 @@ class UpdateRule(nn.Module):
         """
         rms = means[..., :CHANNELS].sqrt() * units
         if self.config.form == "linear":
-            return (rms[..., 0] * (1 + coefficients[..., 0])).abs() + (rms * coefficients)[..., 1:].abs().sum(-1)
+            nominal = rms[..., 0]
+            if self.config.rank:  # as if all tensors were matrices
+                nominal = (
+                    nominal * (1 - self.share).unsqueeze(-1).abs() + SIZE * LARGEST * self.share.unsqueeze(-1).abs()
+                )
+            return (nominal * (1 + coefficients[..., 0])).abs() + (rms * coefficients)[..., 1:].abs().sum(-1)
         broken = 0 * (rms.sum(-1) + coefficients.sum(-1))  # NaN where something is not finite, which tanh may hide
         return rms[..., 0] + activity * self.answer.weight.abs().sum((-2, -1)).unsqueeze(-1) + broken
-
-    @staticmethod
-    def _most(by_row_gain: Tensor, incidence: Incidence) -> Tensor:
-        """The most that columns and taps multiply a weight with, `(*batch, N) -> (*batch, T)`."""
-        most = []
-        for segments in incidence.segments:
-            value = torch.ones_like(by_row_gain[..., 0]) if segments else by_row_gain.new_ones(by_row_gain.shape[:-1])
-            for s in segments[1:]:
-                value = value * by_row_gain[..., s.start : s.start + s.length].detach().amax(-1)
-            most.append(value)
-        return torch.stack(most, -1)
 
     @property
     def _scaled_words(self) -> int:
         """How many words, the first ones, are multiplied by the learning rate."""
-        return CHANNELS if self.learns and self.config.form == "linear" else 1
+        return CHANNELS + (self.config.rank > 0) if self.learns and self.config.form == "linear" else 1
 
-    def _words(self, gain: Tensor, coefficients: Tensor, units: Tensor, activity: Tensor) -> Tensor:
+    def _words(
+        self, gain: Tensor, coefficients: Tensor, units: Tensor, activity: Tensor, share: Tensor | None
+    ) -> Tensor:
         """What `passes.answer` wants to hear, but for learning rate and weight decay, `(*batch, F, words)`.
 
         Args:
@@ -398,17 +425,20 @@ class UpdateRule(nn.Module):
             coefficients: `(*batch, F, channels)`.
             units: `(*batch, F, CHANNELS)`.
             activity: `(*batch, F)`.
+            share: How much of the nominal direction is orthogonal, `(*batch, F)`, if there is such a thing.
         """
         if self.config.form == "linear":
             nominal, *others = coefficients.unbind(-1)
             others[2] = others[2] * units[..., 3]
-            return torch.stack([gain * (1 + nominal), *(gain * c for c in others), units[..., 4]], -1)
+            first = gain * (1 + nominal)
+            nominals = [first] if share is None else [first * (1 - share), first * share]
+            return torch.stack([*nominals, *(gain * c for c in others), units[..., 4]], -1)
         return torch.stack([gain, units[..., 3], units[..., 4], activity, *coefficients.unbind(-1)], -1)
 
     def _silence(self, shape: Sequence[int], like: Tensor) -> Said:
         """What the weights of a tensor `(*batch, *shape)` act on before anything was said: Adam; `like` `(*batch,)`."""
         first, *others = shape[like.dim() :] or (1,)
-        size = CHANNELS + 1 if self.config.form == "linear" else 4 + self.config.weight_hidden
+        size = self._scaled_words + 1 if self.config.form == "linear" else 4 + self.config.weight_hidden
         words = F.pad(like.new_ones((*like.shape, first, 1)), (0, size - 1))
         return Said(words, tuple(like.new_ones((*like.shape, length)) for length in others))
 
@@ -428,6 +458,22 @@ class UpdateRule(nn.Module):
         scaled = words[..., : self._scaled_words] * -rate
         return torch.cat([scaled, words[..., self._scaled_words :], 0 * words[..., :1] - rate * decay], -1)
 
+    @staticmethod
+    def _aimed(heard: Tensor, aimed: Aimed | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Take the second word, the factor of the orthogonal direction, out of what is heard.
+
+        Args:
+            heard: `(*batch, rows or 1, words + 1)`.
+            aimed: The orthogonal direction, if there is one.
+
+        Returns:
+            What is left, `(*batch, rows or 1, words)`, and the direction's share in the subspace as two factors.
+        """
+        first, factor, others = heard[..., :1], heard[..., 1:2], heard[..., 2:]
+        if aimed is None:
+            return torch.cat([first, others], -1), None
+        return torch.cat([first + factor * aimed.rest, others], -1), (factor * aimed.left, aimed.basis.mT)
+
     def _network(self) -> Network | None:
         """The network per weight, if the form has one."""
         return (self.see.weight, self.see.bias, self.answer.weight) if hasattr(self, "see") else None
@@ -437,27 +483,3 @@ class UpdateRule(nn.Module):
 def incidence_of(symmetry: Symmetry) -> Incidence:
     """The index lists of a symmetry, made once."""
     return Incidence(symmetry)
-
-
-def _by_tensor(hyper: Hyper, names: Sequence[str], steps: Tensor) -> Tensor | float:
-    """A hyperparameter as a number or `(*batch or none, T or 1)`, to go with steps `(*batch, T)`."""
-    if isinstance(hyper, Mapping):
-        ones = torch.ones_like(steps[..., :1])
-        return torch.cat([_by_tensor(hyper[n], names, steps) * ones for n in names], -1)
-    if isinstance(hyper, Tensor):
-        hyper = hyper.to(steps)
-        return hyper.unsqueeze(-1) if hyper.dim() == steps.dim() - 1 > 0 else hyper.reshape((1,))
-    return hyper
-
-
-def _horizon(total_steps: Tensor | float, steps: Tensor) -> Tensor:
-    """The horizon, `(*batch or none, 1)`; a number gets to the device without being waited for."""
-    if isinstance(total_steps, Tensor):
-        return total_steps.to(steps).unsqueeze(-1)
-    return steps.new_full((1,), float(total_steps))
-
-
-def _is_zero(hyper: Hyper, name: str) -> bool:
-    """Whether a hyperparameter is the number 0 for a tensor."""
-    value = hyper[name] if isinstance(hyper, Mapping) else hyper
-    return not isinstance(value, Tensor) and value == 0

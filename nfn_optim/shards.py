@@ -64,6 +64,22 @@ class Shard:
             shares.append(share)
         return [*shares, whole * math.prod(fractions)]
 
+    def placed(self, value: Tensor, first: int, last: int) -> Tensor:
+        """What this process adds to a sum that has the dimensions `first` to `last` of the tensor.
+
+        Args:
+            value: For the part that is here, `(*lengths of spans[first:last], ...)`.
+            first: A dimension.
+            last: One past another.
+
+        Returns:
+            `(*shape[first:last], ...)`, zero but for the part.
+        """
+        whole = value.new_zeros((*self.shape[first:last], *value.shape[last - first :]))
+        if self.counts:
+            whole[self.spans[first:last]] = value
+        return whole
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -89,15 +105,29 @@ class Shards:
             pooled: Means over the parts that are here.
         """
         found = dict(zip(names, pooled, strict=True))
+        shares = {name: shard.share(found[name]) for name, shard in self.by_name.items()}
+        for name, (*rows, whole) in self.added(shares).items():
+            found[name] = rows, whole
+        return list(found.values())
+
+    def added(self, shares: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+        """Sums over all processes that hold a part of a tensor; one all-reduce for each mesh.
+
+        Args:
+            shares: Name -> what this process adds, the same names and shapes on every process; of tensors that are
+                not divided, what is returned as it is.
+        """
+        found = {name: list(share) for name, share in shares.items()}
         for mesh in dict.fromkeys(shard.mesh for shard in self.by_name.values()):
-            shares = {name: s.share(found[name]) for name, s in self.by_name.items() if s.mesh == mesh}
-            parts = [part for share in shares.values() for part in share]
+            mine = [name for name in shares if name in self.by_name and self.by_name[name].mesh == mesh]
+            parts = [part for name in mine for part in shares[name]]
+            if not parts:
+                continue
             flat = _reduced(torch.cat([part.flatten() for part in parts]), mesh, dist.ReduceOp.SUM)
             sums = iter(torch.split(flat, [part.numel() for part in parts]))
-            for name, share in shares.items():
-                *rows, whole = (next(sums).reshape(part.shape) for part in share)
-                found[name] = rows, whole
-        return list(found.values())
+            for name in mine:
+                found[name] = [next(sums).reshape(part.shape) for part in shares[name]]
+        return found
 
     def part(self, name: str, dim: int) -> slice:
         """Which entries of a dimension are here."""

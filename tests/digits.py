@@ -64,5 +64,5 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[tup
 
 
 def falls(losses: Sequence[float]) -> bool:
-    """Whether the last three losses are, in the mean, below three quarters of the first."""
-    return sum(losses[-3:]) / 3 < 0.75 * losses[0]
+    """Whether the last three losses are, in the mean, a tenth below the first."""
+    return sum(losses[-3:]) / 3 < 0.9 * losses[0]

@@ -95,6 +95,8 @@ def learned(form: str = "linear", **config: Any) -> UpdateRule:
     """A rule in float64 of which nothing is zero."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden": 4, "form": form, "power": 0.5, "cooldown": 0.5, **config}
+    if form == "orthogonal":  # of so high a rank that no matrix needs a basis, which is not differentiated
+        shape |= {"form": "linear", "rank": 1000}
     rule = UpdateRule(RuleConfig(**shape)).double()
     with torch.no_grad():
         for name, p in rule.named_parameters():  # a bypass sees logarithms of several units: large steps are chaotic
@@ -268,10 +270,12 @@ def arguments(network: Network, form: str) -> dict[str, Tensor]:
     [
         ("dropout", "linear"),
         ("dropout", "network"),
+        ("dropout", "orthogonal"),
         ("convolutions", "linear"),
         ("reused", "linear"),
         ("fused_qkv", "linear"),
         ("gru_both_ways", "linear"),
+        ("gru_both_ways", "orthogonal"),
     ],
 )
 def test_meta_gradients_equal_finite_differences(name: str, form: str) -> None:

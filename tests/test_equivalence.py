@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +53,10 @@ def batches(shape: tuple[int, ...], steps: int, dtype: torch.dtype = torch.float
     ]
 
 
-def random_rule(seed: int = 0) -> UpdateRule:
+def random_rule(seed: int = 0, rank: int = 0) -> UpdateRule:
     """A rule of which nothing is zero."""
     generator = torch.Generator().manual_seed(seed)
-    rule = UpdateRule()
+    rule = UpdateRule(RuleConfig(rank=rank))
     with torch.no_grad():
         for value in rule.parameters():
             value.add_(0.2 * torch.randn(value.shape, generator=generator))
@@ -96,8 +97,8 @@ def test_equals_adamw_without_a_learned_part(name: str, rule: str, dtype: torch.
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("form", ["linear", "network"])
-def test_renamed_neurons_are_trained_the_same(name: str, form: str) -> None:
+@pytest.mark.parametrize("config", [{}, {"form": "network"}, {"rank": 4, "talk_every": 2}, {"rank": 32}], ids=str)
+def test_renamed_neurons_are_trained_the_same(name: str, config: dict[str, Any]) -> None:
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
     model = make().double()
@@ -107,7 +108,7 @@ def test_renamed_neurons_are_trained_the_same(name: str, form: str) -> None:
     assert any(not torch.equal(index, torch.arange(len(index))) for index in permutations.values())
     twin = copy.deepcopy(model)
     twin.load_state_dict(renamed(model, symmetry, permutations))
-    rule = UpdateRule(RuleConfig(form="network")) if form == "network" else UpdateRule()
+    rule = UpdateRule(RuleConfig(**config))
     with torch.no_grad():
         for theta in rule.parameters():
             theta.add_(0.2 * torch.randn(theta.shape))

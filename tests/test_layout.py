@@ -44,10 +44,13 @@ nfn_optim.passes
 nfn_optim.kernel
 nfn_optim.arrays
 nfn_optim.shards
+nfn_optim.orthogonal
+nfn_optim.aiming
 nfn_optim.network
 nfn_optim.naming
 nfn_optim.certificate
 nfn_optim.trace
+nfn_optim.hyper
 nfn_optim.gains
 nfn_optim.said
 nfn_optim.rule

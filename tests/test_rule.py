@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ SYMMETRY = Symmetry(
     {"c": 3, "in": 2, "ky": 2, "kx": 1, "h": 4, "y": 2, "out": 2},
     frozenset({"in", "ky", "kx", "y", "out"}),
 )
-FORMS = ("linear", "network")
+FORMS = ("linear", "network", "orthogonal")
+"""The forms of a rule, and "linear" with orthogonal directions, of so low a rank that all matrices need a basis."""
 
 
 def draw(seed: int, *batch: int) -> dict[str, Tensor]:
@@ -22,9 +25,14 @@ def draw(seed: int, *batch: int) -> dict[str, Tensor]:
     return {n: torch.randn((*batch, *SYMMETRY.shape_of(n)), dtype=torch.float64) for n in SYMMETRY.dims}
 
 
+def config_of(form: str, **config: Any) -> RuleConfig:
+    """One of `FORMS`."""
+    return RuleConfig(**config, rank=2) if form == "orthogonal" else RuleConfig(**config, form=form)  # type: ignore[arg-type]
+
+
 def random_rule(form: str, spread: float = 0.2) -> UpdateRule:
     torch.manual_seed(0)
-    rule = UpdateRule(RuleConfig(hidden=6, form=form, power=1.0)).double()  # type: ignore[arg-type]
+    rule = UpdateRule(config_of(form, hidden=6, power=1.0)).double()
     with torch.no_grad():
         for p in rule.parameters():
             p.add_(torch.randn_like(p) * spread)
@@ -51,8 +59,9 @@ def train(rule: UpdateRule, params: dict[str, Tensor], steps: int = 4, **kwargs:
         UpdateRule(RuleConfig(form="network")),
         random_rule("linear").zero_(),
         random_rule("network").zero_(),
+        random_rule("orthogonal").zero_(),
     ],
-    ids=["nominal", "new", "new network", "zeroed", "zeroed network"],
+    ids=["nominal", "new", "new network", "zeroed", "zeroed network", "zeroed orthogonal"],
 )
 def test_what_has_learned_nothing_is_adamw(rule: UpdateRule) -> None:
     params = draw(0)
@@ -83,8 +92,9 @@ def test_training_is_equivariant(form: str) -> None:
             moved_update, moved_state = rule(moved, moved_grads, moved_state, SYMMETRY, lr=0.01)
             params = {n: params[n] + update[n] for n in params}
             moved = {n: moved[n] + moved_update[n] for n in moved}
+    digits = 1e-8 if form == "orthogonal" else 1e-10  # small singular values are enlarged, and rounding with them
     for n, p in loose.permute(params, permutations).items():
-        torch.testing.assert_close(moved[n], p, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(moved[n], p, rtol=digits, atol=digits / 100)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -232,4 +242,4 @@ def test_impossible_rules_are_refused(bad: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_theta_is_small(form: str) -> None:
-    assert sum(p.numel() for p in UpdateRule(RuleConfig(form=form)).parameters()) < 5000  # type: ignore[arg-type]
+    assert sum(p.numel() for p in UpdateRule(config_of(form)).parameters()) < 5000

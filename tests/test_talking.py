@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from test_rule import FORMS, SYMMETRY, draw
+from test_rule import FORMS, SYMMETRY, config_of, draw
 from torch import Tensor, nn
 
 from meta_train.tasks import MLPDistribution
@@ -20,7 +20,7 @@ EVERY = 3
 def sparse_rule(form: str = "linear") -> UpdateRule:
     """A rule of which nothing is zero, whose neurons talk at every third step."""
     torch.manual_seed(0)
-    rule = UpdateRule(RuleConfig(hidden=6, form=form, power=0.5, talk_every=EVERY)).double()  # type: ignore[arg-type]
+    rule = UpdateRule(config_of(form, hidden=6, power=0.5, talk_every=EVERY)).double()
     with torch.no_grad():
         for p in rule.parameters():
             p.add_(torch.randn_like(p) * 0.1)

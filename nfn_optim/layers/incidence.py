@@ -63,7 +63,8 @@ class Incidence:
         indices: The lists. `row` and `neuron` meet with weight `share`; `tensor_of_row`, and `row_share`, the weight of
             a row in the mean of its tensor; `mute` rows; `gathered`, the place of every row where the rows of tensor 0
             come first, then those of tensor 1; `leading`, the row that every leading row is (N for that of a scalar),
-            with `tensor_of_leading` and `leading_share`, its weight in a mean; `kin`, who shares an axis; `static`,
+            with `tensor_of_leading` and `leading_share`, its weight in a mean; `kin`, who shares an axis; `matrix`,
+            which tensors have two dimensions or more; `static`,
             what never changes about a tensor, `(T, STATIC)`: its order, log sizes, log number of entries.
     """
 
@@ -137,6 +138,7 @@ class Incidence:
             "tensor_of_leading": torch.repeat_interleave(torch.arange(len(shapes)), torch.tensor(self.lengths)),
             "row_share": row_share[:, None],
             "kin": _kinship(symmetry, shapes),
+            "matrix": torch.tensor([float(len(shape) > 1) for shape in shapes]),
             "static": torch.tensor([_static(shape) for shape in shapes]).reshape(len(shapes), self.STATIC),
         }
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}

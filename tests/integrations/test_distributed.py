@@ -41,14 +41,14 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
-def check(outcomes: list[Any], expected: list[Tensor]) -> None:
-    """Ranks are bit-equal, and equal to one process but for rounding."""
+def check(outcomes: list[Any], expected: list[Tensor], digits: float = 1e-4) -> None:
+    """Ranks are bit-equal, and equal to one process but for rounding, which training amplifies."""
     first, second = outcomes
     assert first["losses"] == second["losses"]
     assert equal(first["params"], second["params"])
     assert first["axes"] == second["axes"]
     for found, p in zip(first["params"], expected, strict=True):
-        torch.testing.assert_close(found, p, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found, p, rtol=digits, atol=digits / 100)
 
 
 def test_data_parallel(ranks: Ranks) -> None:
@@ -69,11 +69,14 @@ def test_fully_sharded(ranks: Ranks, hidden: int) -> None:
         assert outcome["axes"] == SYMMETRY
 
 
-@pytest.mark.parametrize("config", [{"form": "linear"}, {"form": "network", "power": 0.5}, {"talk_every": 2}])
+@pytest.mark.parametrize(
+    "config", [{"form": "linear"}, {"form": "network", "power": 0.5}, {"talk_every": 2}, {"rank": 4}]
+)
 def test_fully_sharded_with_a_rule_of_which_nothing_is_zero(ranks: Ranks, config: dict[str, Any]) -> None:
     check(
         ranks.run(partial(parallel_training.fully_sharded, 7, **config)),
         alone(7, parallel_training.full_rule(**config)),
+        digits=1e-2 if "rank" in config else 1e-4,
     )
 
 

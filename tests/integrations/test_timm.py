@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from nfn_optim import NFNOptimizer
 
-EPOCHS, UPDATES = 4, 6
+EPOCHS, UPDATES = 4, 7
 default_registry.register(OptimInfo("nfn", NFNOptimizer, has_eps=False))
 
 GIVEN: dict[str, Callable[[nn.Module], Any]] = {
-    "factory": lambda model: create_optimizer_v2(model, "nfn", lr=1e-3, weight_decay=0.05),
-    "factory, decay by layer": lambda model: create_optimizer_v2(model, "nfn", lr=1e-3, layer_decay=0.9),
-    "groups": lambda model: NFNOptimizer(param_groups_weight_decay(model, 0.05), lr=1e-3),
+    "factory": lambda model: create_optimizer_v2(model, "nfn", lr=3e-3, weight_decay=0.05),
+    "factory, decay by layer": lambda model: create_optimizer_v2(model, "nfn", lr=3e-3, layer_decay=0.9),
+    "groups": lambda model: NFNOptimizer(param_groups_weight_decay(model, 0.05), lr=3e-3),
 }
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from nfn_optim import NFNOptimizer
 
-STEPS = 12
+STEPS = 24
 GIVEN: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     "optimizer": lambda model: {"optimizers": (NFNOptimizer(model), None)},
     "class": lambda _: {"optimizer_cls_and_kwargs": (NFNOptimizer, {"lr": 1e-3})},

@@ -1,0 +1,83 @@
+"""What every part of the shipped rule is good for: the rule without it, on development tasks.
+
+    python benchmarks/ablations.py --data FOLDER
+
+Nothing is trained anew: a part is taken out of theta, or out of the configuration, and the rest stays. *start* is where
+meta-training began. Writes `development.md` and its company into `benchmarks/results/ablations`; three minutes a line
+on two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from meta_train.evaluate import Folders, evaluate
+from meta_train.recipes import PLAIN
+from nfn_optim import UpdateRule, pretrained
+
+Change = Callable[[UpdateRule], UpdateRule]
+
+
+def configured(rule: UpdateRule, **config: object) -> UpdateRule:
+    """The same theta under another configuration, as far as that has a place for it."""
+    made = UpdateRule(replace(rule.config, **config))  # type: ignore[arg-type]
+    made.load_state_dict({n: v for n, v in rule.state_dict().items() if n in made.state_dict()})
+    return made
+
+
+@torch.no_grad()
+def without(rule: UpdateRule, *beginnings: str) -> UpdateRule:
+    """Theta with zeros for all whose name begins like this."""
+    made = configured(rule)
+    for name, value in made.named_parameters():
+        if name.startswith(beginnings):
+            value.zero_()
+    return made
+
+
+VARIANTS: dict[str, Change] = {
+    "shipped": configured,
+    "start": lambda _: UpdateRule(PLAIN),
+    "no orthogonal directions": lambda rule: without(configured(rule, rank=0), "share"),
+    "rank 8": lambda rule: configured(rule, rank=8),
+    "rank 128": lambda rule: configured(rule, rank=128),
+    "rows say nothing": lambda rule: without(rule, "stack.bypass_rows"),
+    "tensors say the same": lambda rule: without(rule, "stack.bypass_tensors"),
+    "scale does not count": lambda rule: without(rule, "power"),
+    "neurons talk at every step": lambda rule: configured(rule, talk_every=1),
+    "no fading": lambda rule: configured(rule, fading=0.0),
+}
+FOLDERS = Folders(out=Path("benchmarks/results/ablations"))
+
+
+def main(
+    variants: tuple[str, ...] = tuple(VARIANTS),
+    seeds: int = 1,
+    workers: int = 2,
+    folders: Folders = FOLDERS,
+) -> None:
+    """Evaluate the shipped rule without its parts.
+
+    Args:
+        variants: Which ones.
+        seeds: Of every task.
+        workers: Processes, one thread each.
+        folders: Where data are, what is finished is kept, and the report goes.
+    """
+    rule, paths = pretrained.load(), []
+    folders.out.mkdir(parents=True, exist_ok=True)
+    for name in variants:
+        path = Path("runs/ablations") / name / "theta.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pretrained.save(VARIANTS[name](rule), path)
+        paths.append(str(path))
+    evaluate("development", rule=tuple(paths), seeds=seeds, workers=workers, folders=folders)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,167 @@
+"""The orthogonal directions of all matrices of a network at one step, wherever their parts are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nfn_optim.arrays import Block, Matrix, Stack, Vectors
+from nfn_optim.kernel import Kernel
+from nfn_optim.orthogonal import Aim, Sketch, aims_of, first_rows, is_unset, next_basis
+from nfn_optim.shards import Shards
+
+
+@dataclass(frozen=True)
+class Aimed:
+    """The orthogonal direction D of the part of a matrix that is here, as D = left basis^T + rest X.
+
+    Attributes:
+        left: `(*batch, rows, k)`.
+        basis: `(*batch, columns of the array, k)`.
+        rest: `(*batch, 1, 1)`.
+        whole: The same of the whole matrix.
+        kept: The basis of the whole matrix as the state keeps it, `(*batch, *shape[1:], k)`.
+    """
+
+    left: Tensor
+    basis: Tensor
+    rest: Tensor
+    whole: Aim
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Aiming:
+    """Who aims.
+
+    Attributes:
+        names: Of all tensors.
+        blocks: All arrays.
+        directions: Adam's, by array, where they are at hand; else the kernel finds them.
+        kernel: Who runs the passes over the weights in place.
+        shards: Which parts of the tensors are here.
+    """
+
+    names: Sequence[str]
+    blocks: Sequence[Block]
+    directions: Sequence[Tensor] | None
+    kernel: Kernel | None
+    shards: Shards | None
+
+    def aims(self, bases: Mapping[str, Tensor | None], batch_dims: int) -> dict[int, Aimed]:
+        """By place among the blocks, of those that are matrices.
+
+        Args:
+            bases: What the state keeps, None where there is no need for a basis; by name of the tensor.
+            batch_dims: How many leading dimensions are batch.
+        """
+        kept: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
+        sketches: dict[int, Sketch] = {}
+        for place, block in enumerate(self.blocks):
+            layout = block.layout
+            if isinstance(layout, Vectors):
+                continue
+            name = self._name(place)
+            shape = self._shape_of(name, block)
+            known = [basis for i in layout.numbers if (basis := bases[self.names[i]]) is not None]
+            kept[place] = layout.join(known) if known else _identity(shape[1:], block.arrays[2][0])
+            here = kept[place] if self.shards is None else self._part(name, kept[place])
+            found[place] = layout.fold_basis(here.expand(*layout.batch, *here.shape[-len(shape) :]))
+            seen, energy = self._project(place, found[place])
+            sketches[place] = Sketch((shape[0], shape[1:].numel()), seen, energy)
+        if self.shards is not None:
+            by_name = {self._name(k): self._shares(self._name(k), x.seen, x.energy) for k, x in sketches.items()}
+            added = self.shards.added(by_name)
+            sketches = {k: Sketch(x.shape, *added[self._name(k)]) for k, x in sketches.items()}
+        aims = aims_of(list(sketches.values()), batch_dims)
+        return {
+            place: Aimed(self._rows(place, aim.left), found[place], aim.rest[..., None, None], aim, kept[place])
+            for place, aim in zip(found, aims, strict=True)
+        }
+
+    def next_bases(self, aims: Mapping[int, Aimed], sizes: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """The bases of the step after this one: number of the tensor and what the state keeps.
+
+        Args:
+            aims: What `aims` found.
+            sizes: Of all rows of the whole matrices, `(*batch, shape[0])`, by number of the tensor.
+        """
+        following = {place: aimed for place, aimed in aims.items() if self._needs_basis(aimed)}
+        images = {}
+        for place, aimed in following.items():
+            layout = self.blocks[place].layout
+            assert not isinstance(layout, Vectors)
+            k = aimed.kept.shape[-1]
+            unset = is_unset(aimed.kept.flatten(-aimed.kept.dim() + len(layout.batch), -2))
+            first = first_rows(layout.join([sizes[i].unsqueeze(-1) for i in layout.numbers]).squeeze(-1), k)
+            polar = torch.where(unset, first, aimed.whole.polar)
+            images[self._name(place)] = layout.unfold_basis(self._image(place, self._rows(place, polar)))
+        if self.shards is not None:
+            placed = {name: [self._placed_columns(name, image)] for name, image in images.items()}
+            images = {name: image for name, (image,) in self.shards.added(placed).items()}
+        for place in following:
+            layout = self.blocks[place].layout
+            image = images[self._name(place)]
+            flat = image.reshape(*layout.batch, -1, image.shape[-1])
+            basis = next_basis(flat.detach()).reshape(image.shape).contiguous()
+            yield from zip(layout.numbers, basis.unbind() if isinstance(layout, Stack) else [basis], strict=True)
+
+    def _name(self, place: int) -> str:
+        """Of the matrix at a place among the blocks, the first one of a stack."""
+        return self.names[self.blocks[place].layout.numbers[0]]
+
+    def _needs_basis(self, aimed: Aimed) -> bool:
+        """Whether the subspace is a part of the space."""
+        return aimed.kept.shape[-1] < aimed.kept.shape[:-1].numel()
+
+    def _shape_of(self, name: str, block: Block) -> torch.Size:
+        """Of the whole matrix, without batch dimensions."""
+        if self.shards is not None and name in self.shards.by_name:
+            return torch.Size(self.shards.by_name[name].shape)
+        return block.tensors[0][0].shape[len(block.layout.batch) if isinstance(block.layout, Matrix) else 0 :]
+
+    def _project(self, place: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Z and the energy of the part that is here."""
+        if self.directions is not None:
+            x = self.directions[place]
+            return x @ basis, x.square().sum((-2, -1))
+        assert self.kernel is not None
+        return self.kernel.project(*self.blocks[place].arrays, basis)
+
+    def _image(self, place: int, polar: Tensor) -> Tensor:
+        """X^T P of the part that is here, `(*batch, columns, k)`."""
+        if self.directions is not None:
+            return self.directions[place].mT @ polar
+        assert self.kernel is not None
+        return self.kernel.image(*self.blocks[place].arrays, polar)
+
+    def _part(self, name: str, basis: Tensor) -> Tensor:
+        """The part of a basis that belongs to the columns that are here."""
+        assert self.shards is not None
+        return basis[tuple(self.shards.part(name, dim) for dim in range(1, basis.dim()))]
+
+    def _rows(self, place: int, value: Tensor) -> Tensor:
+        """The rows `(*batch, rows, k)` that are here."""
+        return value if self.shards is None else value[..., self.shards.part(self._name(place), 0), :]
+
+    def _shares(self, name: str, seen: Tensor, energy: Tensor) -> list[Tensor]:
+        """What this process adds to Z and to the energy of the whole."""
+        shard = self.shards.by_name.get(name) if self.shards is not None else None
+        if shard is None:
+            return [seen, energy]
+        return [shard.placed(seen, 0, 1), energy if shard.counts else torch.zeros_like(energy)]
+
+    def _placed_columns(self, name: str, image: Tensor) -> Tensor:
+        """What this process adds to X^T P of the whole."""
+        shard = self.shards.by_name.get(name) if self.shards is not None else None
+        return image if shard is None else shard.placed(image, 1, len(shard.shape))
+
+
+def _identity(columns: torch.Size, like: Tensor) -> Tensor:
+    """The basis of the whole space, `(*columns, k)`."""
+    size = columns.numel()
+    return torch.eye(size, dtype=like.dtype, device=like.device).reshape(*columns, size)

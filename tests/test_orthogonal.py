@@ -1,0 +1,118 @@
+"""Orthogonal directions: what the singular value decomposition says, and none of its cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nfn_optim.orthogonal import (
+    LARGEST,
+    SIZE,
+    Aim,
+    Sketch,
+    aims_of,
+    basis_shape,
+    first_rows,
+    inverse_root,
+    is_unset,
+    next_basis,
+)
+
+
+def draw(rows: int, rest: int, seed: int = 0) -> Tensor:
+    """A matrix with singular values 1, 1/2, 1/4 ... but not below 1e-2."""
+    torch.manual_seed(seed)
+    u, _, vh = torch.linalg.svd(torch.randn(rows, rest, dtype=torch.float64), full_matrices=False)
+    values = (0.5 ** torch.arange(min(rows, rest), dtype=torch.float64)).clamp(min=1e-2)
+    return (u * values) @ vh
+
+
+def aimed(x: Tensor, basis: Tensor) -> tuple[Tensor, Aim]:
+    """D, and what it was made of."""
+    (aim,) = aims_of([Sketch((x.shape[0], x.shape[1]), x @ basis, x.square().sum())])
+    return (aim.left @ basis.mT + aim.rest * x) / SIZE, aim
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6), (1, 5), (5, 1)])
+def test_where_all_is_seen_all_singular_values_are_the_same(shape: tuple[int, int]) -> None:
+    x = draw(*shape)
+    d, aim = aimed(x, torch.eye(shape[1], dtype=torch.float64))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    inside = u.mT @ d @ vh.mT / max(shape) ** 0.5
+    assert aim.rest == 0
+    torch.testing.assert_close(inside, torch.diag(inside.diagonal()), rtol=0, atol=1e-6)
+    assert ((inside.diagonal() > 0.6) & (inside.diagonal() < LARGEST)).all()
+    assert d.square().mean().sqrt() < LARGEST
+
+
+def test_outside_of_the_subspace_proportions_stay() -> None:
+    x, k = draw(9, 8), 3
+    u, values, vh = torch.linalg.svd(x, full_matrices=False)
+    d, aim = aimed(x, vh[:k].mT)
+    inside = (u.mT @ d @ vh.mT).diagonal() / 3
+    assert ((inside[:k] > 0.6) & (inside[:k] < LARGEST)).all()
+    torch.testing.assert_close(inside[k:], values[k:] * aim.rest / SIZE / 3)
+    assert 0.1 < inside[k:].square().mean().sqrt() < 1
+
+
+def test_it_commutes_with_renaming_and_rotating_and_does_not_see_the_scale() -> None:
+    x, basis = draw(9, 8), torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64))[0]
+    rows, columns = torch.randperm(9), torch.randperm(8)
+    d, _ = aimed(x, basis)
+    torch.testing.assert_close(aimed(x[rows][:, columns], basis[columns])[0], d[rows][:, columns])
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    torch.testing.assert_close(aimed(x, basis @ turn)[0], d)
+    torch.testing.assert_close(aimed(100 * x, basis)[0], d, rtol=1e-4, atol=1e-4)
+
+
+def test_matrices_of_several_sizes_do_not_disturb_each_other() -> None:
+    xs = [draw(9, 8), draw(2, 30), draw(4, 1)]
+    bases = [torch.linalg.qr(torch.randn(x.shape[1], min(3, *x.shape), dtype=torch.float64))[0] for x in xs]
+    together = aims_of([Sketch(tuple(x.shape), x @ b, x.square().sum()) for x, b in zip(xs, bases, strict=True)])
+    for x, basis, aim in zip(xs, bases, together, strict=True):
+        alone = aimed(x, basis)[1]
+        torch.testing.assert_close(aim.left, alone.left)
+        torch.testing.assert_close(aim.rest, alone.rest)
+    assert aims_of([]) == []
+
+
+def test_the_subspace_becomes_that_of_the_largest_singular_values() -> None:
+    x, k = draw(9, 8), 3
+    basis = torch.zeros(8, k, dtype=torch.float64)
+    assert is_unset(basis).item()
+    polar = first_rows(x.square().sum(1), k)
+    assert torch.equal(polar.sum(0), torch.ones(k, dtype=torch.float64))
+    for _ in range(20):
+        basis = next_basis(x.mT @ polar)
+        assert not is_unset(basis).item()
+        polar = aimed(x, basis)[1].polar
+    best = torch.linalg.svd(x)[2][:k].mT
+    torch.testing.assert_close(basis @ basis.mT, best @ best.mT, rtol=0, atol=1e-8)
+
+
+def test_nothing_stays_nothing() -> None:
+    """A direction without size has none; and a matrix of zeros does not become one of NaN."""
+    basis = torch.eye(4, dtype=torch.float32)[:, :2]
+    for x in (torch.zeros(3, 4), 1e-12 * torch.randn(3, 4)):
+        d, aim = aimed(x, basis)
+        assert d.abs().max() < 1e-4
+        assert all(value.isfinite().all() for value in (aim.left, aim.rest, aim.polar))
+
+
+def test_the_inverse_root_of_many_at_once() -> None:
+    values = torch.rand(5, 2, 4, dtype=torch.float64)
+    values = values / values.sum(-1, keepdim=True)
+    turns = torch.linalg.qr(torch.randn(5, 2, 4, 4, dtype=torch.float64))[0]
+    grams = turns @ torch.diag_embed(values) @ turns.mT
+    found = turns.mT @ inverse_root(grams) @ turns
+    equal = found.diagonal(dim1=-2, dim2=-1) * values.sqrt()
+    assert ((equal > 0.6) & (equal < LARGEST)).all()
+
+
+def test_who_needs_a_basis() -> None:
+    assert basis_shape(32, (64, 3, 5, 5)) == (3, 5, 5, 32)
+    assert basis_shape(32, (10, 100)) == (100, 10)
+    assert basis_shape(32, (100, 32)) is None
+    assert basis_shape(32, (100,)) is None
+    assert basis_shape(0, (100, 100)) is None
