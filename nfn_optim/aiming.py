@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nfn_optim.arrays import Block, Matrix, Stack, Vectors
+from nfn_optim.features import TINY
 from nfn_optim.kernel import Kernel
-from nfn_optim.orthogonal import Aim, Sketch, aims_of, first_rows, is_unset, next_basis
+from nfn_optim.orthogonal import Aim, Sketch, aims_of, completed, next_basis
 from nfn_optim.shards import Shards
 
 
@@ -23,6 +24,7 @@ class Aimed:
         basis: `(*batch, columns of the array, k)`.
         rest: `(*batch, 1, 1)`.
         whole: The same of the whole matrix.
+        sketch: What that follows from.
         kept: The basis of the whole matrix as the state keeps it, `(*batch, *shape[1:], k)`.
     """
 
@@ -30,6 +32,7 @@ class Aimed:
     basis: Tensor
     rest: Tensor
     whole: Aim
+    sketch: Sketch
     kept: Tensor
 
 
@@ -72,33 +75,40 @@ class Aiming:
             here = kept[place] if self.shards is None else self._part(name, kept[place])
             found[place] = layout.fold_basis(here.expand(*layout.batch, *here.shape[-len(shape) :]))
             seen, energy = self._project(place, found[place])
-            sketches[place] = Sketch((shape[0], shape[1:].numel()), seen, energy)
+            dimension = kept[place].flatten(-len(shape), -2).square().sum((-2, -1)).expand(energy.shape)
+            sketches[place] = Sketch((shape[0], shape[1:].numel()), seen, energy, dimension)
         if self.shards is not None:
             by_name = {self._name(k): self._shares(self._name(k), x.seen, x.energy) for k, x in sketches.items()}
             added = self.shards.added(by_name)
-            sketches = {k: Sketch(x.shape, *added[self._name(k)]) for k, x in sketches.items()}
+            for place, x in sketches.items():
+                seen, energy = added[self._name(place)]
+                sketches[place] = replace(x, seen=seen, energy=energy)
         aims = aims_of(list(sketches.values()), batch_dims)
         return {
-            place: Aimed(self._rows(place, aim.left), found[place], aim.rest[..., None, None], aim, kept[place])
+            place: Aimed(
+                self._rows(place, aim.left), found[place], aim.rest[..., None, None], aim, sketches[place], kept[place]
+            )
             for place, aim in zip(found, aims, strict=True)
         }
 
-    def next_bases(self, aims: Mapping[int, Aimed], sizes: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def next_bases(self, aims: Mapping[int, Aimed], rows: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """The bases of the step after this one: number of the tensor and what the state keeps.
 
         Args:
             aims: What `aims` found.
-            sizes: Of all rows of the whole matrices, `(*batch, shape[0])`, by number of the tensor.
+            rows: Mean squares of the directions and of the moments m^ of all rows of the whole matrices,
+                `(*batch, shape[0], 2)`, by number of the tensor.
         """
         following = {place: aimed for place, aimed in aims.items() if self._needs_basis(aimed)}
         images = {}
         for place, aimed in following.items():
             layout = self.blocks[place].layout
             assert not isinstance(layout, Vectors)
-            k = aimed.kept.shape[-1]
-            unset = is_unset(aimed.kept.flatten(-aimed.kept.dim() + len(layout.batch), -2))
-            first = first_rows(layout.join([sizes[i].unsqueeze(-1) for i in layout.numbers]).squeeze(-1), k)
-            polar = torch.where(unset, first, aimed.whole.polar)
+            columns = aimed.kept.flatten(-aimed.kept.dim() + len(layout.batch), -2).square().sum(-2)
+            direction, momentum = layout.join([rows[i] for i in layout.numbers]).unbind(-1)
+            inside = aimed.sketch.seen.square().sum(-1) / aimed.sketch.shape[1]
+            outside = (1 - inside / (direction + TINY)).clamp(min=0)
+            polar = completed(aimed.whole.polar, columns, momentum * outside)
             images[self._name(place)] = layout.unfold_basis(self._image(place, self._rows(place, polar)))
         if self.shards is not None:
             placed = {name: [self._placed_columns(name, image)] for name, image in images.items()}
@@ -116,7 +126,7 @@ class Aiming:
 
     def _needs_basis(self, aimed: Aimed) -> bool:
         """Whether the subspace is a part of the space."""
-        return aimed.kept.shape[-1] < aimed.kept.shape[:-1].numel()
+        return aimed.kept.shape[-1] < aimed.sketch.shape[1]
 
     def _shape_of(self, name: str, block: Block) -> torch.Size:
         """Of the whole matrix, without batch dimensions."""

@@ -10,7 +10,8 @@ With X the raw channel 0 of a matrix, `(rows, rest)`, and U the *basis* of a sub
 Inside the subspace all singular values of D are the same, outside of it, where tau is the root mean square of those of
 X, they keep their proportions. The last line, a step of the power method, makes the subspace that of the k largest ones
 and keeps it there. Where a matrix has no more than k columns there is nothing to follow: U is the identity, and D is
-orthogonal. The root mean square of D is about 1.
+orthogonal. Where X has fewer than k singular values, some vectors of U are zero, until one of the rows of which most
+lies outside is taken in. The root mean square of D is about 1.
 
 What rows say to each other is Z, O(neurons k) numbers; so it costs 4 k operations a weight at a step and 2 k more at
 one at which the basis moves, instead of thousands. D commutes with permuting rows and columns, and D is not
@@ -36,6 +37,7 @@ ITERATIONS = 5
 SIZE = 0.5  # root mean square of the orthogonal direction in the update, about that of Adam's when gradients agree
 LARGEST = 1.25  # root mean square of D is never larger
 LEAST_TAIL = 0.1  # what is outside of the subspace is not enlarged more than ten times what is inside
+DEPENDENT = 1e-3  # a vector of which no larger part is new depends on the others
 LEAST = 1e-4  # a direction of smaller root mean square is not enlarged: there is none
 
 
@@ -47,11 +49,13 @@ class Sketch:
         shape: Of X, rows and rest; of the whole where it is divided among processes.
         seen: Z, `(*batch, rows, k)`, or `(*batch, count, rows, k)` of a stack of matrices; and so with everything.
         energy: Sum of the squares of X, `(*batch,)`.
+        dimension: Of the subspace, `(*batch,)`.
     """
 
     shape: tuple[int, int]
     seen: Tensor
     energy: Tensor
+    dimension: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,10 @@ def aims_of(sketches: Sequence[Sketch], batch_dims: int = 0) -> list[Aim]:
         k, where = sketch.seen.shape[-1], sketch.energy.shape
         root, within = several.reshape(*where, most, most)[..., :k, :k], withins.reshape(where)
         size = SIZE * math.sqrt(max(sketch.shape))
-        left_over = min(sketch.shape) - k
-        rest = torch.zeros_like(within)
-        if left_over > 0:
-            tail = ((sketch.energy - within).clamp(min=0) / left_over + floor).sqrt()
-            rest = 1 / (tail + LEAST_TAIL * (within / k).sqrt())
+        left_over = (min(sketch.shape) - sketch.dimension).clamp(min=1)
+        tail = ((sketch.energy - within).clamp(min=0) / left_over + floor).sqrt()
+        rest = 1 / (tail + LEAST_TAIL * (within / sketch.dimension.clamp(min=1)).sqrt())
+        rest = torch.where(sketch.dimension < sketch.shape[1] - 0.5, rest, 0.0)  # where there is anything outside
         polar = sketch.seen @ root
         left = size * (polar - rest[..., None, None] * sketch.seen)
         found.append(Aim(left, size * rest, polar))
@@ -134,30 +137,32 @@ def inverse_root(grams: Tensor) -> Tensor:
     return root
 
 
-def first_rows(size: Tensor, k: int) -> Tensor:
-    """What stands for P where there is no basis yet: the choice of the k largest rows.
+def completed(polar: Tensor, basis_columns: Tensor, size: Tensor) -> Tensor:
+    """P, and where the basis has no vector the choice of a row: of one of the k largest.
 
     Args:
-        size: Of every row, `(*batch, rows)`.
-        k: How many.
-
-    Returns:
-        `(*batch, rows, k)` of zeros and ones.
+        polar: `(*batch, rows, k)`.
+        basis_columns: Squared lengths of the vectors of the basis, 0 or 1, `(*batch, k)`.
+        size: How much there is to choose a row for, `(*batch, rows)`.
     """
-    chosen = torch.nan_to_num(size).topk(k, -1).indices
-    return F.one_hot(chosen, size.shape[-1]).mT.to(size.dtype)
+    chosen = torch.nan_to_num(size).topk(polar.shape[-1], -1).indices
+    return torch.where(
+        basis_columns.unsqueeze(-2) > 0.5,  # noqa: PLR2004 - between 0 and 1
+        polar,
+        F.one_hot(chosen, size.shape[-1]).mT.to(size.dtype),
+    )
 
 
 @torch.no_grad()
 def next_basis(image: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of X^T P, `(*batch, rest, k)`."""
-    basis: Tensor = torch.linalg.qr(image)[0]
-    return basis
+    """An orthonormal basis of the columns of X^T P, `(*batch, rest, k)`.
 
-
-def is_unset(basis: Tensor) -> Tensor:
-    """Whether a basis `(*batch, rest, k)` has not been set yet, `(*batch, 1, 1)`."""
-    return basis.square().sum((-2, -1), keepdim=True) < 0.5  # noqa: PLR2004 - else it is k
+    A column that depends on those before it gives a vector of zeros: whatever else stood there would be rounding.
+    """
+    basis, triangle = torch.linalg.qr(image)
+    sizes = triangle.diagonal(dim1=-2, dim2=-1).abs()  # (*batch, k)
+    apart = sizes > DEPENDENT * sizes.amax(-1, keepdim=True)
+    return torch.where(apart.unsqueeze(-2), basis, 0.0)
 
 
 def _padded(gram: Tensor, size: int) -> Tensor:

@@ -238,7 +238,7 @@ class UpdateRule(nn.Module):
             means = [pooled[i] for i in range(len(names))]
             means = means if shards is None else shards.gather(names, means)
             for number, basis in aiming.next_bases(
-                aims, {i: by_dim[0][..., 4] for i, (by_dim, _) in enumerate(means) if by_dim}
+                aims, {i: by_dim[0][..., [0, 4]] for i, (by_dim, _) in enumerate(means) if by_dim}
             ):
                 found[names[number]]["basis"] = basis
             said, untrusted = self._say(means, steps, incidence, total_steps, kernel)

@@ -10,7 +10,8 @@ process adds its share of the mean of every row and every tensor, zero where it 
 
     mean of row r  =  sum over processes of  (entries of r here / entries of r) x mean of r here
 
-in one all-reduce for the whole network. It makes no difference how the tensors were divided, evenly or not.
+in one all-reduce for the whole network. It makes no difference how the tensors were divided, evenly or not. Orthogonal
+directions (`nfn_optim.aiming`) are sums over processes in the same way.
 """
 
 from __future__ import annotations

@@ -13,9 +13,8 @@ from nfn_optim.orthogonal import (
     Sketch,
     aims_of,
     basis_shape,
-    first_rows,
+    completed,
     inverse_root,
-    is_unset,
     next_basis,
 )
 
@@ -28,9 +27,14 @@ def draw(rows: int, rest: int, seed: int = 0) -> Tensor:
     return (u * values) @ vh
 
 
+def sketched(x: Tensor, basis: Tensor) -> Sketch:
+    """What is seen of a matrix."""
+    return Sketch((x.shape[0], x.shape[1]), x @ basis, x.square().sum(), basis.square().sum())
+
+
 def aimed(x: Tensor, basis: Tensor) -> tuple[Tensor, Aim]:
     """D, and what it was made of."""
-    (aim,) = aims_of([Sketch((x.shape[0], x.shape[1]), x @ basis, x.square().sum())])
+    (aim,) = aims_of([sketched(x, basis)])
     return (aim.left @ basis.mT + aim.rest * x) / SIZE, aim
 
 
@@ -69,7 +73,7 @@ def test_it_commutes_with_renaming_and_rotating_and_does_not_see_the_scale() -> 
 def test_matrices_of_several_sizes_do_not_disturb_each_other() -> None:
     xs = [draw(9, 8), draw(2, 30), draw(4, 1)]
     bases = [torch.linalg.qr(torch.randn(x.shape[1], min(3, *x.shape), dtype=torch.float64))[0] for x in xs]
-    together = aims_of([Sketch(tuple(x.shape), x @ b, x.square().sum()) for x, b in zip(xs, bases, strict=True)])
+    together = aims_of([sketched(x, basis) for x, basis in zip(xs, bases, strict=True)])
     for x, basis, aim in zip(xs, bases, together, strict=True):
         alone = aimed(x, basis)[1]
         torch.testing.assert_close(aim.left, alone.left)
@@ -80,15 +84,30 @@ def test_matrices_of_several_sizes_do_not_disturb_each_other() -> None:
 def test_the_subspace_becomes_that_of_the_largest_singular_values() -> None:
     x, k = draw(9, 8), 3
     basis = torch.zeros(8, k, dtype=torch.float64)
-    assert is_unset(basis).item()
-    polar = first_rows(x.square().sum(1), k)
-    assert torch.equal(polar.sum(0), torch.ones(k, dtype=torch.float64))
     for _ in range(20):
-        basis = next_basis(x.mT @ polar)
-        assert not is_unset(basis).item()
-        polar = aimed(x, basis)[1].polar
+        d, aim = aimed(x, basis)
+        assert 0.5 < d.square().mean().sqrt() < LARGEST  # from the first step on
+        basis = next_basis(x.mT @ completed(aim.polar, basis.square().sum(0), x.square().sum(1)))
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(k, dtype=torch.float64))
     best = torch.linalg.svd(x)[2][:k].mT
     torch.testing.assert_close(basis @ basis.mT, best @ best.mT, rtol=0, atol=1e-8)
+
+
+def test_what_is_not_there_is_not_made_up() -> None:
+    """Two singular values give two vectors, whatever is asked for; a third row that comes to life is taken in."""
+    torch.manual_seed(0)
+    x = torch.zeros(5, 9)
+    x[:2] = torch.randn(2, 9)
+    chosen = completed(torch.zeros(5, 4), torch.zeros(4), x.square().sum(1))
+    basis = next_basis(x.mT @ chosen)
+    assert basis.square().sum(0).round().tolist() == [1, 1, 0, 0]
+    x[3] = torch.randn(9)
+    for _ in range(3):
+        _, aim = aimed(x, basis)
+        outside = x.square().sum(1) - (x @ basis).square().sum(1)
+        basis = next_basis(x.mT @ completed(aim.polar, basis.square().sum(0), outside))
+    assert basis.square().sum().round().item() == 3
+    torch.testing.assert_close(x @ basis @ basis.mT, x, rtol=0, atol=1e-4)
 
 
 def test_nothing_stays_nothing() -> None:

@@ -17,9 +17,9 @@ from nfn_optim import NFNOptimizer
 
 STEPS = 24
 GIVEN: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
-    "optimizer": lambda model: {"optimizers": (NFNOptimizer(model), None)},
-    "class": lambda _: {"optimizer_cls_and_kwargs": (NFNOptimizer, {"lr": 1e-3})},
-    "class and model": lambda model: {"optimizer_cls_and_kwargs": (NFNOptimizer, {"lr": 1e-3, "model": model})},
+    "optimizer": lambda model: {"optimizers": (NFNOptimizer(model, lr=3e-3), None)},
+    "class": lambda _: {"optimizer_cls_and_kwargs": (NFNOptimizer, {"lr": 3e-3})},
+    "class and model": lambda model: {"optimizer_cls_and_kwargs": (NFNOptimizer, {"lr": 3e-3, "model": model})},
 }
 
 
