@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nfn_optim.arrays import Block, Matrix, Stack, Vectors
 from nfn_optim.features import TINY
-from nfn_optim.kernel import Kernel
 from nfn_optim.orthogonal import Aim, Sketch, aims_of, completed, next_basis
 from nfn_optim.shards import Shards
+from nfn_optim.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,12 @@ class Aiming:
 
     Attributes:
         names: Of all tensors.
-        blocks: All arrays.
-        directions: Adam's, by array, where they are at hand; else the kernel finds them.
-        kernel: Who runs the passes over the weights in place.
+        sweep: Who passes over the weights.
         shards: Which parts of the tensors are here.
     """
 
     names: Sequence[str]
-    blocks: Sequence[Block]
-    directions: Sequence[Tensor] | None
-    kernel: Kernel | None
+    sweep: Sweep
     shards: Shards | None
 
     def aims(self, bases: Mapping[str, Tensor | None], batch_dims: int) -> dict[int, Aimed]:
@@ -64,7 +60,7 @@ class Aiming:
         kept: dict[int, Tensor] = {}
         found: dict[int, Tensor] = {}
         sketches: dict[int, Sketch] = {}
-        for place, block in enumerate(self.blocks):
+        for place, block in enumerate(self.sweep.blocks):
             layout = block.layout
             if isinstance(layout, Vectors):
                 continue
@@ -74,7 +70,7 @@ class Aiming:
             kept[place] = layout.join(known) if known else _identity(shape[1:], block.arrays[2][0])
             here = kept[place] if self.shards is None else self._part(name, kept[place])
             found[place] = layout.fold_basis(here.expand(*layout.batch, *here.shape[-len(shape) :]))
-            seen, energy = self._project(place, found[place])
+            seen, energy = self.sweep.project(place, found[place])
             dimension = kept[place].flatten(-len(shape), -2).square().sum((-2, -1)).expand(energy.shape)
             sketches[place] = Sketch((shape[0], shape[1:].numel()), seen, energy, dimension)
         if self.shards is not None:
@@ -102,19 +98,19 @@ class Aiming:
         following = {place: aimed for place, aimed in aims.items() if self._needs_basis(aimed)}
         images = {}
         for place, aimed in following.items():
-            layout = self.blocks[place].layout
+            layout = self.sweep.blocks[place].layout
             assert not isinstance(layout, Vectors)
             columns = aimed.kept.flatten(-aimed.kept.dim() + len(layout.batch), -2).square().sum(-2)
             direction, momentum = layout.join([rows[i] for i in layout.numbers]).unbind(-1)
             inside = aimed.sketch.seen.square().sum(-1) / aimed.sketch.shape[1]
             outside = (1 - inside / (direction + TINY)).clamp(min=0)
             polar = completed(aimed.whole.polar, columns, momentum * outside)
-            images[self._name(place)] = layout.unfold_basis(self._image(place, self._rows(place, polar)))
+            images[self._name(place)] = layout.unfold_basis(self.sweep.image(place, self._rows(place, polar)))
         if self.shards is not None:
             placed = {name: [self._placed_columns(name, image)] for name, image in images.items()}
             images = {name: image for name, (image,) in self.shards.added(placed).items()}
         for place in following:
-            layout = self.blocks[place].layout
+            layout = self.sweep.blocks[place].layout
             image = images[self._name(place)]
             flat = image.reshape(*layout.batch, -1, image.shape[-1])
             basis = next_basis(flat.detach()).reshape(image.shape).contiguous()
@@ -122,7 +118,7 @@ class Aiming:
 
     def _name(self, place: int) -> str:
         """Of the matrix at a place among the blocks, the first one of a stack."""
-        return self.names[self.blocks[place].layout.numbers[0]]
+        return self.names[self.sweep.blocks[place].layout.numbers[0]]
 
     def _needs_basis(self, aimed: Aimed) -> bool:
         """Whether the subspace is a part of the space."""
@@ -133,21 +129,6 @@ class Aiming:
         if self.shards is not None and name in self.shards.by_name:
             return torch.Size(self.shards.by_name[name].shape)
         return block.tensors[0][0].shape[len(block.layout.batch) if isinstance(block.layout, Matrix) else 0 :]
-
-    def _project(self, place: int, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Z and the energy of the part that is here."""
-        if self.directions is not None:
-            x = self.directions[place]
-            return x @ basis, x.square().sum((-2, -1))
-        assert self.kernel is not None
-        return self.kernel.project(*self.blocks[place].arrays, basis)
-
-    def _image(self, place: int, polar: Tensor) -> Tensor:
-        """X^T P of the part that is here, `(*batch, columns, k)`."""
-        if self.directions is not None:
-            return self.directions[place].mT @ polar
-        assert self.kernel is not None
-        return self.kernel.image(*self.blocks[place].arrays, polar)
 
     def _part(self, name: str, basis: Tensor) -> Tensor:
         """The part of a basis that belongs to the columns that are here."""
@@ -169,6 +150,22 @@ class Aiming:
         """What this process adds to X^T P of the whole."""
         shard = self.shards.by_name.get(name) if self.shards is not None else None
         return image if shard is None else shard.placed(image, 1, len(shard.shape))
+
+
+def hear(heard: Tensor, aimed: Aimed | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Take the second word, the factor of the orthogonal direction, out of what is heard.
+
+    Args:
+        heard: `(*batch, rows or 1, words)`.
+        aimed: The orthogonal direction, if there is one.
+
+    Returns:
+        What is left, `(*batch, rows or 1, words - 1)`, and the direction's share in the subspace as two factors.
+    """
+    first, factor, others = heard[..., :1], heard[..., 1:2], heard[..., 2:]
+    if aimed is None:
+        return torch.cat([first, others], -1), None
+    return torch.cat([first + factor * aimed.rest, others], -1), (factor * aimed.left, aimed.basis.mT)
 
 
 def _identity(columns: torch.Size, like: Tensor) -> Tensor:

@@ -50,6 +50,20 @@ class Kernel:
     band: int = 2**18
     least: int = 2**14
 
+    def kept(self, params: Sequence[Tensor]) -> list[int]:
+        """Arrays, by place, whose channels had better be kept than found again: as many as one band holds.
+
+        Args:
+            params: Parameters `(rows, rest)`.
+        """
+        found, weights = [], 0
+        for place in sorted(range(len(params)), key=lambda place: params[place].numel()):
+            weights += params[place].numel()
+            if weights > self.band or self._compiles(params[place]):
+                break
+            found.append(place)
+        return found
+
     def look(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
         """The first pass: sums `(rows, ROW_CHANNELS)` and `(rest, ROW_CHANNELS)`."""
         by_row, by_column = [], []

@@ -5,6 +5,8 @@
     words  gains                         what the neurons said last, of a rule whose neurons do not talk at every step:
                                          `(shape[0] or 1, words)` and `(sum of the other sizes,)`, whole where the
                                          parameter is divided among processes
+    basis                                of the subspace in which the direction of a matrix is orthogonal,
+                                         `(*shape[1:], k)`, whole likewise
 
 All of it is float32, or float64 for float64 parameters, whatever the precision of the parameter. The names are those of
 `torch.optim.AdamW` where it has the same thing.

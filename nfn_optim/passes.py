@@ -179,8 +179,13 @@ def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made o
         still: Leave parameters as they are.
     """
     new, raw = take(p, g, moments, corrections)
-    if not still:
-        p.copy_(p + answer(raw, p, heard, gain, network, ahead))
+    store(p, moments, None if still else answer(raw, p, heard, gain, network, ahead), new)
+
+
+def store(p: Tensor, moments: Sequence[Tensor], update: Tensor | None, new: Sequence[Tensor]) -> None:
+    """Write what a step has found: an update of the parameters, if any, and the new moments."""
+    if update is not None:
+        p.copy_(p + update)
     for old, value in zip(moments, new, strict=True):
         old.copy_(value)
 

@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfn_optim import features, passes
-from nfn_optim.aiming import Aimed, Aiming
+from nfn_optim import features
+from nfn_optim.aiming import Aiming, hear
 from nfn_optim.arrays import Pooled, blocks_of
 from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS, State
 from nfn_optim.gains import GAIN_RANGE, Gains, most_of
@@ -52,6 +52,7 @@ from nfn_optim.orthogonal import LARGEST, SIZE, basis_shape
 from nfn_optim.passes import Network
 from nfn_optim.said import Said
 from nfn_optim.shards import Shards
+from nfn_optim.sweep import Sweep
 from nfn_optim.symmetry import Symmetry
 
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
@@ -222,24 +223,18 @@ class UpdateRule(nn.Module):
         tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
         stacked = kernel.least if kernel is not None and shards is None else 0
         blocks = blocks_of(tensors, features.corrections_of(steps), batch_dims, stacked)
-        seen = [passes.take(*block.arrays) for block in blocks if kernel is None]
+        sweep = Sweep(blocks, kernel)
         found: State = {n: {"step": step} for n, step in zip(names, steps.unbind(-1), strict=True)}
-        aiming = Aiming(names, blocks, None if kernel is not None else [raw[0] for _, raw in seen], kernel, shards)
-        aims = (
-            aiming.aims({n: state[n].get("basis") for n in names}, batch_dims)
-            if self.learns and self.config.rank
-            else {}
-        )
+        aiming = Aiming(names, sweep, shards)
+        aims = aiming.aims({n: state[n].get("basis") for n in names}, batch_dims) if self.config.rank else {}
         if self.learns and talk:
             pooled: dict[int, Pooled] = {}
             for k, block in enumerate(blocks):
-                sums = passes.sums_of(seen[k][1]) if kernel is None else kernel.look(*block.arrays)
-                pooled |= block.layout.means(*sums)
+                pooled |= block.layout.means(*sweep.sums(k))
             means = [pooled[i] for i in range(len(names))]
             means = means if shards is None else shards.gather(names, means)
-            for number, basis in aiming.next_bases(
-                aims, {i: by_dim[0][..., [0, 4]] for i, (by_dim, _) in enumerate(means) if by_dim}
-            ):
+            rows = {i: by_dim[0][..., [0, 4]] for i, (by_dim, _) in enumerate(means) if by_dim}
+            for number, basis in aiming.next_bases(aims, rows):
                 found[names[number]]["basis"] = basis
             said, untrusted = self._say(means, steps, incidence, total_steps, kernel)
             for n, x, broken in zip(names, said, untrusted.unbind(-1), strict=True):
@@ -257,22 +252,18 @@ class UpdateRule(nn.Module):
             parts = [said[i] for i in layout.numbers]
             heard = layout.join([x.words for x in parts])
             ahead = None
-            if self.learns and self.config.rank:
-                heard, ahead = self._aimed(heard, aims.get(k))
-            words = (heard, layout.gain([x.gains for x in parts]) if self.learns else None, self._network())
+            if self.config.rank:
+                heard, ahead = hear(heard, aims.get(k))
+            gain = layout.gain([x.gains for x in parts]) if self.learns else None
             if kernel is not None:
                 still = {i for i in layout.numbers if is_zero(lr, names[i])}
-                kernel.move_(*block.arrays, *words, ahead, len(still) == len(layout.numbers))
+                sweep.move_(k, heard, gain, self._network(), ahead, len(still) == len(layout.numbers))
                 block.write_back(still)
                 continue
-            moments, raw = seen[k]
-            arrays = (
-                passes.answer(raw, block.arrays[0], *words, None if ahead is None else ahead[0] @ ahead[1]),
-                *moments,
-            )
-            for i, u, *values in zip(layout.numbers, *(layout.unfold(x) for x in arrays), strict=True):
-                update[names[i]] = u
-                found[names[i]] |= dict(zip(MOMENTS, values, strict=False))
+            u, moments = sweep.answer(k, heard, gain, self._network(), ahead)
+            for i, *values in zip(layout.numbers, *(layout.unfold(x) for x in (u, *moments)), strict=True):
+                update[names[i]] = values[0]
+                found[names[i]] |= dict(zip(MOMENTS, values[1:], strict=False))
         if kernel is None:
             return update, {n: {**state[n], **found[n]} for n in names}
         pairs = [(state[n][key], value) for n in names for key, value in found[n].items()]
@@ -457,22 +448,6 @@ class UpdateRule(nn.Module):
             rate, decay = ((x + none).index_select(-1, every).unsqueeze(-1) for x in (rate, decay))
         scaled = words[..., : self._scaled_words] * -rate
         return torch.cat([scaled, words[..., self._scaled_words :], 0 * words[..., :1] - rate * decay], -1)
-
-    @staticmethod
-    def _aimed(heard: Tensor, aimed: Aimed | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Take the second word, the factor of the orthogonal direction, out of what is heard.
-
-        Args:
-            heard: `(*batch, rows or 1, words + 1)`.
-            aimed: The orthogonal direction, if there is one.
-
-        Returns:
-            What is left, `(*batch, rows or 1, words)`, and the direction's share in the subspace as two factors.
-        """
-        first, factor, others = heard[..., :1], heard[..., 1:2], heard[..., 2:]
-        if aimed is None:
-            return torch.cat([first, others], -1), None
-        return torch.cat([first + factor * aimed.rest, others], -1), (factor * aimed.left, aimed.basis.mT)
 
     def _network(self) -> Network | None:
         """The network per weight, if the form has one."""

@@ -241,3 +241,10 @@ def test_small_matrices_of_one_shape_are_taken_together(rank: int) -> None:
         torch.testing.assert_close(found[1][n], value, rtol=1e-7, atol=1e-9)
     assert torch.equal(found[0]["b"], params["b"])
     assert not torch.equal(found[0]["a"], params["a"])
+
+
+def test_small_arrays_are_kept_as_far_as_a_band_goes() -> None:
+    arrays = [torch.zeros(4, 4), torch.zeros(2, 3), torch.zeros(10, 10)]
+    assert Kernel(band=30).kept(arrays) == [1, 0]
+    assert Kernel(band=5).kept(arrays) == []
+    assert Kernel(compiled=True, least=10).kept(arrays) == [1]

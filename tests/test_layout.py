@@ -45,6 +45,7 @@ nfn_optim.kernel
 nfn_optim.arrays
 nfn_optim.shards
 nfn_optim.orthogonal
+nfn_optim.sweep
 nfn_optim.aiming
 nfn_optim.network
 nfn_optim.naming
