@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import product
 
@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from nfn_optim import NFNOptimizer, Symmetry, pretrained
+from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, pretrained
 
 WARMUP = 0.1  # fraction of the steps
 PROBE = 10  # steps after which it is looked where a rule takes a network
@@ -192,12 +192,14 @@ def entries_of(rule: str, label: str, *, thorough: bool) -> tuple[Entry, ...]:
 
 @torch.random.fork_rng(devices=[])
 def fingerprint(rule: str) -> str:
-    """What a rule is and does: its theta, and where it takes a small network, to three digits.
+    """What a rule is and does: its configuration, its theta, and where it takes a small network, to three digits.
 
     Two versions of this package that compute the same updates have the same fingerprint.
     """
-    digest = sha256()
-    for name, value in sorted(pretrained.load(rule).state_dict().items()):
+    loaded = pretrained.load(rule)
+    usual = asdict(RuleConfig())
+    digest = sha256(repr(sorted((k, v) for k, v in asdict(loaded.config).items() if v != usual[k])).encode())
+    for name, value in sorted(loaded.state_dict().items()):
         digest.update(name.encode() + value.numpy().tobytes())
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
