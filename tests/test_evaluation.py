@@ -282,7 +282,7 @@ def test_a_fingerprint_is_that_of_theta_and_behaviour(tmp_path: Path, monkeypatc
     next(rule.parameters()).data.view(-1)[0] += 1e-6
     pretrained.save(rule, tmp_path / "other.safetensors")
     assert fingerprint(str(tmp_path / "other.safetensors")) != known
-    wider = UpdateRule(replace(rule.config, rank=8))  # which such a small network does not show
+    wider = UpdateRule(replace(rule.config, rank=8))
     wider.load_state_dict(rule.state_dict())
     pretrained.save(wider, tmp_path / "wider.safetensors")
     assert fingerprint(str(tmp_path / "wider.safetensors")) != fingerprint(str(tmp_path / "other.safetensors"))

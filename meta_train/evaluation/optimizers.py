@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, pretrained
 
 WARMUP = 0.1  # fraction of the steps
+WIDE = 40  # neurons of the network that rules are told apart by
 PROBE = 10  # steps after which it is looked where a rule takes a network
 Make = Callable[[nn.Module, float, int | None], list[Optimizer]]
 """From a network, a learning rate and the horizon, if it is told, to optimizers that step together."""
@@ -192,7 +193,9 @@ def entries_of(rule: str, label: str, *, thorough: bool) -> tuple[Entry, ...]:
 
 @torch.random.fork_rng(devices=[])
 def fingerprint(rule: str) -> str:
-    """What a rule is and does: its configuration, its theta, and where it takes a small network, to three digits.
+    """What a rule is and does: its configuration, its theta, and where it takes a network, to three digits.
+
+    The network is small, but wide enough for a subspace of `RuleConfig.rank` to be less than the space.
 
     Two versions of this package that compute the same updates have the same fingerprint.
     """
@@ -202,8 +205,8 @@ def fingerprint(rule: str) -> str:
     for name, value in sorted(loaded.state_dict().items()):
         digest.update(name.encode() + value.numpy().tobytes())
     torch.manual_seed(0)
-    start = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-    x, y = torch.randn(16, 3), torch.randn(16, 2)
+    start = nn.Sequential(nn.Linear(3, WIDE), nn.Tanh(), nn.Linear(WIDE, WIDE))
+    x, y = torch.randn(16, 3), torch.randn(16, WIDE)
     for horizon in (None, PROBE):
         model = deepcopy(start)
         optimizer = NFNOptimizer(model, lr=1e-2, rule=rule, total_steps=horizon)
