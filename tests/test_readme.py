@@ -34,7 +34,7 @@ def test_the_first_line_of_code_is_all_that_a_script_needs() -> None:
     assert isinstance(optimizer, NFNOptimizer)
     x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
     losses = []
-    for _ in range(60):
+    for _ in range(200):
         loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
         optimizer.zero_grad()
         loss.backward()
