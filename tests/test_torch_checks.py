@@ -125,7 +125,7 @@ def tensor_lr(case: Case) -> None:
             twin = layer.twin()
             run_with(schedulers, case.make(layer.params, lr=1e-3), layer.closure)
             run_with(schedulers, case.make(twin.params, lr=torch.full(shape, 1e-3)), twin.closure)
-            torch.testing.assert_close(layer.params, twin.params)
+            torch.testing.assert_close(layer.params, twin.params, rtol=1e-4, atol=1e-4)  # training amplifies rounding
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
