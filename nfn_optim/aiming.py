@@ -11,13 +11,13 @@ from torch import Tensor
 from nfn_optim.arrays import Block, Matrix, Stack, Vectors
 from nfn_optim.features import TINY
 from nfn_optim.orthogonal import Aim, Sketch, aims_of, completed, next_basis
-from nfn_optim.shards import Shards
+from nfn_optim.shards import Shard, Shards
 from nfn_optim.sweep import Sweep
 
 
 @dataclass(frozen=True)
 class Aimed:
-    """The orthogonal direction D of the part of a matrix that is here, as D = left basis^T + rest X.
+    """The orthogonal direction D of the part of a matrix that is here, as SIZE D = left basis^T + rest X.
 
     Attributes:
         left: `(*batch, rows, k)`.
@@ -126,9 +126,13 @@ class Aiming:
 
     def _shape_of(self, name: str, block: Block) -> torch.Size:
         """Of the whole matrix, without batch dimensions."""
-        if self.shards is not None and name in self.shards.by_name:
-            return torch.Size(self.shards.by_name[name].shape)
+        if (shard := self._shard(name)) is not None:
+            return torch.Size(shard.shape)
         return block.tensors[0][0].shape[len(block.layout.batch) if isinstance(block.layout, Matrix) else 0 :]
+
+    def _shard(self, name: str) -> Shard | None:
+        """The part of a matrix that is here, if it is divided."""
+        return None if self.shards is None else self.shards.by_name.get(name)
 
     def _part(self, name: str, basis: Tensor) -> Tensor:
         """The part of a basis that belongs to the columns that are here."""
@@ -141,14 +145,14 @@ class Aiming:
 
     def _shares(self, name: str, seen: Tensor, energy: Tensor) -> list[Tensor]:
         """What this process adds to Z and to the energy of the whole."""
-        shard = self.shards.by_name.get(name) if self.shards is not None else None
+        shard = self._shard(name)
         if shard is None:
             return [seen, energy]
         return [shard.placed(seen, 0, 1), energy if shard.counts else torch.zeros_like(energy)]
 
     def _placed_columns(self, name: str, image: Tensor) -> Tensor:
         """What this process adds to X^T P of the whole."""
-        shard = self.shards.by_name.get(name) if self.shards is not None else None
+        shard = self._shard(name)
         return image if shard is None else shard.placed(image, 1, len(shard.shape))
 
 

@@ -34,7 +34,7 @@ _broken: list[str] = []  # why compilation failed in this process
 
 @dataclass(frozen=True)
 class Kernel:
-    """The two passes in place, over arrays without batch dimensions.
+    """The passes in place, over arrays without batch dimensions.
 
     Small matrices may come in stacks, `(count, rows, rest)` instead of `(rows, rest)` and likewise everywhere.
 

@@ -60,7 +60,7 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Aim:
-    """The orthogonal direction of a matrix, as D / SIZE = left U^T + rest X.
+    """The orthogonal direction of a matrix, as SIZE D = left U^T + rest X.
 
     Attributes:
         left: `(*batch, rows, k)`.
