@@ -2,8 +2,9 @@
 
     python benchmarks/ablations.py --data FOLDER
 
-Nothing is trained anew: a part is taken out of theta, or out of the configuration, and the rest stays. Writes
-`ablations.md` and `.json` into `benchmarks/results`; a minute a line and seed on two cores.
+Nothing is trained anew: a part is taken out of theta, or out of the configuration, and the rest stays; but for the line
+`before meta-training`, where the recipe begins. Writes `ablations.md` and `.json` into `benchmarks/results`; a minute a
+line and seed on two cores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 import tyro
 
 from meta_train.evaluate import Folders, evaluate
+from meta_train.recipes import PLAIN
 from nfn_optim import UpdateRule, pretrained
+from nfn_optim.layers.incidence import ROLES
 
 Change = Callable[[UpdateRule], UpdateRule]
 
@@ -31,20 +34,38 @@ def configured(rule: UpdateRule, **config: object) -> UpdateRule:
 
 
 @torch.no_grad()
-def without(rule: UpdateRule, name: str) -> UpdateRule:
-    """Theta with zeros for one tensor."""
+def without(rule: UpdateRule, *names: str) -> UpdateRule:
+    """Theta with zeros for some tensors."""
     made = configured(rule)
-    made.get_parameter(name).zero_()
+    for name in names:
+        made.get_parameter(name).zero_()
     return made
+
+
+@torch.no_grad()
+def with_direction_alone(rule: UpdateRule) -> UpdateRule:
+    """The same without the combination of features that is added to the direction."""
+    rule.stack.read_tensors.bias[:-1] = 0
+    return rule
+
+
+@torch.no_grad()
+def with_gain(rule: UpdateRule, gain: float) -> UpdateRule:
+    """The same with another gain: where steps do not grow, the one that was best without it."""
+    fresh = UpdateRule(replace(rule.config, gain=gain))
+    rule.stack.read_tensors.bias[-1] = fresh.stack.read_tensors.bias[-1]
+    return rule
 
 
 VARIANTS: dict[str, Change] = {
     "shipped": configured,
+    "before meta-training": lambda _rule: UpdateRule(PLAIN),
     "no orthogonal directions": lambda rule: without(rule, "share"),
+    "steps do not grow": lambda rule: with_gain(configured(rule, growth=0.0, waning=0.0), 5.0),
     "rank 8": lambda rule: configured(rule, rank=8),
-    "rank 128": lambda rule: configured(rule, rank=128),
     "scale does not count": lambda rule: without(rule, "power"),
-    "neurons talk at every step": lambda rule: configured(rule, talk_every=1),
+    "rows and columns say nothing": lambda rule: without(rule, *(f"stack.bypass_rows.{role}.weight" for role in ROLES)),
+    "the direction alone": lambda rule: with_direction_alone(configured(rule)),
     "falls linearly, does not fade": lambda rule: configured(rule, bend=1.0, fading=0.0),
 }
 

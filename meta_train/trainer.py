@@ -32,9 +32,11 @@ from meta_train.tasks import Task
 from meta_train.unroll import Carry, restart, start
 from meta_train.validation import Comparison, score_of
 from nfn_optim import pretrained
-from nfn_optim.rule import RuleConfig, UpdateRule
+from nfn_optim.rule import UpdateRule
+from nfn_optim.rule_config import RuleConfig
 
-SAID_PLAINLY = ("power", "stack.read_tensors.bias")
+SAID_PLAINLY = ("power", "share", "growth", "waning", "stack.read_tensors.bias")
+FREE = ("power", "gain", "cooldown", "bend", "fading", "talk_every", "rank", "growth", "waning")
 THETA, BEST = "theta.safetensors", "best.safetensors"
 MODULES, COUNTERS = ("rule", "average", "optimizer"), ("iteration", "dropped", "seconds", "best", "stale")  # of a `Run`
 
@@ -292,18 +294,21 @@ def blank(config: Config) -> Run:
 def started_from(name: str, config: RuleConfig) -> dict[str, Tensor]:
     """Load the theta to start from; of a rule whose network is silent, what another network may stand beside.
 
+    What may change (`FREE`) and needs a number that the rule does not have, or has one that is not needed, is left out.
+
     Raises:
         ValueError: It is that of another architecture.
     """
     found = pretrained.load(name)
-    free = {
-        key: getattr(config, key) for key in ("power", "gain", "cooldown", "bend", "fading", "talk_every", "rank")
-    }  # these may change
-    if replace(found.config, **free) == config:
-        return found.state_dict()
-    wider = replace(found.config, **free, hidden=config.hidden, rounds=config.rounds)
+    wider = replace(found.config, **{key: getattr(config, key) for key in FREE})
+    with torch.device("meta"):  # nothing is drawn
+        wanted = set(UpdateRule(config).state_dict())
+    theta = {n: v for n, v in found.state_dict().items() if n in wanted}
+    if wider == config:
+        return theta
+    wider = replace(wider, hidden=config.hidden, rounds=config.rounds)
     if found.learns and wider == config and config.form == "linear" and found.stack.silent:
-        return {n: v for n, v in found.state_dict().items() if n in SAID_PLAINLY or ".bypass_" in n}
+        return {n: v for n, v in theta.items() if n in SAID_PLAINLY or ".bypass_" in n}
     raise ValueError(f"expected a rule to start from of architecture {config}, found {found.config} in {name}")
 
 

@@ -2,6 +2,7 @@
 
     exp_avg  exp_avg_sq  exp_avg_slow    moments, as large as the parameter; complex where the parameter is
     step  fallbacks                      counters, 0-d
+    growth                               of its steps, 0-d, of a rule with `RuleConfig.growth`
     words  gains                         what the neurons said last, of a rule whose neurons do not talk at every step:
                                          `(shape[0] or 1, words)` and `(sum of the other sizes,)`, whole where the
                                          parameter is divided among processes

@@ -7,7 +7,7 @@
     D          X with its singular values made equal, where X is a matrix (`nfn_optim.orthogonal`); for vectors, and
                without `RuleConfig.rank`, share is 0
     learned    sum_k c_k f_k, linear in the features f of the weight (form "linear"), or a network of them ("network")
-    gain       (s / s0)^power exp(a), s the scale of the tensor
+    gain       (s / s0)^power exp(G + a), s the scale of the tensor, G its growth (`nfn_optim.growth`)
 
 where lr also falls to zero over the last part of training (`RuleConfig.cooldown`) if the horizon is known, and as a
 power of the age (`RuleConfig.fading`) if it is not, the coefficients c of a weight are what its row and its tensor say,
@@ -32,9 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +43,13 @@ from nfn_optim.aiming import Aiming, hear
 from nfn_optim.arrays import Pooled, blocks_of
 from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS, State
 from nfn_optim.gains import GAIN_RANGE, Gains, most_of
+from nfn_optim.growth import agreement, grown
 from nfn_optim.hyper import Hyper, by_tensor, cooled, faded, horizon_of, is_zero
 from nfn_optim.kernel import Kernel
 from nfn_optim.layers import Incidence, TiedStack
 from nfn_optim.orthogonal import LARGEST, SIZE, basis_shape
 from nfn_optim.passes import Network
+from nfn_optim.rule_config import RuleConfig
 from nfn_optim.said import Said
 from nfn_optim.shards import Shards
 from nfn_optim.sweep import Sweep
@@ -57,53 +57,6 @@ from nfn_optim.symmetry import Symmetry
 
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
 FALLBACK_RMS = 50.0  # a direction that might be of larger root mean square (Adam's has about 1) is not trusted
-
-
-@dataclass(frozen=True)
-class RuleConfig:
-    """What an update rule is made of.
-
-    Args:
-        hidden: Channels of the embeddings of neurons and tensors. 0 leaves the learned part out: AdamW.
-        rounds: Rounds of messages between neurons and tensors.
-        form: How a weight's update follows from its features: linearly, or by a small network.
-        weight_hidden: Hidden units of the network per weight, form "network" only.
-        power: Power of the tensor's scale in the gain when meta-training starts; it is learned. 1 measures updates in
-            units of the scale, 0 is Adam's.
-        gain: Factor of every update when meta-training starts, between exp(-3) and exp(3); it is learned.
-        cooldown: Last part of a known horizon over which the learning rate falls, 0 to 1.
-        bend: Power with which it falls there: 1 linearly, more than 1 sooner.
-        fading: Where the horizon is not known, the learning rate falls as (1 + age / FADING_AGE)^-fading; 0 or more.
-        talk_every: Steps from one time that the neurons talk to the next; in between weights act on what was said last.
-        rank: Directions in which the neurons of a matrix hear each other; 0 for none. With it, the nominal direction of
-            matrices is the orthogonal one when meta-training starts; how far is learned. Form "linear" only.
-    """
-
-    hidden: int = 16
-    rounds: int = 2
-    form: Literal["linear", "network"] = "linear"
-    weight_hidden: int = 8
-    power: float = 0.0
-    gain: float = 1.0
-    cooldown: float = 0.0
-    bend: float = 1.0
-    fading: float = 0.0
-    talk_every: int = 1
-    rank: int = 0
-
-    def __post_init__(self) -> None:
-        if self.talk_every < 1 or self.fading < 0 or self.bend <= 0:
-            raise ValueError(f"expected talk_every >= 1, fading >= 0 and bend > 0, found {self}")
-        if self.rank < 0 or (self.rank and (self.hidden == 0 or self.form != "linear")):
-            raise ValueError(f"expected rank >= 0, and 0 without hidden channels or in form 'network', found {self}")
-        if self.hidden < 0 or self.rounds < 0 or self.weight_hidden < 1:
-            raise ValueError(f"expected hidden >= 0, rounds >= 0 and weight_hidden >= 1, found {self}")
-        if not (self.gain > 0 and abs(math.log(self.gain)) < GAIN_RANGE):
-            raise ValueError(f"expected a gain between exp(-{GAIN_RANGE:g}) and exp({GAIN_RANGE:g}), found {self.gain}")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"expected a cooldown of 0 to 1, found {self.cooldown}")
-        if self.form not in ("linear", "network"):
-            raise ValueError(f"expected form 'linear' or 'network', found {self.form!r}")
 
 
 class UpdateRule(nn.Module):
@@ -135,6 +88,9 @@ class UpdateRule(nn.Module):
             self.power = nn.Parameter(torch.tensor(float(config.power)))
             if config.rank:
                 self.share = nn.Parameter(torch.tensor(1.0))
+            if config.growth:
+                self.growth = nn.Parameter(torch.tensor(float(config.growth)))
+                self.waning = nn.Parameter(torch.tensor(float(config.waning)))
             with torch.no_grad():
                 self.stack.read_tensors.bias[-1] = GAIN_RANGE * math.atanh(math.log(config.gain) / GAIN_RANGE)
             if config.form == "network":
@@ -151,9 +107,9 @@ class UpdateRule(nn.Module):
     def zero_(self) -> UpdateRule:
         """Set the learned part's output to zero, in place; what remains is AdamW."""
         if self.learns:
-            self.power.zero_()
-            if self.config.rank:
-                self.share.zero_()
+            for name in ("power", "share", "growth", "waning"):
+                if hasattr(self, name):
+                    self.get_parameter(name).zero_()
             for value in self.stack.readouts():
                 value.zero_()
             if self.config.form == "network":
@@ -169,6 +125,8 @@ class UpdateRule(nn.Module):
         """
         state = features.init_state(params, batch_dims, learned=self.learns)
         for name, values in state.items() if self.learns else ():
+            if self.config.growth:
+                values["growth"] = torch.zeros_like(values["step"])
             if self.config.talk_every > 1:
                 values.update(self._silence(params[name].shape, values["step"]).to_keep())
             if (shape := basis_shape(self.config.rank, params[name].shape[batch_dims:])) is not None:
@@ -228,18 +186,16 @@ class UpdateRule(nn.Module):
         aiming = Aiming(names, sweep, shards)
         aims = aiming.aims({n: state[n].get("basis") for n in names}, batch_dims) if self.config.rank else {}
         if self.learns and talk:
-            pooled: dict[int, Pooled] = {}
-            for k, block in enumerate(blocks):
-                pooled |= block.layout.means(*sweep.sums(k))
-            means = [pooled[i] for i in range(len(names))]
-            means = means if shards is None else shards.gather(names, means)
+            means = _means(sweep, names, shards)
             rows = {i: by_dim[0][..., [0, 4]] for i, (by_dim, _) in enumerate(means) if by_dim}
             for number, basis in aiming.next_bases(aims, rows):
                 found[names[number]]["basis"] = basis
-            said, untrusted = self._say(means, steps, incidence, total_steps, kernel)
-            for n, x, broken in zip(names, said, untrusted.unbind(-1), strict=True):
-                found[n]["fallbacks"] = state[n]["fallbacks"] + broken
-                found[n] |= x.to_keep() if self.config.talk_every > 1 else {}
+            growth = self._grown(means, state, steps, incidence)
+            said, untrusted = self._say(means, steps, incidence, total_steps, kernel, growth)
+            for i, n in enumerate(names):
+                found[n]["fallbacks"] = state[n]["fallbacks"] + untrusted[..., i]
+                found[n] |= said[i].to_keep() if self.config.talk_every > 1 else {}
+                found[n] |= {} if growth is None else {"growth": growth[..., i]}
         else:
             said = self._said_before(state, steps, incidence)
         heard = self._heard(torch.cat([x.words for x in said], -2), rate, decay, incidence)
@@ -302,6 +258,16 @@ class UpdateRule(nn.Module):
         lengths = ([s.length for s in segments[1:]] for segments in incidence.segments)
         return [Said.kept(state[n], x) for n, x in zip(incidence.names, lengths, strict=True)]
 
+    def _grown(self, pooled: Sequence[Pooled], state: State, steps: Tensor, incidence: Incidence) -> Tensor | None:
+        """The growth of every tensor after this step, `(*batch, T)`, if there is any; arguments as in `_say`."""
+        if not self.config.growth:
+            return None
+        before = torch.stack([state[n]["growth"] for n in incidence.names], -1)
+        whole = torch.stack([tensor for _, tensor in pooled], -2)
+        agreed = agreement(whole, steps, incidence.at(steps)["entries"])
+        power = self.growth.unsqueeze(-1) * agreed - self.waning.unsqueeze(-1)
+        return grown(before, power, steps, self.config.talk_every)
+
     def _say(
         self,
         pooled: Sequence[Pooled],
@@ -309,6 +275,7 @@ class UpdateRule(nn.Module):
         incidence: Incidence,
         total_steps: Tensor | float | None,
         kernel: Kernel | None,
+        growth: Tensor | None,
     ) -> tuple[list[Said], Tensor]:
         """What every tensor, its rows, columns and taps say to its weights; costs O(neurons).
 
@@ -318,6 +285,7 @@ class UpdateRule(nn.Module):
             incidence: Where rows, neurons and tensors meet.
             total_steps: The horizon.
             kernel: Who compiles, if anybody does.
+            growth: Of every tensor, `(*batch, T)`, if tensors have one.
 
         Returns:
             By tensor; and which ones are not trusted to stay in range, so that they say what Adam would,
@@ -348,9 +316,10 @@ class UpdateRule(nn.Module):
         every = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
         by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, channels + 1)
         coefficients = by_leading[..., :-1] + by_tensor[..., :-1].index_select(-2, every)
-        by_scale = torch.exp(self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log())  # (*batch, T)
+        unit = self.power.unsqueeze(-1) * (scale / SCALE_UNIT).log()
+        unit = torch.exp(unit if growth is None else unit + growth)  # of updates, (*batch, T)
         by_row_gain, by_tensor_gain = self.gains(
-            by_row[..., -1], by_tensor[..., -1], by_scale, incidence
+            by_row[..., -1], by_tensor[..., -1], unit, incidence
         )  # (*batch, N), (*batch, T)
         del by_row, by_leading
         gain = F.pad(by_row_gain, (0, 1), value=1.0).index_select(-1, index["leading"])  # (*batch, F)
@@ -361,7 +330,7 @@ class UpdateRule(nn.Module):
         reach = gain * self._reach(means, units.index_select(-2, every), coefficients, activity.index_select(-1, every))
         squares = (reach * reach).detach() * index["leading_share"]
         bound = torch.zeros_like(activity).index_add(-1, every, squares).sqrt() * most_of(by_row_gain, incidence)
-        trusted = bound / by_scale.detach() <= FALLBACK_RMS  # in units of the tensor's scale; False for NaN
+        trusted = bound / unit.detach() <= FALLBACK_RMS  # False for NaN
         by_row_gain = torch.where(trusted.index_select(-1, index["tensor_of_row"]), by_row_gain, 1.0)
         units = torch.where(trusted.unsqueeze(-1), units, 0.0)
         believed = trusted.index_select(-1, every)
@@ -452,6 +421,15 @@ class UpdateRule(nn.Module):
     def _network(self) -> Network | None:
         """The network per weight, if the form has one."""
         return (self.see.weight, self.see.bias, self.answer.weight) if hasattr(self, "see") else None
+
+
+def _means(sweep: Sweep, names: Sequence[str], shards: Shards | None) -> list[Pooled]:
+    """The first pass: means over all tensors, whole ones where they are divided."""
+    pooled: dict[int, Pooled] = {}
+    for k, block in enumerate(sweep.blocks):
+        pooled |= block.layout.means(*sweep.sums(k))
+    means = [pooled[i] for i in range(len(names))]
+    return means if shards is None else shards.gather(names, means)
 
 
 @lru_cache(maxsize=64)

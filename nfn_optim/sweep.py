@@ -76,7 +76,7 @@ class Sweep:
         assert self._kernel is not None
         p, _, moments, _ = self.blocks[place].arrays
         if place in self._seen:
-            update, new = self.answer(place, heard, gain, network, ahead)
-            passes.store(p, moments, None if still else update, new)
+            update = None if still else self.answer(place, heard, gain, network, ahead)[0]
+            passes.store(p, moments, update, self._seen[place][0])
         else:
             self._kernel.move_(*self.blocks[place].arrays, heard, gain, network, ahead, still)

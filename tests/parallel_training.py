@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfn_optim import NFNOptimizer
-from nfn_optim.rule import RuleConfig, UpdateRule
+from nfn_optim.rule import UpdateRule
+from nfn_optim.rule_config import RuleConfig
 
 STEPS = 20
 Outcome = dict[str, Any]

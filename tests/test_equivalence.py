@@ -12,7 +12,8 @@ import zoo
 from torch import Tensor, nn
 
 from nfn_optim.optimizer import NFNOptimizer
-from nfn_optim.rule import RuleConfig, UpdateRule
+from nfn_optim.rule import UpdateRule
+from nfn_optim.rule_config import RuleConfig
 from nfn_optim.symmetry import Symmetry
 from nfn_optim.trace import symmetry_of
 
@@ -56,7 +57,7 @@ def batches(shape: tuple[int, ...], steps: int, dtype: torch.dtype = torch.float
 def random_rule(seed: int = 0, rank: int = 0) -> UpdateRule:
     """A rule of which nothing is zero."""
     generator = torch.Generator().manual_seed(seed)
-    rule = UpdateRule(RuleConfig(rank=rank))
+    rule = UpdateRule(RuleConfig(rank=rank, growth=rank / 4))
     with torch.no_grad():
         for value in rule.parameters():
             value.add_(0.2 * torch.randn(value.shape, generator=generator))

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from nfn_optim import NFNOptimizer, kernel
 from nfn_optim.kernel import Kernel
-from nfn_optim.rule import RuleConfig, UpdateRule
+from nfn_optim.rule import UpdateRule
+from nfn_optim.rule_config import RuleConfig
 from nfn_optim.symmetry import Symmetry
 
 ZOO = {network.name: network for network in zoo.ZOO}
@@ -52,7 +53,7 @@ def trajectories(rule: UpdateRule, how: Kernel, params: dict[str, Tensor], steps
 CONFIGS = {
     "network": RuleConfig(form="network"),
     "sparse": RuleConfig(talk_every=2),
-    "orthogonal": RuleConfig(talk_every=2, rank=3),
+    "orthogonal": RuleConfig(talk_every=2, rank=3, growth=4.0),
 }
 
 

@@ -54,6 +54,8 @@ nfn_optim.trace
 nfn_optim.hyper
 nfn_optim.gains
 nfn_optim.said
+nfn_optim.growth
+nfn_optim.rule_config
 nfn_optim.rule
 nfn_optim.pretrained
 nfn_optim.discovery

@@ -202,17 +202,23 @@ def test_a_run_starts_from_a_rule_of_its_architecture() -> None:
 
 def test_a_network_may_stand_beside_a_rule_whose_own_is_silent(tmp_path: Path) -> None:
     """A larger rule started from a silent one takes the same steps; from one that speaks it is refused."""
-    small = UpdateRule(RuleConfig(hidden=1, rounds=0, power=0.5, gain=2.0))
+    plain = RuleConfig(hidden=1, rounds=0, power=0.5, gain=2.0, rank=2, growth=2.0)
+    small = UpdateRule(plain)
     with torch.no_grad():
+        small.share.fill_(0.7)
+        small.growth.fill_(1.5)
         for value in small.stack.bypass_tensors.parameters():
             value.add_(0.1)
     save(small, tmp_path / "silent.safetensors")
-    large = RuleConfig(hidden=5, rounds=1, power=0.5, gain=2.0)
+    large = replace(plain, hidden=5, rounds=1)
     begun = trainer.begin(Config(rule=large, initial=str(tmp_path / "silent.safetensors"), slots=1)).rule
     params, grads = {"w": torch.randn(3, 4)}, {"w": torch.randn(3, 4)}
     symmetry = Symmetry.separate({"w": (3, 4)})
     steps = [rule(params, grads, rule.init(params), symmetry, lr=0.1)[0]["w"] for rule in (small, begun)]
     torch.testing.assert_close(*steps)
+    assert (begun.share, begun.growth) == (0.7, 1.5)
+    without = replace(large, rank=0, growth=0.0)
+    trainer.begin(Config(rule=without, initial=str(tmp_path / "silent.safetensors"), slots=1))
     with torch.no_grad():
         small.stack.read_tensors.weight.add_(0.1)
     save(small, tmp_path / "speaking.safetensors")

@@ -29,7 +29,7 @@ from zoo import ZOO, Network
 from nfn_optim import NFNOptimizer, UpdateRule, pretrained, watch
 from nfn_optim.gains import GAIN_RANGE
 from nfn_optim.monitor import lines, sample
-from nfn_optim.rule import RuleConfig
+from nfn_optim.rule_config import RuleConfig
 
 X = torch.linspace(-1, 1, 20).reshape(5, 4)
 QUANTITIES = ("update_over_weight", "gain", "cosine", "learned_over_nominal", "gradient_norm", "first_moment_norm",

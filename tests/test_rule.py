@@ -17,7 +17,8 @@ SYMMETRY = Symmetry(
     frozenset({"in", "ky", "kx", "y", "out"}),
 )
 FORMS = ("linear", "network", "orthogonal")
-"""The forms of a rule, and "linear" with orthogonal directions, of so low a rank that all matrices need a basis."""
+"""The forms of a rule, and "linear" with growth and orthogonal directions, whose rank is so low that all matrices need
+a basis."""
 
 
 def draw(seed: int, *batch: int) -> dict[str, Tensor]:
@@ -27,7 +28,8 @@ def draw(seed: int, *batch: int) -> dict[str, Tensor]:
 
 def config_of(form: str, **config: Any) -> RuleConfig:
     """One of `FORMS`."""
-    return RuleConfig(**config, rank=2) if form == "orthogonal" else RuleConfig(**config, form=form)  # type: ignore[arg-type]
+    more: dict[str, Any] = {"rank": 2, "growth": 4.0} if form == "orthogonal" else {"form": form}
+    return RuleConfig(**config, **more)
 
 
 def random_rule(form: str, spread: float = 0.2) -> UpdateRule:

@@ -2,6 +2,7 @@
 
     fashion_mnist.npz, cifar10.npz    images, from the data folder
     china, flower                     two photographs that scikit-learn ships
+    grace_hopper                      one that matplotlib ships
     auto_mpg                          a table that mlxtend ships
     scipy, torch, sympy               the docstrings of what these packages export, character by character
 
@@ -20,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,21 +104,30 @@ def photograph(name: str, side: int) -> Examples:
     """A photograph as a function of the position; a tenth of the pixels is held out.
 
     Args:
-        name: "china" or "flower".
+        name: "china", "flower" or "grace_hopper".
         side: Pixels to which it is averaged.
 
     Returns:
         Positions `(count, 2)` between -1 and 1, and colours `(count, 3)` of zero mean and unit variance.
     """
-    from sklearn.datasets import load_sample_image  # noqa: PLC0415 - an extra, needed by this data set only
-
-    image = torch.as_tensor(load_sample_image(f"{name}.jpg").copy(), dtype=torch.float32).permute(2, 0, 1)
+    image = torch.as_tensor(_photograph(f"{name}.jpg"), dtype=torch.float32).permute(2, 0, 1)
     small = F.adaptive_avg_pool2d(image, side).flatten(1).T  # (pixels, 3)
     axis = torch.linspace(-1, 1, side)
     order = torch.randperm(side * side, generator=torch.Generator().manual_seed(0))
     x, y = torch.cartesian_prod(axis, axis)[order], ((small - small.mean(0)) / small.std(0))[order]
     train = side * side * 9 // 10
     return Examples(x[:train], y[:train], x[train:], y[train:])
+
+
+def _photograph(file: str) -> npt.NDArray[np.uint8]:
+    """Its pixels, `(height, width, 3)`."""
+    if file == "grace_hopper.jpg":
+        from matplotlib import cbook, image  # noqa: PLC0415 - an extra, needed by this photograph only
+
+        return np.array(image.imread(cbook.get_sample_data(file, asfileobj=False)))
+    from sklearn.datasets import load_sample_image  # noqa: PLC0415 - likewise
+
+    return np.array(load_sample_image(file))
 
 
 @lru_cache(maxsize=1)

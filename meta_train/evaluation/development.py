@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from meta_train.evaluation import losses
-from meta_train.evaluation.datasets import CHARACTERS, Examples, characters, images
-from meta_train.evaluation.networks import CharacterRNN, CharacterTransformer, cnn, mlp
+from meta_train.evaluation.datasets import CHARACTERS, Examples, characters, images, photograph
+from meta_train.evaluation.networks import VAE, CharacterRNN, CharacterTransformer, FourierMLP, Siren, cnn, mlp
 from meta_train.evaluation.task import Task, Training
 
 FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
@@ -56,6 +56,36 @@ def autoencoder(data: Path) -> Training:
     return losses.regression(mlp(784, 96, 16, 96, 784), Examples(x, x, held, held), 64)
 
 
+def wide_mlp(data: Path) -> Training:
+    """Thirty times the widest layer of meta-training."""
+    return losses.classification(mlp(192, 4096, 10), images(data, CIFAR, 8), 64)
+
+
+def lstm(_data: Path) -> Training:
+    """Recurrence by an LSTM."""
+    return losses.language(CharacterRNN(CHARACTERS, 24, nn.LSTM), characters("scipy"), 32, 12)
+
+
+def siren(_data: Path) -> Training:
+    """An implicit representation by sines."""
+    return losses.regression(Siren(2, 48, 48, 48, 3, frequency=30.0), photograph("grace_hopper", 56), 256)
+
+
+def fourier(_data: Path) -> Training:
+    """An implicit representation by Fourier features."""
+    return losses.regression(FourierMLP(24, 48), photograph("grace_hopper", 56), 128)
+
+
+def vae(data: Path) -> Training:
+    """A variational autoencoder."""
+    return losses.variational(VAE(192, 96, 12), images(data, CIFAR, 8), 64, 12)
+
+
+def policy(_data: Path) -> Training:
+    """Policy gradient."""
+    return losses.policy_gradient(mlp(32, 32, 4), 4, 32)
+
+
 TASKS = (
     Task("fashion 8x8, MLP 64-32-10", "MLP", small_mlp, 1000, (FASHION,)),
     Task("CIFAR 8x8, MLP 192-64-64-10", "MLP", coloured_mlp, 1000, (CIFAR,)),
@@ -65,4 +95,10 @@ TASKS = (
     Task("text, transformer", "transformer", transformer, 500, packages=("scipy",)),
     Task("text, GRU", "GRU", gru, 600, packages=("scipy",)),
     Task("fashion 28x28, autoencoder", "autoencoder", autoencoder, 600, (FASHION,)),
+    Task("CIFAR 8x8, MLP 192-4096-10", "wide MLP", wide_mlp, 300, (CIFAR,)),
+    Task("text, LSTM", "LSTM", lstm, 500, packages=("scipy",)),
+    Task("portrait, SIREN", "INR", siren, 1000, packages=("matplotlib",)),
+    Task("portrait, Fourier MLP", "INR", fourier, 2000, packages=("matplotlib",)),
+    Task("CIFAR 8x8, VAE", "VAE", vae, 800, (CIFAR,)),
+    Task("small gridworld, policy gradient", "policy gradient", policy, 400),
 )

@@ -138,6 +138,7 @@ class Incidence:
             "tensor_of_leading": torch.repeat_interleave(torch.arange(len(shapes)), torch.tensor(self.lengths)),
             "row_share": row_share[:, None],
             "kin": _kinship(symmetry, shapes),
+            "entries": torch.tensor([float(shape.numel()) for shape in map(torch.Size, shapes)]),
             "matrix": torch.tensor([float(len(shape) > 1) for shape in shapes]),
             "static": torch.tensor([_static(shape) for shape in shapes]).reshape(len(shapes), self.STATIC),
         }
