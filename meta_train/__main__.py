@@ -65,6 +65,7 @@ class Changes:
         clip: Largest norm of a meta-gradient.
         reject: Members' meta-gradients of larger norm are left out.
         average: Decay of the moving average of theta that is exported, per iteration.
+        reach: Share of the way from the beginning to that average at which the exported theta stands, 0 to 1.
         seed: Of everything random.
         checkpoint_every: Iterations between checkpoints.
         validate_every: Iterations between validations.
@@ -99,6 +100,7 @@ class Changes:
     clip: float | None = None
     reject: float | None = None
     average: float | None = None
+    reach: float | None = None
     seed: int | None = None
     checkpoint_every: int | None = None
     validate_every: int | None = None

@@ -52,6 +52,8 @@ class Config:
         clip: Largest norm of a meta-gradient, and of each member's with "backprop".
         reject: Members' meta-gradients of larger norm come from a window that exploded and are left out.
         average: Decay of the exponential moving average of theta that is exported, per iteration.
+        reach: Share of the way from where theta began to that average at which the exported theta stands, above 0, at
+            most 1: less is more cautious.
         seed: Of everything random.
         checkpoint_every: Iterations between checkpoints.
         validate_every: Iterations between validations.
@@ -89,6 +91,7 @@ class Config:
     clip: float = 1.0
     reject: float = math.inf
     average: float = 0.99
+    reach: float = 1.0
     seed: int = 0
     checkpoint_every: int = 100
     validate_every: int = 100
@@ -131,7 +134,7 @@ class Config:
         """Raise unless the slots can be dealt out.
 
         Raises:
-            ValueError: They cannot.
+            ValueError: They cannot, or a number is out of range.
         """
         if self.slots % self.tasks or self.tasks % processes:
             raise ValueError(
@@ -139,5 +142,7 @@ class Config:
                 f"slots={self.slots}, tasks={self.tasks}; give each process the same number of tasks, "
                 f"for instance --tasks {processes} --slots {16 * processes}"
             )
+        if not 0 < self.reach <= 1:
+            raise ValueError(f"expected a reach above 0, at most 1, found {self.reach}")
         if not 0 < self.horizon[0] <= self.horizon[1]:
             raise ValueError(f"expected 0 < shortest <= longest horizon, found {self.horizon}")

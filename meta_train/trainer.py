@@ -93,7 +93,7 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
         resume: Continue the run in `out` instead of starting one. After a restart by `torchrun` it is continued anyway.
 
     Returns:
-        The rule with the averaged theta, also exported to `out / "theta.safetensors"`; the one with the lowest
+        The rule with the exported theta, also in `out / "theta.safetensors"`; the one with the lowest
         validation score, if there is validation, is in `out / "best.safetensors"`.
 
     Raises:
@@ -143,7 +143,7 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
                 summary.close()
         if interrupted.is_set():
             raise KeyboardInterrupt
-    return run.average
+    return exported(run, config)
 
 
 @contextmanager
@@ -241,19 +241,20 @@ def move(run: Run, config: Config, gradient: Tensor, rate: float) -> None:
 
 
 def validate(run: Run, config: Config, ranks: Ranks, out: Path, summary: Summary | None) -> list[Comparison]:
-    """Compare the averaged theta with AdamW, and keep it if it is the best so far."""
+    """Compare the exported theta with AdamW, and keep it if it is the best so far."""
     assert config.validation is not None
     numbers = ranks.share(range(len(config.validation.distributions)))
-    mine = [config.validation.compare(run.average, number) for number in numbers]
+    rule = exported(run, config)
+    mine = [config.validation.compare(rule, number) for number in numbers]
     found = ranks.gather(mine)
     score = score_of(found)
     run.stale += 1
     if score < run.best:
         run.best, run.stale = score, 0
         if ranks.first:
-            pretrained.save(run.average, out / BEST)
+            pretrained.save(rule, out / BEST)
     if summary is not None:
-        summary.validation(run.average, found, run.iteration)
+        summary.validation(rule, found, run.iteration)
     return found
 
 
@@ -266,9 +267,8 @@ def learning_rate(config: Config, iteration: int) -> float:
 def begin(config: Config, ranks: Ranks = ALONE) -> Run:
     """A run before its first iteration."""
     run = blank(config)
-    if config.initial is not None:
-        run.rule.load_state_dict(run.rule.state_dict() | started_from(config.initial, config.rule))
-        run.average.load_state_dict(run.rule.state_dict())
+    run.rule.load_state_dict(beginning(config).state_dict())
+    run.average.load_state_dict(run.rule.state_dict())
     for place in ranks.share(range(config.slots)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
         slot = fresh_slot(run, config, generator)
@@ -279,11 +279,35 @@ def begin(config: Config, ranks: Ranks = ALONE) -> Run:
     return run
 
 
-def blank(config: Config) -> Run:
-    """A run without slots, its theta the initial one."""
+def new_rule(config: Config) -> UpdateRule:
+    """A rule that has learned nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        rule = UpdateRule(config.rule).to(config.device)
+        return UpdateRule(config.rule).to(config.device)
+
+
+def beginning(config: Config) -> UpdateRule:
+    """The rule before the first iteration."""
+    rule = new_rule(config)
+    if config.initial is not None:
+        rule.load_state_dict(rule.state_dict() | started_from(config.initial, config.rule))
+    return rule
+
+
+@torch.no_grad()
+def exported(run: Run, config: Config) -> UpdateRule:
+    """The rule that is handed out: as far from the beginning to the averaged theta as `reach` says."""
+    if config.reach == 1:
+        return run.average
+    rule = beginning(config).requires_grad_(False)
+    for value, goal in zip(rule.parameters(), run.average.parameters(), strict=True):
+        value.lerp_(goal, config.reach)
+    return rule
+
+
+def blank(config: Config) -> Run:
+    """A run without slots, its theta the initial one."""
+    rule = new_rule(config)
     theta.train_only(rule, config.learn)
     average = copy.deepcopy(rule).requires_grad_(False)
     trained = [p for p in rule.parameters() if p.requires_grad]
@@ -342,7 +366,7 @@ def is_sound(found: Estimate) -> bool:
 
 
 def save(run: Run, config: Config, ranks: Ranks, out: Path, describe: dict[str, Any]) -> None:
-    """Write a checkpoint, and the averaged theta as a rule file."""
+    """Write a checkpoint, and the exported theta as a rule file."""
     mine = [
         {
             "task": config.distribution.describe(slot.task),
@@ -361,7 +385,7 @@ def save(run: Run, config: Config, ranks: Ranks, out: Path, describe: dict[str, 
         **{name: getattr(run, name) for name in COUNTERS},
     }
     checkpoint.save(out, run.iteration, content)
-    pretrained.save(run.average, out / THETA)
+    pretrained.save(exported(run, config), out / THETA)
 
 
 def restore(config: Config, ranks: Ranks, content: dict[str, Any]) -> Run:

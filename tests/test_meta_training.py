@@ -200,6 +200,21 @@ def test_a_run_starts_from_a_rule_of_its_architecture() -> None:
     assert all(torch.equal(found[name], value) for name, value in shipped.state_dict().items())
 
 
+def test_what_is_exported_stands_on_the_way_from_the_beginning(tmp_path: Path, config: Config) -> None:
+    """With a part of the way as with all of it, but for the rule that is handed out."""
+    all_of_it = trainer.train(config, tmp_path / "whole", {}).state_dict()
+    part = trainer.train(replace(config, reach=0.25), tmp_path / "part", {}).state_dict()
+    begun = trainer.beginning(config).state_dict()
+    assert any(not torch.equal(value, begun[name]) for name, value in all_of_it.items())
+    for name, value in load(tmp_path / "part" / trainer.THETA).state_dict().items():
+        torch.testing.assert_close(value, torch.lerp(begun[name], all_of_it[name], 0.25))
+        assert torch.equal(value, part[name])
+    ends = [checkpoint.load(tmp_path / name)["rule"] for name in ("whole", "part")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    with pytest.raises(ValueError, match="reach"):
+        trainer.train(replace(config, reach=0.0), tmp_path / "none", {})
+
+
 def test_a_network_may_stand_beside_a_rule_whose_own_is_silent(tmp_path: Path) -> None:
     """A larger rule started from a silent one takes the same steps; from one that speaks it is refused."""
     plain = RuleConfig(hidden=1, rounds=0, power=0.5, gain=2.0, rank=2, growth=2.0)

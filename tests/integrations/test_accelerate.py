@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from nfn_optim import NFNOptimizer
 
-BATCHES, SAVED_AFTER = 24, 12
+BATCHES, SAVED_AFTER = 36, 12
 
 
 def train(save: Path | None = None, load: Path | None = None) -> tuple[nn.Module, NFNOptimizer, list[float]]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nfn_optim import NFNOptimizer
 
-STEPS = 12
+STEPS = 24
 
 
 @pytest.mark.parametrize("given", ["model", "parameters"])
