@@ -138,7 +138,7 @@ def families() -> Mixture:
     (`meta_train.tasks.folder`). A run must be resumed with the data that it was started with.
     """
     images = ("digits", "mnist5k", *(("mnist",) if has_file("mnist.npz") else ()))
-    texts = ("prose", "code", *(("shakespeare",) if has_file("tinyshakespeare.txt") else ()))
+    texts = all_texts()
     return Mixture(
         (
             (MLPDistribution(), 4.0),
@@ -155,10 +155,15 @@ def families() -> Mixture:
     )
 
 
+def all_texts() -> tuple[str, ...]:
+    """The texts of packages, and Shakespeare if the data folder has it."""
+    return ("prose", "code", *(("shakespeare",) if has_file("tinyshakespeare.txt") else ()))
+
+
 def wide() -> Mixture:
     """Families of tasks in sizes at which step sizes are as they are on larger ones, with the noise of real data."""
     images = ("mnist5k", "mnist14")
-    texts = ("prose", "code", *(("shakespeare",) if has_file("tinyshakespeare.txt") else ()))
+    texts = all_texts()
     mild = replace(MILD, rescale=0.25)
     return Mixture(
         (

@@ -266,9 +266,7 @@ def learning_rate(config: Config, iteration: int) -> float:
 
 def begin(config: Config, ranks: Ranks = ALONE) -> Run:
     """A run before its first iteration."""
-    run = blank(config)
-    run.rule.load_state_dict(beginning(config).state_dict())
-    run.average.load_state_dict(run.rule.state_dict())
+    run = blank(config, beginning(config))
     for place in ranks.share(range(config.slots)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
         slot = fresh_slot(run, config, generator)
@@ -305,9 +303,8 @@ def exported(run: Run, config: Config) -> UpdateRule:
     return rule
 
 
-def blank(config: Config) -> Run:
-    """A run without slots, its theta the initial one."""
-    rule = new_rule(config)
+def blank(config: Config, rule: UpdateRule) -> Run:
+    """A run of a rule, without slots."""
     theta.train_only(rule, config.learn)
     average = copy.deepcopy(rule).requires_grad_(False)
     trained = [p for p in rule.parameters() if p.requires_grad]
@@ -318,7 +315,7 @@ def blank(config: Config) -> Run:
 def started_from(name: str, config: RuleConfig) -> dict[str, Tensor]:
     """Load the theta to start from; of a rule whose network is silent, what another network may stand beside.
 
-    What may change (`FREE`) and needs a number that the rule does not have, or has one that is not needed, is left out.
+    Numbers that only one of the two configurations has a place for (see `FREE`) are left out, or stay as they begin.
 
     Raises:
         ValueError: It is that of another architecture.
@@ -390,7 +387,7 @@ def save(run: Run, config: Config, ranks: Ranks, out: Path, describe: dict[str, 
 
 def restore(config: Config, ranks: Ranks, content: dict[str, Any]) -> Run:
     """The run that a checkpoint holds, with this process's share of the slots."""
-    run = blank(config)
+    run = blank(config, new_rule(config))
     for name in MODULES:
         getattr(run, name).load_state_dict(content[name])
     for name in COUNTERS:

@@ -50,7 +50,7 @@ def agreement(whole: Tensor, steps: Tensor, sizes: Tensor) -> Tensor:
     product = (both - new * of_new) / BETA_SLOW
     before = (of_slow - 2 * new * both + new**2 * of_new).clamp(min=0) / BETA_SLOW**2
     own = (product / (before * of_new + NOTHING).sqrt()).clamp(-1, 1)
-    own = torch.where(steps > 1.5, own, 0.0)  # noqa: PLR2004 - there is nothing before the first step but rounding
+    own = torch.where(steps > 1, own, 0.0)  # before the first step there is nothing but rounding
     trust = sizes / (sizes + OTHERS)
     common = (own * trust).sum(-1, keepdim=True) / trust.sum().clamp(min=1 / OTHERS)
     return trust * own + (1 - trust) * common

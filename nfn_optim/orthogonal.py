@@ -147,7 +147,7 @@ def completed(polar: Tensor, basis_columns: Tensor, size: Tensor) -> Tensor:
     """
     chosen = torch.nan_to_num(size).topk(polar.shape[-1], -1).indices
     return torch.where(
-        basis_columns.unsqueeze(-2) > 0.5,  # noqa: PLR2004 - between 0 and 1
+        basis_columns.unsqueeze(-2) > 0.5,  # noqa: PLR2004 - they are 0 or 1 but for rounding
         polar,
         F.one_hot(chosen, size.shape[-1]).mT.to(size.dtype),
     )

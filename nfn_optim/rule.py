@@ -190,8 +190,9 @@ class UpdateRule(nn.Module):
             rows = {i: by_dim[0][..., [0, 4]] for i, (by_dim, _) in enumerate(means) if by_dim}
             for number, basis in aiming.next_bases(aims, rows):
                 found[names[number]]["basis"] = basis
-            growth = self._grown(means, state, steps, incidence)
-            said, untrusted = self._say(means, steps, incidence, total_steps, kernel, growth)
+            whole = torch.stack([tensor for _, tensor in means], -2)  # (*batch, T, ROW_CHANNELS)
+            growth = self._grown(whole, state, steps, incidence)
+            said, untrusted = self._say(means, whole, steps, incidence, total_steps, kernel, growth)
             for i, n in enumerate(names):
                 found[n]["fallbacks"] = state[n]["fallbacks"] + untrusted[..., i]
                 found[n] |= said[i].to_keep() if self.config.talk_every > 1 else {}
@@ -258,12 +259,11 @@ class UpdateRule(nn.Module):
         lengths = ([s.length for s in segments[1:]] for segments in incidence.segments)
         return [Said.kept(state[n], x) for n, x in zip(incidence.names, lengths, strict=True)]
 
-    def _grown(self, pooled: Sequence[Pooled], state: State, steps: Tensor, incidence: Incidence) -> Tensor | None:
+    def _grown(self, whole: Tensor, state: State, steps: Tensor, incidence: Incidence) -> Tensor | None:
         """The growth of every tensor after this step, `(*batch, T)`, if there is any; arguments as in `_say`."""
         if not self.config.growth:
             return None
         before = torch.stack([state[n]["growth"] for n in incidence.names], -1)
-        whole = torch.stack([tensor for _, tensor in pooled], -2)
         agreed = agreement(whole, steps, incidence.at(steps)["entries"])
         power = self.growth.unsqueeze(-1) * agreed - self.waning.unsqueeze(-1)
         return grown(before, power, steps, self.config.talk_every)
@@ -271,6 +271,7 @@ class UpdateRule(nn.Module):
     def _say(
         self,
         pooled: Sequence[Pooled],
+        whole: Tensor,
         steps: Tensor,
         incidence: Incidence,
         total_steps: Tensor | float | None,
@@ -281,6 +282,7 @@ class UpdateRule(nn.Module):
 
         Args:
             pooled: For every tensor the means of its rows by dimension, and its own.
+            whole: The latter of all tensors, `(*batch, T, ROW_CHANNELS)`.
             steps: Steps taken, `(*batch, T)`.
             incidence: Where rows, neurons and tensors meet.
             total_steps: The horizon.
@@ -292,7 +294,6 @@ class UpdateRule(nn.Module):
             `(*batch, T)`.
         """
         index = incidence.at(steps)
-        whole = torch.stack([tensor for _, tensor in pooled], -2)  # (*batch, T, ROW_CHANNELS)
         scale, rms = features.scales_of(whole[..., 3], incidence)  # (*batch, T)
         units = features.units_of(whole, scale)  # (*batch, T, CHANNELS)
         described = features.describe(whole, units)

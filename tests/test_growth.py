@@ -21,9 +21,9 @@ def draw(seed: int) -> dict[str, Tensor]:
     return {n: torch.randn(SYMMETRY.shape_of(n), generator=generator, dtype=torch.float64) for n in SYMMETRY.dims}
 
 
-def growing(growth: float = 4.0, **config: float) -> UpdateRule:
+def growing(growth: float = 4.0, waning: float = 0.0) -> UpdateRule:
     """A rule that does nothing but grow."""
-    return UpdateRule(RuleConfig(hidden=1, rounds=0, growth=growth, **config)).double()  # type: ignore[arg-type]
+    return UpdateRule(RuleConfig(hidden=1, rounds=0, growth=growth, waning=waning)).double()
 
 
 def grow(rule: UpdateRule, gradients: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -125,7 +125,7 @@ def _photograph(file: str) -> npt.NDArray[np.uint8]:
         from matplotlib import cbook, image  # noqa: PLC0415 - an extra, needed by this photograph only
 
         return np.array(image.imread(cbook.get_sample_data(file, asfileobj=False)))
-    from sklearn.datasets import load_sample_image  # noqa: PLC0415 - likewise
+    from sklearn.datasets import load_sample_image  # noqa: PLC0415 - an extra, needed by the others only
 
     return np.array(load_sample_image(file))
 
