@@ -17,21 +17,19 @@ from nfn_optim.sweep import Sweep
 
 @dataclass(frozen=True)
 class Aimed:
-    """The orthogonal direction D of the part of a matrix that is here, as SIZE D = left basis^T + rest X.
+    """The orthogonal direction D of the part of a matrix that is here.
 
     Attributes:
-        left: `(*batch, rows, k)`.
+        aim: What makes it.
+        seen: Z, of the rows that are here, `(*batch, rows, k)`.
         basis: `(*batch, columns of the array, k)`.
-        rest: `(*batch, 1, 1)`.
-        whole: The same of the whole matrix.
-        sketch: What that follows from.
+        sketch: Of the whole matrix.
         kept: The basis of the whole matrix as the state keeps it, `(*batch, *shape[1:], k)`.
     """
 
-    left: Tensor
+    aim: Aim
+    seen: Tensor
     basis: Tensor
-    rest: Tensor
-    whole: Aim
     sketch: Sketch
     kept: Tensor
 
@@ -81,9 +79,7 @@ class Aiming:
                 sketches[place] = replace(x, seen=seen, energy=energy)
         aims = aims_of(list(sketches.values()), batch_dims)
         return {
-            place: Aimed(
-                self._rows(place, aim.left), found[place], aim.rest[..., None, None], aim, sketches[place], kept[place]
-            )
+            place: Aimed(aim, self._rows(place, sketches[place].seen), found[place], sketches[place], kept[place])
             for place, aim in zip(found, aims, strict=True)
         }
 
@@ -104,7 +100,7 @@ class Aiming:
             direction, momentum = layout.join([rows[i] for i in layout.numbers]).unbind(-1)
             inside = aimed.sketch.seen.square().sum(-1) / aimed.sketch.shape[1]
             outside = (1 - inside / (direction + TINY)).clamp(min=0)
-            polar = completed(aimed.whole.polar, columns, momentum * outside)
+            polar = completed(aimed.sketch.seen @ aimed.aim.root, columns, momentum * outside)
             images[self._name(place)] = layout.unfold_basis(self.sweep.image(place, self._rows(place, polar)))
         if self.shards is not None:
             placed = {name: [self._placed_columns(name, image)] for name, image in images.items()}
@@ -169,7 +165,8 @@ def hear(heard: Tensor, aimed: Aimed | None) -> tuple[Tensor, tuple[Tensor, Tens
     first, factor, others = heard[..., :1], heard[..., 1:2], heard[..., 2:]
     if aimed is None:
         return torch.cat([first, others], -1), None
-    return torch.cat([first + factor * aimed.rest, others], -1), (factor * aimed.left, aimed.basis.mT)
+    rest = aimed.aim.rest[..., None, None]
+    return torch.cat([first + factor * rest, others], -1), (factor * (aimed.seen @ aimed.aim.turn), aimed.basis.mT)
 
 
 def _identity(columns: torch.Size, like: Tensor) -> Tensor:

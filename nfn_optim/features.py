@@ -120,8 +120,8 @@ def describe(means: Tensor, units: Tensor) -> Tensor:
     Returns:
         `(..., ROW_CHANNELS)`, finite.
     """
-    rms = (means[..., :CHANNELS] + TINY).sqrt() * units
-    return torch.cat([torch.log(_finite(rms) + FLOOR), _finite(means[..., CHANNELS:])], -1)
+    sizes = torch.log(_finite((means[..., :CHANNELS] + TINY).sqrt() * units) + FLOOR)
+    return torch.cat([sizes, _finite(means[..., CHANNELS:])], -1)
 
 
 def scales_of(mean_squares: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:

@@ -2,34 +2,22 @@
 
 A pass goes over a tensor in bands of rows. That bounds what it holds at a time whatever the size of the
 tensor, and keeps it in the processor's cache. Compiled, each pass over a band is one loop over its weights: a few
-graphs for each kind of array (matrices, vectors, an odd last band) and precision, whatever the shapes. The options
-below keep the compiler from storing what is cheaper computed again.
+graphs for each kind of array (matrices, vectors, an odd last band) and precision, whatever the shapes.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nfn_optim.compilation import compiled
 from nfn_optim.passes import Network, collect, direction, look, move_, sums_of, take
 
-OPTIONS: dict[str, Any] = {
-    "realize_reads_threshold": 10**5,
-    "realize_opcount_threshold": 10**5,
-    "realize_acc_reads_threshold": 10**5,
-    "max_fusion_size": 10**5,
-}
 TOGETHER = 2  # rows that are added up in registers before their sum is stored; divides the size of bands
-_broken: list[str] = []  # why compilation failed in this process
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ class Kernel:
             correction = _rows(corrections, part)
             if self._compiles(p):
                 together = TOGETHER if len(now_p) % TOGETHER == 0 and len(corrections) == 1 else 1
-                rows, columns = collect(*_compiled(look)(*_bare(now_p, now_g, now), correction.clone(), together))
+                rows, columns = collect(*compiled(look)(*_bare(now_p, now_g, now), correction.clone(), together))
             else:
                 rows, columns = sums_of(take(now_p, now_g, now, correction)[1])
             by_row.append(rows)
@@ -117,7 +105,7 @@ class Kernel:
             now_p, now_g, *now = (x[part] for x in (p, g, *moments[:2]))
             correction = _rows(corrections, part)
             if compiles:
-                yield part, _compiled(direction)(*_bare(now_p, now_g, now), correction.clone())
+                yield part, compiled(direction)(*_bare(now_p, now_g, now), correction.clone())
             else:
                 yield part, direction(now_p, now_g, now, correction)
 
@@ -135,7 +123,7 @@ class Kernel:
     ) -> None:
         """The second pass, see `passes.move_`; D is given as the factors `(rows, k)` and `(k, rest)`."""
         compiles = self._compiles(p)
-        run = _compiled(move_) if compiles else move_
+        run = compiled(move_) if compiles else move_
         for part in self._bands(p) if ahead is not None or not compiles else (slice(None),):  # else nothing is held
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
             arrays = _bare(now_p, now_g, now) if compiles else (now_p, now_g, now)
@@ -145,7 +133,7 @@ class Kernel:
 
     def call(self, function: Callable[..., Any], *args: Any, size: int) -> Any:
         """Call a function that is no pass, compiled if it goes over so many numbers; once for each network."""
-        return (_compiled(function) if self.compiled and size >= self.least else function)(*args)
+        return (compiled(function) if self.compiled and size >= self.least else function)(*args)
 
     def _bands(self, p: Tensor) -> Iterator[slice]:
         """Parts of the rows of an array, of `TOGETHER` rows at least; a stack is one."""
@@ -160,38 +148,6 @@ class Kernel:
     def _compiles(self, p: Tensor) -> bool:
         """Whether a pass over these weights is compiled."""
         return self.compiled and p.dim() == 2 and p.numel() >= self.least  # noqa: PLR2004 - no stack
-
-
-@cache
-def can_compile() -> bool:
-    """Whether there is a C++ compiler, as `torch.compile` looks for it."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function compiled for all shapes; itself, with one warning, if that fails when it is first called."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, as it imports its compiler
-        import torch._dynamo.exc  # noqa: PLC0415 - heavy, and only for those who compile
-        import torch._inductor.compile_fx  # noqa: PLC0415
-    run = torch.compile(function, dynamic=True, options=OPTIONS)
-
-    def call(*args: Any) -> Any:
-        if _broken:
-            return function(*args)
-        try:
-            return run(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            _broken.append(str(error))
-            warnings.warn(
-                f"the update rule could not be compiled and goes on uncompiled, which is slower: {str(error)[:500]}; "
-                f"install a C++ compiler, or say compile=False to silence this",
-                stacklevel=3,
-            )
-            return function(*args)
-
-    return call
 
 
 def _bare(p: Tensor, g: Tensor, moments: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nfn_optim import param_state
+from nfn_optim.compilation import can_compile
 from nfn_optim.group import BETAS, COUNTERS, Slot, by_name, check_betas, check_numbers, moves
-from nfn_optim.kernel import Kernel, can_compile
+from nfn_optim.kernel import Kernel
 from nfn_optim.layout import Layout
 from nfn_optim.param_state import ParamState
 from nfn_optim.pretrained import load
@@ -32,9 +33,11 @@ from nfn_optim.real_view import real
 from nfn_optim.rule import UpdateRule
 from nfn_optim.shards import Shards, everywhere, local
 from nfn_optim.state_dict import arrange
+from nfn_optim.step_graph import StepGraphs, is_small
 from nfn_optim.symmetry import Symmetry
 
 PATIENCE = 10**9  # updates of single weights after which compilation has paid
+LEAST_WORK = 10**5  # a step costs at least as much as if it updated so many
 
 
 class NFNOptimizer(torch.optim.Optimizer):
@@ -116,6 +119,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._compile, self._work = compile, 0
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[int, int]], dict[str, Tensor]]] = {}
         self._tensors: dict[str, Tensor] = {}
+        self._graphs = StepGraphs()
         self._layout = Layout(model)
         super().__init__(params_or_model, defaults)
         self._layout.label(self.param_groups)
@@ -222,19 +226,21 @@ class NFNOptimizer(torch.optim.Optimizer):
             "weight_decay": by_name(slots, "weight_decay"),
             "total_steps": self.param_groups[0]["total_steps"],
             "talk": talk,
-            "kernel": self._kernel(sum(p.numel() for p in params.values())),
-            "shards": shards,
         }
+        kernel = self._kernel(sum(p.numel() for p in params.values()))
         with torch.autocast(device.type, enabled=False):
-            theta, given = self._theta(device, dtype), (params, grads, state, symmetry)
-            functional_call(self.rule, theta, given, hypers) if theta else self.rule(*given, **hypers)
+            theta, given = self._theta(device, dtype), (params, grads, state)
+            whole = kernel.compiled and shards is None and is_small(params)
+            if not (whole and self._graphs.step_(self.rule, theta or self._tensors, given, symmetry, hypers)):
+                args, hypers = (*given, symmetry), hypers | {"kernel": kernel, "shards": shards}
+                functional_call(self.rule, theta, args, hypers) if theta else self.rule(*args, **hypers)
         if len(dtypes) > 1:
             entries = [(value, state[name][key]) for name, s in kept.items() for key, value in s.items()]
             torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
 
     def _kernel(self, weights: int) -> Kernel:
         """How a step runs over so many weights."""
-        self._work += weights
+        self._work += max(weights, LEAST_WORK)
         return Kernel(compiled=(self._work > PATIENCE and can_compile()) if self._compile is None else self._compile)
 
     def _state_of(self, p: Tensor) -> ParamState:
@@ -350,6 +356,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_cast", {})
         self.__dict__.setdefault("_tensors", {})
+        self.__dict__.setdefault("_graphs", StepGraphs())
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which the base class adds here

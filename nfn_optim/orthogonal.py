@@ -60,17 +60,17 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Aim:
-    """The orthogonal direction of a matrix, as SIZE D = left U^T + rest X.
+    """The orthogonal direction of a matrix, as SIZE D = Z turn U^T + rest X.
 
     Attributes:
-        left: `(*batch, rows, k)`.
+        root: P = Z root, up to a factor; `(*batch, k, k)`.
+        turn: `(*batch, k, k)`.
         rest: `(*batch,)`.
-        polar: P, up to a factor; `(*batch, rows, k)`.
     """
 
-    left: Tensor
+    root: Tensor
+    turn: Tensor
     rest: Tensor
-    polar: Tensor
 
 
 def basis_shape(rank: int, shape: Sequence[int]) -> tuple[int, ...] | None:
@@ -115,9 +115,8 @@ def aims_of(sketches: Sequence[Sketch], batch_dims: int = 0) -> list[Aim]:
         tail = ((sketch.energy - within).clamp(min=0) / left_over + floor).sqrt()
         rest = 1 / (tail + LEAST_TAIL * (within / sketch.dimension.clamp(min=1)).sqrt())
         rest = torch.where(sketch.dimension < sketch.shape[1] - 0.5, rest, 0.0)  # where there is anything outside
-        polar = sketch.seen @ root
-        left = size * (polar - rest[..., None, None] * sketch.seen)
-        found.append(Aim(left, size * rest, polar))
+        turn = root - torch.diag_embed(rest.unsqueeze(-1).expand(*rest.shape, k))
+        found.append(Aim(root, size * turn, size * rest))
     return found
 
 
@@ -145,12 +144,9 @@ def completed(polar: Tensor, basis_columns: Tensor, size: Tensor) -> Tensor:
         basis_columns: Squared lengths of the vectors of the basis, 0 or 1, `(*batch, k)`.
         size: How much there is to choose a row for, `(*batch, rows)`.
     """
-    chosen = torch.nan_to_num(size).topk(polar.shape[-1], -1).indices
-    return torch.where(
-        basis_columns.unsqueeze(-2) > 0.5,  # noqa: PLR2004 - they are 0 or 1 but for rounding
-        polar,
-        F.one_hot(chosen, size.shape[-1]).mT.to(size.dtype),
-    )
+    chosen = torch.nan_to_num(size).topk(polar.shape[-1], -1).indices.unsqueeze(-2)  # (*batch, 1, k)
+    rows = torch.zeros_like(polar).scatter(-2, chosen, 1.0)
+    return torch.where(basis_columns.unsqueeze(-2) > 0.5, polar, rows)  # noqa: PLR2004 - 0 or 1 but for rounding
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -186,13 +186,14 @@ class UpdateRule(nn.Module):
         aiming = Aiming(names, sweep, shards)
         aims = aiming.aims({n: state[n].get("basis") for n in names}, batch_dims) if self.config.rank else {}
         if self.learns and talk:
-            means = _means(sweep, names, shards)
-            rows = {i: by_dim[0][..., [0, 4]] for i, (by_dim, _) in enumerate(means) if by_dim}
+            pooled = _means(sweep, names, shards)
+            rows = {i: by_dim[0][..., [0, 4]] for i, (by_dim, _) in enumerate(pooled) if by_dim}
             for number, basis in aiming.next_bases(aims, rows):
                 found[names[number]]["basis"] = basis
-            whole = torch.stack([tensor for _, tensor in means], -2)  # (*batch, T, ROW_CHANNELS)
+            del rows
+            whole = torch.stack([tensor for _, tensor in pooled], -2)  # (*batch, T, ROW_CHANNELS)
             growth = self._grown(whole, state, steps, incidence)
-            said, untrusted = self._say(means, whole, steps, incidence, total_steps, kernel, growth)
+            said, untrusted = self._say(pooled, whole, steps, incidence, total_steps, kernel, growth)
             for i, n in enumerate(names):
                 found[n]["fallbacks"] = state[n]["fallbacks"] + untrusted[..., i]
                 found[n] |= said[i].to_keep() if self.config.talk_every > 1 else {}
@@ -270,7 +271,7 @@ class UpdateRule(nn.Module):
 
     def _say(
         self,
-        pooled: Sequence[Pooled],
+        pooled: list[Pooled],
         whole: Tensor,
         steps: Tensor,
         incidence: Incidence,
@@ -281,7 +282,7 @@ class UpdateRule(nn.Module):
         """What every tensor, its rows, columns and taps say to its weights; costs O(neurons).
 
         Args:
-            pooled: For every tensor the means of its rows by dimension, and its own.
+            pooled: For every tensor the means of its rows by dimension, and its own; is emptied, for it is large.
             whole: The latter of all tensors, `(*batch, T, ROW_CHANNELS)`.
             steps: Steps taken, `(*batch, T)`.
             incidence: Where rows, neurons and tensors meet.
@@ -303,15 +304,15 @@ class UpdateRule(nn.Module):
         time = features.time_features(steps, total)
         tensors = features.tensor_features(described, scale, rms, time, incidence)  # (*batch, T, TENSOR_CHANNELS)
         none = whole[..., :0, :]
-        rows = torch.cat([none, *(x for by_dim, _ in pooled for x in by_dim)], -2).index_select(-2, index["gathered"])
-        rows = features.describe(rows, incidence.tensors_to_rows(units))  # (*batch, N, ROW_CHANNELS)
+        rows = torch.cat([none, *(x for by_dim, _ in pooled for x in by_dim)], -2)
+        leading = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
+        pooled.clear()
+        rows = rows.index_select(-2, index["gathered"])  # (*batch, N, ROW_CHANNELS)
+        call = partial((kernel or Kernel()).call, size=rows.numel())
+        rows = call(features.describe, rows, incidence.tensors_to_rows(units))
         if incidence.mutes:
             rows = torch.where(index["mute"], incidence.tensors_to_rows(described), rows)
-        if kernel is None:
-            by_row, by_tensor = self.stack(rows, tensors, incidence)
-        else:
-            size = rows.numel()
-            by_row, by_tensor = kernel.call(TiedStack.forward, self.stack, rows, tensors, incidence, size=size)
+        by_row, by_tensor = call(TiedStack.forward, self.stack, rows, tensors, incidence)
         del rows  # as large as all that follows
 
         every = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
@@ -327,8 +328,10 @@ class UpdateRule(nn.Module):
         gain = gain * by_tensor_gain.index_select(-1, every)
         activity = (whole[..., 0] + features.TINY).sqrt()
 
-        means = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
-        reach = gain * self._reach(means, units.index_select(-2, every), coefficients, activity.index_select(-1, every))
+        reach = gain * self._reach(
+            leading, units.index_select(-2, every), coefficients, activity.index_select(-1, every)
+        )
+        del leading
         squares = (reach * reach).detach() * index["leading_share"]
         bound = torch.zeros_like(activity).index_add(-1, every, squares).sqrt() * most_of(by_row_gain, incidence)
         trusted = bound / unit.detach() <= FALLBACK_RMS  # False for NaN

@@ -41,6 +41,7 @@ nfn_optim.layers.weights
 nfn_optim.layers
 nfn_optim.features
 nfn_optim.passes
+nfn_optim.compilation
 nfn_optim.kernel
 nfn_optim.arrays
 nfn_optim.shards
@@ -64,6 +65,7 @@ nfn_optim.real_view
 nfn_optim.param_state
 nfn_optim.state_dict
 nfn_optim.layout
+nfn_optim.step_graph
 nfn_optim.optimizer
 nfn_optim.differentiable
 nfn_optim.monitor.journal

@@ -34,8 +34,9 @@ def sketched(x: Tensor, basis: Tensor) -> Sketch:
 
 def aimed(x: Tensor, basis: Tensor) -> tuple[Tensor, Aim]:
     """D, and what it was made of."""
-    (aim,) = aims_of([sketched(x, basis)])
-    return (aim.left @ basis.mT + aim.rest * x) / SIZE, aim
+    sketch = sketched(x, basis)
+    (aim,) = aims_of([sketch])
+    return (sketch.seen @ aim.turn @ basis.mT + aim.rest * x) / SIZE, aim
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6), (1, 5), (5, 1)])
@@ -76,7 +77,7 @@ def test_matrices_of_several_sizes_do_not_disturb_each_other() -> None:
     together = aims_of([sketched(x, basis) for x, basis in zip(xs, bases, strict=True)])
     for x, basis, aim in zip(xs, bases, together, strict=True):
         alone = aimed(x, basis)[1]
-        torch.testing.assert_close(aim.left, alone.left)
+        torch.testing.assert_close(aim.turn, alone.turn)
         torch.testing.assert_close(aim.rest, alone.rest)
     assert aims_of([]) == []
 
@@ -87,7 +88,7 @@ def test_the_subspace_becomes_that_of_the_largest_singular_values() -> None:
     for _ in range(20):
         d, aim = aimed(x, basis)
         assert 0.5 < d.square().mean().sqrt() < LARGEST  # from the first step on
-        basis = next_basis(x.mT @ completed(aim.polar, basis.square().sum(0), x.square().sum(1)))
+        basis = next_basis(x.mT @ completed(x @ basis @ aim.root, basis.square().sum(0), x.square().sum(1)))
         torch.testing.assert_close(basis.mT @ basis, torch.eye(k, dtype=torch.float64))
     best = torch.linalg.svd(x)[2][:k].mT
     torch.testing.assert_close(basis @ basis.mT, best @ best.mT, rtol=0, atol=1e-8)
@@ -105,7 +106,7 @@ def test_what_is_not_there_is_not_made_up() -> None:
     for _ in range(3):
         _, aim = aimed(x, basis)
         outside = x.square().sum(1) - (x @ basis).square().sum(1)
-        basis = next_basis(x.mT @ completed(aim.polar, basis.square().sum(0), outside))
+        basis = next_basis(x.mT @ completed(x @ basis @ aim.root, basis.square().sum(0), outside))
     assert basis.square().sum().round().item() == 3
     torch.testing.assert_close(x @ basis @ basis.mT, x, rtol=0, atol=1e-4)
 
@@ -116,7 +117,7 @@ def test_nothing_stays_nothing() -> None:
     for x in (torch.zeros(3, 4), 1e-12 * torch.randn(3, 4)):
         d, aim = aimed(x, basis)
         assert d.abs().max() < 1e-4
-        assert all(value.isfinite().all() for value in (aim.left, aim.rest, aim.polar))
+        assert all(value.isfinite().all() for value in (aim.root, aim.turn, aim.rest))
 
 
 def test_the_inverse_root_of_many_at_once() -> None:
