@@ -74,7 +74,8 @@ def rounded(new: Sequence[Tensor], moments: Sequence[Tensor], g: Tensor, steps: 
 
 def _mixed(g: Tensor, v: Tensor, steps: Tensor) -> Tensor:
     """The noise h before it is that of one moment, `(*batch, rows, rest)`; steps `(*batch, rows or 1, 1)`."""
-    h = g.to(torch.float32).view(torch.int32) ^ v.view(torch.int16)
+    h = v.to(torch.float32).view(torch.int32)  # a view as int16 would keep the compiler from using vectors
+    h = h.bitwise_right_shift_(16).bitwise_xor_(g.to(torch.float32).view(torch.int32))
     h = h.mul_(SPREAD).add_(steps.to(torch.int32) * STEP)
     h = h.bitwise_xor_(h >> 15).mul_(AGAIN)
     return h.bitwise_xor_(h >> 13)
