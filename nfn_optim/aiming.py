@@ -65,7 +65,7 @@ class Aiming:
             name = self._name(place)
             shape = self._shape_of(name, block)
             known = [basis for i in layout.numbers if (basis := bases[self.names[i]]) is not None]
-            kept[place] = layout.join(known) if known else _identity(shape[1:], block.arrays[2][0])
+            kept[place] = layout.join(known) if known else _identity(shape[1:], block.arrays[3])
             here = kept[place] if self.shards is None else self._part(name, kept[place])
             found[place] = layout.fold_basis(here.expand(*layout.batch, *here.shape[-len(shape) :]))
             seen, energy = self.sweep.project(place, found[place])

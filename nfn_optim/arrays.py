@@ -199,40 +199,48 @@ class Stack:
 Layout = Matrix | Vectors | Stack
 
 
-def layouts_of(params: Sequence[Tensor], batch_dims: int, stacked: int = 0) -> list[Layout]:
+def layouts_of(
+    params: Sequence[Tensor], batch_dims: int, stacked: int = 0, kinds: Sequence[object] | None = None
+) -> list[Layout]:
     """How the tensors of a network are laid out.
 
     Args:
         params: Tensors `(*batch, *shape)`.
         batch_dims: How many leading dimensions are batch.
         stacked: Matrices of at most so many entries are taken together where they have one shape; no batch.
+        kinds: For every tensor what must be equal of those that are taken together; None if all may be.
     """
     batch = tuple(params[0].shape[:batch_dims])
-    small = [i for i, p in enumerate(params) if p.dim() - batch_dims < 2]  # noqa: PLR2004 - a matrix has two dimensions
-    layouts: list[Layout] = []
-    if small:
-        layouts.append(Vectors(tuple(small), batch, tuple(tuple(params[i].shape[batch_dims:]) for i in small)))
+    kinds = kinds or [None] * len(params)
+    small: dict[object, list[int]] = {}
     for i, p in enumerate(params):
-        if i not in small:
+        if p.dim() - batch_dims < 2:  # noqa: PLR2004 - a matrix has two dimensions
+            small.setdefault(kinds[i], []).append(i)
+    layouts: list[Layout] = [
+        Vectors(tuple(some), batch, tuple(tuple(params[i].shape[batch_dims:]) for i in some)) for some in small.values()
+    ]
+    for i, p in enumerate(params):
+        if p.dim() - batch_dims >= 2:  # noqa: PLR2004
             order = list(range(p.dim() - batch_dims))
             if not p.is_contiguous():
                 order[1:] = sorted(order[1:], key=lambda d, p=p: -p.stride(d + batch_dims))  # type: ignore[misc]
             layouts.append(Matrix(i, batch, tuple(order), tuple(p.shape[batch_dims + d] for d in order)))
-    return _stacked(layouts, params, stacked) if stacked else layouts
+    return _stacked(layouts, params, stacked, kinds) if stacked else layouts
 
 
-def _stacked(layouts: Sequence[Layout], params: Sequence[Tensor], size: int) -> list[Layout]:
+def _stacked(layouts: Sequence[Layout], params: Sequence[Tensor], size: int, kinds: Sequence[object]) -> list[Layout]:
     """The same, with small matrices of one shape taken together."""
     found: list[Layout] = []
-    kinds: dict[object, list[Matrix]] = {}
+    alike: dict[object, list[Matrix]] = {}
     for layout in layouts:
         if isinstance(layout, Matrix) and math.prod(layout.sizes) <= size:
-            kinds.setdefault((layout.order, layout.sizes, params[layout.number].dtype), []).append(layout)
+            kind = layout.order, layout.sizes, params[layout.number].dtype, kinds[layout.number]
+            alike.setdefault(kind, []).append(layout)
         else:
             found.append(layout)
-    for alike in kinds.values():
-        count = max(STACK // max(math.prod(alike[0].sizes), 1), 1)
-        for some in (alike[first : first + count] for first in range(0, len(alike), count)):
+    for several in alike.values():
+        count = max(STACK // max(math.prod(several[0].sizes), 1), 1)
+        for some in (several[first : first + count] for first in range(0, len(several), count)):
             numbers = tuple(layout.number for layout in some)
             found.append(Stack(numbers, replace(some[0], batch=(len(some),))) if len(some) > 1 else some[0])
     return found
@@ -259,7 +267,7 @@ class Block:
         Args:
             layout: Which, and how.
             tensors: Of every tensor of the network parameter, gradient and moments.
-            corrections: `(*batch, T, 3)`.
+            corrections: `(*batch, T, 4)`.
         """
         kinds = tuple(zip(*(tensors[i] for i in layout.numbers), strict=True))
         p, g, *moments = (layout.fold(kind) for kind in kinds)
@@ -287,5 +295,5 @@ def blocks_of(
     tensors: Sequence[Sequence[Tensor]], corrections: Tensor, batch_dims: int, stacked: int = 0
 ) -> list[Block]:
     """All tensors of a network as arrays; arguments as for `Block.of` and `layouts_of`."""
-    layouts = layouts_of([x[0] for x in tensors], batch_dims, stacked)
+    layouts = layouts_of([x[0] for x in tensors], batch_dims, stacked, [x[-1].dtype for x in tensors])
     return [Block.of(layout, tensors, corrections) for layout in layouts]

@@ -9,7 +9,9 @@
 
 A step calls the same rule as `NFNOptimizer.step`, with gradients on; there is no mathematics here. `higher` copies
 groups, state, weights and buffers when the context is entered, so entering it anew for every window of a long run
-truncates the history, and `write_back` carries the run over. What `override` may name, besides the entries of groups:
+truncates the history, and `write_back` carries the run over. Moments are in full precision inside, whatever the
+optimizer's `state_dtype`; `write_back` rounds them to the nearest. What `override` may name, besides the entries of
+groups:
 
     theta           a mapping from names of the rule's tensors to what takes their place; by default the rule's own
                     tensors, which get gradients themselves where they require them
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from nfn_optim import param_state
 from nfn_optim.discovery import unwrap
 from nfn_optim.group import COUNTERS
 from nfn_optim.optimizer import NFNOptimizer, _is_usable
@@ -102,7 +105,9 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
         for group, real, states in zip(self.param_groups, self._optimizer.param_groups, self.state, strict=True):
             real |= {key: int(group[key]) for key in COUNTERS}
             for i, state in states.items():
-                self._optimizer.state[real["params"][i]] = {k: v.detach().clone() for k, v in state.items()}
+                p = real["params"][i]
+                kept_in = self._optimizer._state_dtype
+                self._optimizer.state[p] = param_state.read(self._optimizer.rule, f"{i}", p, state, kept_in)
 
     def _update(self, grouped_grads: Sequence[Sequence[Tensor | None]], **_: Any) -> None:
         """Replace parameters and state by what the rule makes of them; called by `step`."""
@@ -139,7 +144,7 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
         params = {name: entry.param for name, entry in entries.items()}
         fresh = optimizer.rule.init(params)
         state = {name: entry.states[entry.number] or fresh[name] for name, entry in entries.items()}
-        dtype = max((s["exp_avg"].dtype for s in state.values()), key=lambda d: d.itemsize)
+        dtype = max((s["step"].dtype for s in state.values()), key=lambda d: d.itemsize)
         state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
         grads = {name: entry.grad for name, entry in entries.items()}
         hypers: dict[str, Any] = {

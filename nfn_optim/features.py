@@ -55,23 +55,26 @@ MOST = 1e6  # statistics of finite features never exceed it
 NO_SCALE = 1e-3  # scale of a tensor of zeros that shares no axis with a matrix
 
 
-def init_state(params: Mapping[str, Tensor], batch_dims: int, *, learned: bool) -> State:
+def init_state(
+    params: Mapping[str, Tensor], batch_dims: int, *, learned: bool, kept_in: torch.dtype | None = None
+) -> State:
     """The state before the first step: all zeros.
 
     Args:
         params: Name -> tensor `(*batch, *shape)`.
         batch_dims: How many leading dimensions are batch.
         learned: Whether the learned part is in use; Adam alone needs neither the slow moment nor the counter.
+        kept_in: Precision of the moments; None for that of the counters.
 
     Returns:
-        Moments in float32, or float64 for float64 parameters; counters `(*batch,)` in the same.
+        Moments and counters `(*batch,)`, in float32, or float64 for float64 parameters.
     """
     state: State = {}
     for name, p in params.items():
         dtype = torch.promote_types(p.dtype, torch.float32)
         moments = MOMENTS if learned else MOMENTS[:2]
         counters = ("step", "fallbacks") if learned else ("step",)
-        state[name] = {key: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for key in moments}
+        state[name] = {key: torch.zeros_like(p, dtype=kept_in or dtype) for key in moments}
         state[name] |= {key: torch.zeros(p.shape[:batch_dims], dtype=dtype, device=p.device) for key in counters}
     return state
 
@@ -88,10 +91,10 @@ def corrections_of(steps: Tensor) -> Tensor:
         steps: Steps taken, this one included, `(...)`.
 
     Returns:
-        `(..., 3)`: for m, for the square root of v and for M.
+        `(..., 4)`: for m, for the square root of v and for M; and the steps as they are.
     """
     bias = [-torch.expm1(steps * math.log(beta)) for beta in (BETA1, BETA2, BETA_SLOW)]  # 1 - beta^t, exactly
-    return torch.stack([1 / bias[0], bias[1].rsqrt(), 1 / bias[2]], -1)
+    return torch.stack([1 / bias[0], bias[1].rsqrt(), 1 / bias[2], steps], -1)
 
 
 def units_of(whole: Tensor, scale: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ class Kernel:
         Returns:
             X basis, `(rows, k)`, and the sum of the squares of X, 0-d.
         """
-        seen = moments[0].new_empty((*p.shape[:-1], basis.shape[-1]))
-        energy = moments[0].new_zeros(p.shape[:-2])
+        seen = corrections.new_empty((*p.shape[:-1], basis.shape[-1]))
+        energy = corrections.new_zeros(p.shape[:-2])
         for part, x in self._directions(p, g, moments, corrections):
             torch.matmul(x, basis, out=seen[part])
             energy += x.square().sum((-2, -1))

@@ -4,7 +4,7 @@ There is no mathematics here. A step gathers parameters, gradients and state by 
 
     update, new_state = rule(params, grads, state, symmetry, lr=..., weight_decay=...)
     p += update          in place, in the dtype of p
-    state <- new_state   in place, float32 (float64 for float64 parameters)
+    state <- new_state   in place, float32 (float64 for float64 parameters, moments bfloat16 if wanted)
 
 What a rule needs besides is the symmetry of the network. It is found at the first step (`nfn_optim.discovery`), so that
 only the construction differs from `torch.optim.AdamW`.
@@ -30,6 +30,7 @@ from nfn_optim.layout import Layout
 from nfn_optim.param_state import ParamState
 from nfn_optim.pretrained import load
 from nfn_optim.real_view import real
+from nfn_optim.rounding import is_short
 from nfn_optim.rule import UpdateRule
 from nfn_optim.shards import Shards, everywhere, local
 from nfn_optim.state_dict import arrange
@@ -62,6 +63,9 @@ class NFNOptimizer(torch.optim.Optimizer):
         symmetry: The symmetry of the parameters by name, or in order when the parameters have no names.
         total_steps: The horizon in steps, if known.
         maximize: Ascend instead of descend.
+        state_dtype: `torch.bfloat16` keeps the moments in 16 bits, rounded up or down by chance (`nfn_optim.rounding`):
+            half the state. Counters and the numbers of neurons stay as they are, and so do the moments of complex
+            parameters, since there is no complex bfloat16. None: float32, or float64 for float64 parameters.
         compile: Whether steps are compiled, ten seconds to a minute once and a few in each later process. By
             default they are as soon as that has paid: after `PATIENCE` updates of single weights, 100 steps of ten
             million parameters, and where there is a compiler. Compiled and uncompiled steps differ by rounding.
@@ -88,6 +92,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         symmetry: Symmetry | None = None,
         total_steps: int | None = None,
         maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
         compile: bool | None = None,
     ) -> None:
         defaults = {
@@ -104,6 +109,11 @@ class NFNOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"expected {argument}= as a {expected.__name__}, found {type(value).__name__}")
         if not isinstance(rule, str | os.PathLike | UpdateRule):
             raise TypeError(f"expected rule= as a name, a path or an UpdateRule, found {type(rule).__name__}")
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"expected state_dtype= as torch.bfloat16 or None, found {state_dtype!r}; None keeps the state in "
+                f"float32, or in float64 for float64 parameters"
+            )
         if isinstance(params_or_model, nn.Module):
             model = params_or_model if model is None else model
             params_or_model = [p for p in params_or_model.parameters() if p.is_floating_point() or p.is_complex()]
@@ -116,7 +126,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             )
         self.rule = rule if isinstance(rule, UpdateRule) else load(rule)
         self._rule_name = type(rule).__name__ if isinstance(rule, UpdateRule) else os.fspath(rule)
-        self._compile, self._work = compile, 0
+        self._compile, self._work, self._state_dtype = compile, 0, state_dtype
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[int, int]], dict[str, Tensor]]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._graphs = StepGraphs()
@@ -199,7 +209,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         slots = [Slot(name, p, group) for name, (p, group) in named if p.grad is not None]
         for _, p, _ in slots:
             if not self.state[p]:
-                self.state[p] = param_state.fresh(self.rule, p)
+                self.state[p] = param_state.fresh(self.rule, p, self._state_dtype)
         if not any(moves(group) for group in self.param_groups) and not any(g.any() for g in grads):
             return loss  # a checkpoint that wants the state to be there
         full = [slot for slot in slots if slot.param.numel() > 0]
@@ -217,9 +227,9 @@ class NFNOptimizer(torch.optim.Optimizer):
         grads = {name: local(real(p.grad), p) for name, p, _ in slots if p.grad is not None}
         grads |= {name: -grads[name] for name, _, group in slots if group["maximize"]}
         kept = {name: self._state_of(p) for name, p, _ in slots}
-        dtypes = {s["exp_avg"].dtype for s in kept.values()}
+        dtypes = {s["step"].dtype for s in kept.values()}
         dtype, device = max(dtypes, key=lambda d: d.itemsize), params[slots[0].name].device
-        state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in kept.items()}
+        state = {name: {key: x if is_short(x) else x.to(dtype) for key, x in s.items()} for name, s in kept.items()}
         symmetry = self._layout.restricted({name: p for name, p, _ in slots})
         hypers = {
             "lr": by_name(slots, "lr"),
@@ -275,9 +285,9 @@ class NFNOptimizer(torch.optim.Optimizer):
             if p not in self.state or param_state.fits(self.state[p], p):
                 continue
             if self.state[p]["exp_avg"].shape == p.shape:
-                self.state[p] = param_state.read(self.rule, name, p, self.state[p])
+                self.state[p] = param_state.read(self.rule, name, p, self.state[p], self._state_dtype)
             else:
-                self.state[p] = param_state.fresh(self.rule, p)
+                self.state[p] = param_state.fresh(self.rule, p, self._state_dtype)
                 changed.append(name)
         if changed:
             warnings.warn(f"{changed} changed their shape: what was remembered of them starts afresh", stacklevel=8)
@@ -306,7 +316,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._layout.listen()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, in full precision whatever the dtype of the parameters.
+        """Load a state, in the precision of this optimizer's, whatever that of the parameters or of what was saved.
 
         Where both optimizers were constructed with a module or with named parameters, it is taken over by name: groups
         may be others, and in another order. Otherwise groups must be the same.
@@ -327,7 +337,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             params = [p for group in self.param_groups for p in group["params"]]
             for name, p, found in zip(self.names, params, arranged.states, strict=True):
                 if found:
-                    loaded[p] = param_state.read(self.rule, name, p, found)
+                    loaded[p] = param_state.read(self.rule, name, p, found, self._state_dtype)
             groups = []
             for numbers, group in zip(arranged.groups, self.param_groups, strict=True):
                 check_numbers(numbers)
@@ -349,7 +359,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             warnings.warn(remark, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = ("rule", "_rule_name", "_compile", "_work", "_layout")
+        mine = ("rule", "_rule_name", "_compile", "_work", "_state_dtype", "_layout")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -357,6 +367,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_cast", {})
         self.__dict__.setdefault("_tensors", {})
         self.__dict__.setdefault("_graphs", StepGraphs())
+        self.__dict__.setdefault("_state_dtype", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which the base class adds here

@@ -9,8 +9,9 @@
     basis                                of the subspace in which the direction of a matrix is orthogonal,
                                          `(*shape[1:], k)`, whole likewise
 
-All of it is float32, or float64 for float64 parameters, whatever the precision of the parameter. The names are those of
-`torch.optim.AdamW` where it has the same thing.
+All of it is float32, or float64 for float64 parameters, whatever the precision of the parameter. Moments may be in
+bfloat16 instead (`nfn_optim.rounding`), but for those of complex parameters, since there is no complex bfloat16. The
+names are those of `torch.optim.AdamW` where it has the same thing.
 """
 
 from __future__ import annotations
@@ -29,12 +30,18 @@ from nfn_optim.rule import UpdateRule
 ParamState = dict[str, Tensor]
 
 
-def fresh(rule: UpdateRule, param: Tensor) -> ParamState:
-    """The state of a parameter before its first step."""
+def fresh(rule: UpdateRule, param: Tensor, kept_in: torch.dtype | None = None) -> ParamState:
+    """The state of a parameter before its first step.
+
+    Args:
+        rule: The rule that it is for.
+        param: The parameter.
+        kept_in: Precision of the moments of real parameters; None for that of everything else.
+    """
     view = real(param)
-    state = rule.init({"": view})[""]
     if view is param:
-        return state
+        return rule.init({"": param}, kept_in=kept_in)[""]
+    state = rule.init({"": view})[""]
     return {key: torch.view_as_complex(value) if key in MOMENTS else value for key, value in state.items()}
 
 
@@ -49,19 +56,22 @@ def fits(state: ParamState, param: Tensor) -> bool:
     return moment is None or (moment.shape == param.shape and moment.device == param.device)
 
 
-def read(rule: UpdateRule, name: str, param: Tensor, found: Mapping[str, Any]) -> ParamState:
-    """Copy a saved state of one parameter in full precision; what was not saved starts fresh.
+def read(
+    rule: UpdateRule, name: str, param: Tensor, found: Mapping[str, Any], kept_in: torch.dtype | None = None
+) -> ParamState:
+    """Copy a saved state of one parameter in the precision that it has here; what was not saved starts fresh.
 
     Args:
         rule: The rule that it is for.
         name: The parameter's name, for errors.
         param: The parameter.
         found: Entry -> tensor, or number for counters.
+        kept_in: Precision of the moments, as in `fresh`; if that is less than they were saved in, the nearest.
 
     Raises:
         ValueError: It is another parameter's, or another rule's.
     """
-    state = fresh(rule, param)
+    state = fresh(rule, param, kept_in)
     if unknown := [entry for entry in found if entry not in state]:
         raise ValueError(
             f"expected the state {list(state)} for {name!r}, found also {unknown}; "

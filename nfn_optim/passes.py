@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nfn_optim.features import BETA1, BETA2, BETA_SLOW, CLIP, EPS, ROW_CHANNELS, TINY
+from nfn_optim.rounding import rounded, widened
 
 Network = tuple[Tensor, Tensor, Tensor]
 """The network per weight: `(*batch, hidden, CHANNELS)`, `(*batch, hidden)`, `(*batch, 1, hidden)`, batch or none."""
@@ -47,14 +48,14 @@ def see(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) ->
         p: Parameters `(*batch, rows, rest)`.
         g: Gradients, the same shape.
         moments: What `advance` returned for `g`.
-        corrections: Of the bias of m, v and M, `(*batch, rows or 1, 3)`: 1 / (1 - .9^t), 1 / sqrt(1 - .999^t) and
-            1 / (1 - .99^t).
+        corrections: Of the bias of m, v and M, `(*batch, rows or 1, 4)`: 1 / (1 - .9^t), 1 / sqrt(1 - .999^t) and
+            1 / (1 - .99^t); and t, for `store`.
 
     Returns:
         `CHANNELS` tensors `(*batch, rows, rest)`; the first one only where there is no M.
     """
     m, v, *slow = moments
-    correct_m, correct_v, correct_slow = corrections.unsqueeze(-2).unbind(-1)
+    correct_m, correct_v, correct_slow, _ = corrections.unsqueeze(-2).unbind(-1)
     inverse = 1 / ((v + TINY).sqrt() * correct_v + EPS)
     fast = m * correct_m
     nominal = fast * inverse
@@ -71,7 +72,7 @@ def products_of(raw: Sequence[Tensor]) -> list[Tensor]:
 
 def take(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """New moments and the raw channels with them: `see` after `advance`."""
-    new = advance(g, moments)
+    new = advance(g, widened(moments, corrections))
     return new, see(p, g, new, corrections)
 
 
@@ -179,14 +180,21 @@ def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made o
         still: Leave parameters as they are.
     """
     new, raw = take(p, g, moments, corrections)
-    store(p, moments, None if still else answer(raw, p, heard, gain, network, ahead), new)
+    store(p, g, moments, corrections, None if still else answer(raw, p, heard, gain, network, ahead), new)
 
 
-def store(p: Tensor, moments: Sequence[Tensor], update: Tensor | None, new: Sequence[Tensor]) -> None:
-    """Write what a step has found: an update of the parameters, if any, and the new moments."""
+def store(
+    p: Tensor,
+    g: Tensor,
+    moments: Sequence[Tensor],
+    corrections: Tensor,
+    update: Tensor | None,
+    new: Sequence[Tensor],
+) -> None:
+    """Write what a step has found: an update of the parameters, if any, and the new moments, as they are kept."""
     if update is not None:
         p.copy_(p + update)
-    for old, value in zip(moments, new, strict=True):
+    for old, value in zip(moments, rounded(new, moments, g, corrections[..., 3]), strict=True):
         old.copy_(value)
 
 

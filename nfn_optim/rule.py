@@ -116,14 +116,16 @@ class UpdateRule(nn.Module):
                 self.answer.weight.zero_()
         return self
 
-    def init(self, params: Mapping[str, Tensor], batch_dims: int = 0) -> State:
+    def init(self, params: Mapping[str, Tensor], batch_dims: int = 0, *, kept_in: torch.dtype | None = None) -> State:
         """The state before the first step.
 
         Args:
             params: Name -> tensor `(*batch, *shape)`.
             batch_dims: How many leading dimensions are batch.
+            kept_in: Precision of the moments, as in `features.init_state`. A step in place keeps it, a pure one takes
+                moments in bfloat16 and returns them in full precision.
         """
-        state = features.init_state(params, batch_dims, learned=self.learns)
+        state = features.init_state(params, batch_dims, learned=self.learns, kept_in=kept_in)
         for name, values in state.items() if self.learns else ():
             if self.config.growth:
                 values["growth"] = torch.zeros_like(values["step"])

@@ -74,9 +74,9 @@ class Sweep:
     ) -> None:
         """Change an array in place; leave parameters as they are if `still`."""
         assert self._kernel is not None
-        p, _, moments, _ = self.blocks[place].arrays
+        p, g, moments, corrections = self.blocks[place].arrays
         if place in self._seen:
             update = None if still else self.answer(place, heard, gain, network, ahead)[0]
-            passes.store(p, moments, update, self._seen[place][0])
+            passes.store(p, g, moments, corrections, update, self._seen[place][0])
         else:
             self._kernel.move_(*self.blocks[place].arrays, heard, gain, network, ahead, still)

@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfn_optim import NFNOptimizer
+from nfn_optim.features import MOMENTS
 from nfn_optim.rule import UpdateRule
 from nfn_optim.rule_config import RuleConfig
 
@@ -148,6 +149,26 @@ def tensor_parallel() -> Outcome:
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     optimizer = NFNOptimizer(model.parameters())
     return outcome(model, optimizer, train(model, optimizer, divide=False))
+
+
+def given_gradients(how: str) -> dict[str, Tensor]:
+    """Moments in bfloat16 after some steps on gradients that are the same everywhere; FSDP2, DDP or neither."""
+    model: nn.Module = sharded(7) if how == "FSDP2" else network(7)
+    model = nn.parallel.DistributedDataParallel(model) if how == "DDP" else model
+    optimizer = NFNOptimizer(model.parameters(), state_dtype=torch.bfloat16)
+    model(batches(1)[0][0])
+    for step in range(5):
+        for p, g in zip(model.parameters(), gradients(step), strict=True):
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        optimizer.step()
+    names = [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
+    return {f"{name} {key}": whole(optimizer.state[p][key]) for name, p in names for key in MOMENTS}
+
+
+def gradients(step: int) -> list[Tensor]:
+    """Random ones for `network(7)`."""
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator) for p in network(7).parameters()]
 
 
 def poisoned() -> Outcome:

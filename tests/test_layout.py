@@ -40,6 +40,7 @@ nfn_optim.layers.latent
 nfn_optim.layers.weights
 nfn_optim.layers
 nfn_optim.features
+nfn_optim.rounding
 nfn_optim.passes
 nfn_optim.compilation
 nfn_optim.kernel

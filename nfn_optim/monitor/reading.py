@@ -109,7 +109,7 @@ class Reading:
             "gain": ear.by_tensor(self.names) * sample.sizes,
             "g g": _squares(grads),
             "m m": _squares(_tensors(state, "exp_avg")),
-            "v": numbers([0.0 if v is None else v.sum() for v in _tensors(state, "exp_avg_sq")]),
+            "v": numbers([0.0 if v is None else v.sum(dtype=_precise(v)) for v in _tensors(state, "exp_avg_sq")]),
             "fallbacks": fallbacks,
         }
         self.sums: dict[str, Array] = {name: value * there[:, 0] for name, value in sums.items()}
@@ -170,8 +170,13 @@ def _tensors(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | N
 
 def _squares(tensors: Sequence[Tensor | None]) -> Array:
     """Sum of the squares of every tensor, in float32 at least; 0 where there is none. `(T,)`."""
-    flat = [None if t is None else t.reshape(-1).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    flat = [None if t is None else t.reshape(-1).to(_precise(t)) for t in tensors]
     return numbers([0.0 if t is None else t.dot(t) for t in flat])  # several times faster than a norm
+
+
+def _precise(t: Tensor) -> torch.dtype:
+    """What sums over a tensor are in."""
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def _is_exact(p: Tensor) -> bool:

@@ -113,6 +113,14 @@ def test_tensor_parallel(ranks: Ranks) -> None:
     assert outcomes[0]["axes"] == SYMMETRY
 
 
+@pytest.mark.parametrize("how", ["FSDP2", "DDP"])
+def test_moments_in_bfloat16_are_rounded_alike_on_any_number_of_ranks(ranks: Ranks, how: str) -> None:
+    expected = parallel_training.given_gradients("neither")
+    for found in ranks.run(parallel_training.given_gradients, how):
+        assert all(found[name].dtype == torch.bfloat16 for name in expected)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(ranks: Ranks) -> None:
     assert ranks.run(parallel_training.poisoned) == [{"skipped": 1, "kept": True}] * 2
 
