@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ STACK = 2**18  # entries of small matrices that are taken together at most
 
 Pooled = tuple[list[Tensor], Tensor]
 """Means over one tensor: for every dimension over the rest, `(*batch, shape[d], C)`; and over all, `(*batch, C)`."""
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor that is made once: whoever brings numbers to a device waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class Stack:
 
     def spread(self, value: Tensor) -> Tensor:
         """What is said of every tensor, `(T, C)`, for the rows of the array: `(count, 1, C)`."""
-        return value[list(self.numbers)].unsqueeze(-2)
+        return value.index_select(0, constant(self.numbers, torch.int64, value.device)).unsqueeze(-2)
 
     def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
         """Means by tensor, from sums over rows `(count, rows, C)` and over columns `(count, rest, C)`."""

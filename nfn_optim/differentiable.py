@@ -34,7 +34,8 @@ from torch.func import functional_call
 from nfn_optim import param_state
 from nfn_optim.discovery import unwrap
 from nfn_optim.group import COUNTERS
-from nfn_optim.optimizer import NFNOptimizer, _is_usable
+from nfn_optim.optimizer import NFNOptimizer
+from nfn_optim.usable import is_usable
 
 
 class Entry(NamedTuple):
@@ -115,7 +116,7 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
         entries = self._entries(grouped_grads)
         if not entries:
             return
-        if not _is_usable([entry.grad.detach() for entry in entries.values()]):
+        if not is_usable([entry.grad.detach() for entry in entries.values()]):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             return

@@ -32,11 +32,13 @@ class Kernel:
         band: Weights that are taken at a time, some 20 numbers held for each.
         least: Arrays of fewer weights are not compiled, since their cost is that of calling anything at all; those of
             one shape come in stacks.
+        usable: Whether the step is to change anything, 0-d; None if it is.
     """
 
     compiled: bool = False
     band: int = 2**18
     least: int = 2**14
+    usable: Tensor | None = None
 
     def kept(self, params: Sequence[Tensor]) -> list[int]:
         """Arrays, by place, whose channels had better be kept than found again: as many as one band holds.
@@ -129,7 +131,8 @@ class Kernel:
             arrays = _bare(now_p, now_g, now) if compiles else (now_p, now_g, now)
             said = _rows(corrections, part), _rows(heard, part)
             said = (said[0].clone(), said[1].clone()) if compiles else said
-            run(*arrays, *said, gain, network, ahead[0][part] @ ahead[1] if ahead is not None else None, still)
+            inside = ahead[0][part] @ ahead[1] if ahead is not None else None
+            run(*arrays, *said, gain, network, inside, still, self.usable)
 
     def call(self, function: Callable[..., Any], *args: Any, size: int) -> Any:
         """Call a function that is no pass, compiled if it goes over so many numbers; once for each network."""

@@ -12,14 +12,16 @@ only the construction differs from `torch.optim.AdamW`.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.func import functional_call
 
 from nfn_optim import param_state
@@ -32,10 +34,11 @@ from nfn_optim.pretrained import load
 from nfn_optim.real_view import real
 from nfn_optim.rounding import is_short
 from nfn_optim.rule import UpdateRule
-from nfn_optim.shards import Shards, everywhere, local
+from nfn_optim.shards import Shards, everywhere, is_divided, local
 from nfn_optim.state_dict import arrange
 from nfn_optim.step_graph import StepGraphs, is_small
 from nfn_optim.symmetry import Symmetry
+from nfn_optim.usable import is_near, is_usable, usability
 
 PATIENCE = 10**9  # updates of single weights after which compilation has paid
 LEAST_WORK = 10**5  # a step costs at least as much as if it updated so many
@@ -130,6 +133,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[int, int]], dict[str, Tensor]]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._graphs = StepGraphs()
+        self._unsettled: Tensor | None = None
         self._layout = Layout(model)
         super().__init__(params_or_model, defaults)
         self._layout.label(self.param_groups)
@@ -154,6 +158,7 @@ class NFNOptimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps not taken because a gradient was not finite, or so large that its square is not."""
+        self._settle()
         return int(self.param_groups[0]["skipped_steps"])
 
     @property
@@ -163,6 +168,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         return sum(int(s["fallbacks"].item()) for s in states if "fallbacks" in s)
 
     def __repr__(self) -> str:
+        self._settle()
         lines = [f"{type(self).__name__} (", f"Rule {self._rule_name}"]
         for k, group in enumerate(self.param_groups):
             shown = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -200,10 +206,14 @@ class NFNOptimizer(torch.optim.Optimizer):
         grads = [real(p.grad) for p, _ in everyone if p.grad is not None]
         if not grads:
             return loss
-        if not everywhere(_is_usable([local(g) for g in grads]), grads):
-            for group in self.param_groups:
-                group["skipped_steps"] += 1
-            return loss
+        usable, here = None, [local(g) for g in grads]
+        if is_near(here) or any(is_divided(g) for g in grads):
+            if not everywhere(is_usable(here), grads):
+                self._count(skipped=1)
+                return loss
+        else:
+            usable = usability(here)
+            self._unsettled = ~usable + (0 if self._unsettled is None else self._unsettled)
         self._resolve()
         named = zip(self._layout.names, everyone, strict=True)
         slots = [Slot(name, p, group) for name, (p, group) in named if p.grad is not None]
@@ -215,13 +225,24 @@ class NFNOptimizer(torch.optim.Optimizer):
         full = [slot for slot in slots if slot.param.numel() > 0]
         talk = self.rule.talks(self.param_groups[0]["steps_taken"])
         for device in dict.fromkeys(slot.param.device for slot in full):
-            self._update([slot for slot in full if slot.param.device == device], talk)
-        for group in self.param_groups:
-            group["steps_taken"] += 1
+            self._update([slot for slot in full if slot.param.device == device], talk, usable)
+        self._count(taken=1)
         return loss
 
-    def _update(self, slots: list[Slot], talk: bool) -> None:
-        """Call the rule for parameters of one device and write back what it says."""
+    def _count(self, taken: int = 0, skipped: int = 0) -> None:
+        """Count steps."""
+        for group in self.param_groups:
+            group["steps_taken"] += taken
+            group["skipped_steps"] += skipped
+
+    def _settle(self) -> None:
+        """Count the steps of which it was left to the device whether they are taken; waits for it."""
+        if self._unsettled is not None:
+            skipped, self._unsettled = int(self._unsettled.item()), None
+            self._count(taken=-skipped, skipped=skipped)
+
+    def _update(self, slots: list[Slot], talk: bool, usable: Tensor | None) -> None:
+        """Call the rule for parameters of one device and write back what it says, but where gradients are unusable."""
         shards = Shards.of({name: p for name, p, _ in slots})
         params = {name: local(real(p)) for name, p, _ in slots}
         grads = {name: local(real(p.grad), p) for name, p, _ in slots if p.grad is not None}
@@ -238,10 +259,12 @@ class NFNOptimizer(torch.optim.Optimizer):
             "talk": talk,
         }
         kernel = self._kernel(sum(p.numel() for p in params.values()))
-        with torch.autocast(device.type, enabled=False):
+        kernel = kernel if usable is None else replace(kernel, usable=usable.to(device))
+        with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
             theta, given = self._theta(device, dtype), (params, grads, state)
             whole = kernel.compiled and shards is None and is_small(params)
-            if not (whole and self._graphs.step_(self.rule, theta or self._tensors, given, symmetry, hypers)):
+            said = {**hypers, "usable": kernel.usable}
+            if not (whole and self._graphs.step_(self.rule, theta or self._tensors, given, symmetry, said)):
                 args, hypers = (*given, symmetry), hypers | {"kernel": kernel, "shards": shards}
                 functional_call(self.rule, theta, args, hypers) if theta else self.rule(*args, **hypers)
         if len(dtypes) > 1:
@@ -315,6 +338,11 @@ class NFNOptimizer(torch.optim.Optimizer):
             self.param_groups[-1] |= {key: self.param_groups[0][key] for key in COUNTERS}
         self._layout.listen()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer of torch; where gradients are not on a CPU, it waits for the device."""
+        self._settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, in the precision of this optimizer's, whatever that of the parameters or of what was saved.
 
@@ -328,6 +356,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The state is another model's or another optimizer's; nothing is changed then.
         """
+        self._settle()
         loaded: dict[Tensor, ParamState] = {}
         remarks: list[str] = []
 
@@ -359,6 +388,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             warnings.warn(remark, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         mine = ("rule", "_rule_name", "_compile", "_work", "_state_dtype", "_layout")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in mine}}
 
@@ -367,32 +397,9 @@ class NFNOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_cast", {})
         self.__dict__.setdefault("_tensors", {})
         self.__dict__.setdefault("_graphs", StepGraphs())
+        self.__dict__.setdefault("_unsettled", None)
         self.__dict__.setdefault("_state_dtype", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which the base class adds here
                     group.setdefault(key, value)
-
-
-def _is_usable(grads: list[Tensor]) -> bool:
-    """Whether all gradients are finite and so are their squares, in the precision of the state. One synchronization.
-
-    Raises:
-        RuntimeError: A gradient is sparse.
-    """
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for g in grads:
-        if g.layout != torch.strided:
-            raise RuntimeError(
-                f"NFNOptimizer does not support sparse gradients: expected dense ones, found {g.layout} of shape "
-                f"{tuple(g.shape)}; build the embedding with sparse=False or give it to torch.optim.SparseAdam"
-            )
-        if g.numel() > 0:
-            kinds.setdefault((g.device, g.dtype), []).append(g)
-    for (_, dtype), dense in kinds.items():
-        precise = torch.promote_types(dtype, torch.float32)
-        if not torch.stack(torch._foreach_norm(dense, dtype=precise)).sum().isfinite().item():  # which is fast ...
-            largest = torch.stack(torch._foreach_norm(dense, math.inf)).max().item()  # ... and may overflow
-            if not largest < math.sqrt(torch.finfo(precise).max):
-                return False
-    return True

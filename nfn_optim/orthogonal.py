@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nfn_optim.arrays import constant
+
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # of an odd map that takes singular values of 0.003 to 1 into 0.7 to 1.2
 ITERATIONS = 5
 SIZE = 0.5  # root mean square of the orthogonal direction in the update, about that of Adam's when gradients agree
@@ -103,7 +105,7 @@ def aims_of(sketches: Sequence[Sketch], batch_dims: int = 0) -> list[Aim]:
     grams = torch.cat(parts, -3)  # (*batch, T, k, k)
     floors = [LEAST**2 * math.prod(x.shape) for x in sketches]
     every = [floor for floor, length in zip(floors, lengths, strict=True) for _ in range(length)]
-    inside = grams.diagonal(dim1=-2, dim2=-1).sum(-1) + grams.new_tensor(every)  # (*batch, T)
+    inside = grams.diagonal(dim1=-2, dim2=-1).sum(-1) + constant(tuple(every), grams.dtype, grams.device)  # (*batch, T)
     roots = inverse_root(grams / inside[..., None, None]) / inside.sqrt()[..., None, None]
     found = []
     split = zip(torch.split(roots, lengths, -3), torch.split(inside, lengths, -1), strict=True)

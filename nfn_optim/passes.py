@@ -165,6 +165,7 @@ def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made o
     network: Network | None,
     ahead: Tensor | None,
     still: bool,
+    usable: Tensor | None = None,
 ) -> None:
     """The second pass over some rows of an array, in place.
 
@@ -178,9 +179,10 @@ def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made o
         network: See there.
         ahead: See there.
         still: Leave parameters as they are.
+        usable: Whether to change anything, 0-d; None if so.
     """
     new, raw = take(p, g, moments, corrections)
-    store(p, g, moments, corrections, None if still else answer(raw, p, heard, gain, network, ahead), new)
+    store(p, g, moments, corrections, None if still else answer(raw, p, heard, gain, network, ahead), new, usable)
 
 
 def store(
@@ -190,12 +192,18 @@ def store(
     corrections: Tensor,
     update: Tensor | None,
     new: Sequence[Tensor],
+    usable: Tensor | None,
 ) -> None:
     """Write what a step has found: an update of the parameters, if any, and the new moments, as they are kept."""
     if update is not None:
-        p.copy_(p + update)
+        p.copy_(chosen(usable, p + update, p))
     for old, value in zip(moments, rounded(new, moments, g, corrections[..., 3]), strict=True):
-        old.copy_(value)
+        old.copy_(chosen(usable, value, old))
+
+
+def chosen(usable: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """The new value, or the old one if the step is not to change anything; `usable` as in `move_`."""
+    return new if usable is None else torch.where(usable, new, old)
 
 
 def _network(channels: Sequence[Tensor], heard: Sequence[Tensor], network: Network) -> Tensor:

@@ -48,7 +48,7 @@ from nfn_optim.hyper import Hyper, by_tensor, cooled, faded, horizon_of, is_zero
 from nfn_optim.kernel import Kernel
 from nfn_optim.layers import Incidence, TiedStack
 from nfn_optim.orthogonal import LARGEST, SIZE, basis_shape
-from nfn_optim.passes import Network
+from nfn_optim.passes import Network, chosen
 from nfn_optim.rule_config import RuleConfig
 from nfn_optim.said import Said
 from nfn_optim.shards import Shards
@@ -227,7 +227,7 @@ class UpdateRule(nn.Module):
         if kernel is None:
             return update, {n: {**state[n], **found[n]} for n in names}
         pairs = [(state[n][key], value) for n in names for key, value in found[n].items()]
-        torch._foreach_copy_([old for old, _ in pairs], [value for _, value in pairs])
+        torch._foreach_copy_([old for old, _ in pairs], [chosen(kernel.usable, value, old) for old, value in pairs])
         return update, state
 
     def cooling(self, steps: Tensor, total_steps: Tensor | float | None) -> Tensor | None:

@@ -59,7 +59,7 @@ class StepGraphs:
             theta: Its tensors by name.
             tensors: Parameters, gradients and state as `UpdateRule.forward` wants them, without batch dimensions.
             symmetry: Their axes.
-            hypers: `lr`, `weight_decay`, `total_steps` and `talk` likewise.
+            hypers: `lr`, `weight_decay`, `total_steps` and `talk` likewise, and `usable` as a kernel wants it.
 
         Returns:
             Whether the step was taken; if not, nothing has changed.
@@ -67,13 +67,14 @@ class StepGraphs:
         params, grads, state = tensors
         if has_failed() or any(is_zero(hypers["lr"], n) for n in params) or (rule.learns and rule.gains._forward_hooks):
             return False
-        numbers = _as_tensors(hypers, next(iter(state.values()))["step"])
+        numbers = _as_tensors(hypers, next(iter(state.values()))["step"]) | {"usable": hypers["usable"]}
         inputs = (*tensors, theta, numbers)
         flat = [x for part in (params, grads, *state.values(), theta) for x in part.values()]
         flat = [x.detach() for x in (*flat, *_leaves(numbers))]
         names = tuple(params), tuple(key for key, value in hypers.items() if isinstance(value, Mapping))
         kinds = tuple((x.stride(), x.dtype) for x in flat)
-        key = (rule, symmetry, names, kinds, flat[0].device, hypers["total_steps"] is None, hypers["talk"])
+        absent = tuple(key for key, value in numbers.items() if value is None)
+        key = (rule, symmetry, names, kinds, flat[0].device, absent, hypers["talk"])
         if key not in self._runs and len(self._runs) < MOST_GRAPHS:
             self._runs[key] = _compiled(rule, symmetry, inputs, flat, talk=hypers["talk"])
         run = self._runs.get(key)
@@ -99,10 +100,10 @@ def _compiled(
     copies = [x.clone() for x in flat]
     if any(x.stride() != copy.stride() for x, copy in zip(flat, copies, strict=True)):
         return None
-    kernel = Kernel(band=MOST_WEIGHTS)
 
     def step(*tensors: Tensor) -> tuple[()]:
         params, grads, state, theta, numbers = _like(inputs, iter(tensors))
+        kernel = Kernel(band=MOST_WEIGHTS, usable=numbers.pop("usable"))
         functional_call(rule, theta, (params, grads, state, symmetry), {**numbers, "talk": talk, "kernel": kernel})
         return ()
 

@@ -77,6 +77,6 @@ class Sweep:
         p, g, moments, corrections = self.blocks[place].arrays
         if place in self._seen:
             update = None if still else self.answer(place, heard, gain, network, ahead)[0]
-            passes.store(p, g, moments, corrections, update, self._seen[place][0])
+            passes.store(p, g, moments, corrections, update, self._seen[place][0], self._kernel.usable)
         else:
             self._kernel.move_(*self.blocks[place].arrays, heard, gain, network, ahead, still)

@@ -67,6 +67,7 @@ nfn_optim.param_state
 nfn_optim.state_dict
 nfn_optim.layout
 nfn_optim.step_graph
+nfn_optim.usable
 nfn_optim.optimizer
 nfn_optim.differentiable
 nfn_optim.monitor.journal

@@ -54,9 +54,8 @@ def snapshot(optimizer: NFNOptimizer) -> list[Tensor]:
     return [x.detach().clone() for p in params for x in (p, *optimizer.state[p].values())]
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of inputs of the graphs that are recorded, which then run as they are: to compile takes long."""
+def record(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let graphs run as they are recorded, since to compile takes long; numbers of inputs of those that are."""
     found: list[int] = []
 
     def graph_of(function: Callable[..., Any], args: list[Any]) -> Callable[..., Any]:
@@ -66,6 +65,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(step_graph, "graph_of", graph_of)
     return found
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """See `record`."""
+    return record(monkeypatch)
 
 
 MIXED = (
