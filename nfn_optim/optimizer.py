@@ -71,7 +71,8 @@ class NFNOptimizer(torch.optim.Optimizer):
             parameters, since there is no complex bfloat16. None: float32, or float64 for float64 parameters.
         compile: Whether steps are compiled, ten seconds to a minute once and a few in each later process. By
             default they are as soon as that has paid: after `PATIENCE` updates of single weights, 100 steps of ten
-            million parameters, and where there is a compiler. Compiled and uncompiled steps differ by rounding.
+            million parameters or 10,000 of a small network, and where there is a compiler. Compiled and uncompiled
+            steps differ by rounding.
 
     Raises:
         ValueError: No parameters, a hyperparameter out of range, or a symmetry or rule that does not fit.
@@ -188,6 +189,8 @@ class NFNOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step; a step with a non-finite gradient is counted and otherwise leaves everything as it is.
+
+        Where gradients are not on a CPU it waits for nothing, and such steps are counted when `skipped_steps` is asked.
 
         Args:
             closure: Reevaluates the model with gradients and returns the loss.

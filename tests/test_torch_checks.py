@@ -46,7 +46,7 @@ SKIPPED = {
     "test_second_order_optims_return_consistent_types": "only of optimizers that need a closure",
     "TestDifferentiableOptimizer": "no argument differentiable: nfn_optim.differentiable has derivatives of steps",
     "test_correctness": "a step is not compiled: test_faults.py takes one inside a compiled function",
-    "test_cudagraphs": "no argument capturable: whether a step is taken depends on values, see docs/contract.md",
+    "test_cudagraphs": "no argument capturable: not all steps are alike, see docs/contract.md",
 }
 """Checks of PyTorch's that are not run, and why."""
 

@@ -71,7 +71,7 @@ def profile(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     levels = np.geomspace(0.5, 4.0, 200)
-    figure, axis = plt.subplots(figsize=(6, 4), layout="tight")
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for name, colour in zip(dict.fromkeys(row.optimizer for row in rows), cycle(COLOURS), strict=False):
         reductions = np.array([value for row in rows if row.optimizer == name for value in row.reduction])
         axis.plot(levels, (reductions[:, None] >= levels).mean(0), label=name, color=colour)
@@ -80,6 +80,6 @@ def profile(rows: Sequence[Row], path: Path) -> None:
     axis.minorticks_off()
     axis.axvline(1, color="gray", linewidth=0.8)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=80)
     plt.close(figure)
