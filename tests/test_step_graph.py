@@ -84,16 +84,20 @@ MIXED = (
 )
 
 
-@pytest.mark.parametrize(("rule", "name"), [*product(["sparse"], MIXED), *product(["default", "adamw"], MIXED[:2])])
+@pytest.mark.parametrize(
+    ("rule", "name"), [*product(["sparse"], MIXED), *product(["default", "adamw", "rounded"], MIXED[:2])]
+)
 def test_what_is_recorded_is_the_step(rule: str, name: str, recorded: list[int]) -> None:
     """To the last bit, where numbers are the same in all precisions, in at most two graphs."""
     network = ZOO[name]
-    used = sparse_rule() if rule == "sparse" else rule
+    used = sparse_rule() if rule in ("sparse", "rounded") else rule
+    kept_in = torch.bfloat16 if rule == "rounded" else None
     found = []
     for how in (False, True):
         torch.manual_seed(0)
         model, inputs = network.module(), network.inputs()
-        optimizer = NFNOptimizer(model, 2**-9, 0.125, rule=used, total_steps=20, compile=how)
+        numbers = {"lr": 2**-9, "weight_decay": 0.125, "total_steps": 20}
+        optimizer = NFNOptimizer(model, **numbers, rule=used, state_dtype=kept_in, compile=how)
         for _ in range(7):
             give_gradients(model, inputs)
             optimizer.step()
