@@ -69,7 +69,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         state_dtype: `torch.bfloat16` keeps the moments in 16 bits, rounded up or down by chance (`nfn_optim.rounding`):
             half the state. Counters and the numbers of neurons stay as they are, and so do the moments of complex
             parameters, since there is no complex bfloat16. None: float32, or float64 for float64 parameters.
-        compile: Whether steps are compiled, ten seconds to a minute once and a few in each later process. By
+        compile: Whether steps are compiled, ten seconds to two minutes once and a few in each later process. By
             default they are as soon as that has paid: after `PATIENCE` updates of single weights, 100 steps of ten
             million parameters or 10,000 of a small network, and where there is a compiler. Compiled and uncompiled
             steps differ by rounding.
@@ -266,8 +266,8 @@ class NFNOptimizer(torch.optim.Optimizer):
         with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
             theta, given = self._theta(device, dtype), (params, grads, state)
             whole = kernel.compiled and shards is None and is_small(params)
-            said = {**hypers, "usable": kernel.usable}
-            if not (whole and self._graphs.step_(self.rule, theta or self._tensors, given, symmetry, said)):
+            graph = self.rule, theta or self._tensors, given, symmetry, hypers | {"usable": kernel.usable}
+            if not (whole and self._graphs.step_(*graph)):
                 args, hypers = (*given, symmetry), hypers | {"kernel": kernel, "shards": shards}
                 functional_call(self.rule, theta, args, hypers) if theta else self.rule(*args, **hypers)
         if len(dtypes) > 1:
