@@ -192,7 +192,7 @@ def store(
     corrections: Tensor,
     update: Tensor | None,
     new: Sequence[Tensor],
-    usable: Tensor | None,
+    usable: Tensor | None = None,
 ) -> None:
     """Write what a step has found: an update of the parameters, if any, and the new moments, as they are kept."""
     if update is not None:
