@@ -73,10 +73,15 @@ def graph_of(function: Callable[..., Any], args: list[Any]) -> Callable[..., Any
         args: Tensors for it; they may be changed.
     """
     _load()
-    try:
-        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - heavy, as below
+    from torch._guards import TracingContext, tracing  # noqa: PLC0415 - heavy, as in `_load`
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
 
-        with warnings.catch_warnings():
+    # without a shape environment what was compiled would not be looked up on disk
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    try:
+        with warnings.catch_warnings(), tracing(TracingContext(mode)):
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its parts for each other
             run: Callable[..., Any] = torch._inductor.compile(make_fx(function)(*args), args)
         return run
