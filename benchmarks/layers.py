@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from nfn.common import WeightSpaceFeatures, network_spec_from_wsfeat
 from nfn.layers import HNPLinear, NPLinear
+from result import setting, write
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -183,15 +179,9 @@ def main() -> None:
             repetitions = min(given.repetitions, 1 if kind == "HNP" else 3) if large else given.repetitions
             rows.append(row_of(network, kind, channels, inner, repetitions))
             gc.collect()
-    about = (
-        f"{date.today()}, torch {torch.__version__}, nfn {version('nfn')}, {platform.machine()}, "
-        f"one thread of {os.cpu_count()}"
-    )
+    about = setting("torch", "nfn")
     lines = [f"{about}. Forward and backward, batch of {BATCH}; medians.", "", *lines_of(rows)]
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "layers.md").write_text("\n".join(lines) + "\n")
-    (given.out / "layers.json").write_text(json.dumps({"about": about, "cells": rows}, indent=1) + "\n")
-    print("\n".join(lines))
+    write(given.out, "layers", "\n".join(lines), {"about": about, "cells": rows})
 
 
 if __name__ == "__main__":

@@ -17,17 +17,14 @@ the task's is that of *nothing*, overhead that of *one*, of which a part is the 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from result import setting, write
 from torch import Tensor, nn
 
 from meta_train.meta_gradient import Estimation
@@ -112,7 +109,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     times = turns(given.repetitions)
-    about = f"{date.today()}, torch {torch.__version__}, {platform.machine()}, one thread of {os.cpu_count()}"
+    about = setting("torch")
     rows = []
     for kind, title, steps in (
         ("backprop", f"{BACKPROP} steps differentiated", BACKPROP),
@@ -144,10 +141,7 @@ def main() -> None:
         f"| {100 * r['task_share']:.0f} % | {100 * r['overhead_share']:.0f} % |"
         for r in rows
     ]
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "meta_throughput.md").write_text("\n".join(lines) + "\n")
-    (given.out / "meta_throughput.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    print("\n".join(lines))
+    write(given.out, "meta_throughput", "\n".join(lines), {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

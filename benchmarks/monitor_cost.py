@@ -12,19 +12,16 @@ shared. Writes `monitor_cost.json` and `monitor_cost.md`.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from result import setting, write
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -134,7 +131,7 @@ def main() -> None:
         for name, rule in CASES:
             rows.append(cost(name, rule, given.pairs, f"{folder}/{len(rows)}"))
             print(rows[-1], flush=True)
-    about = f"{date.today()}, torch {torch.__version__}, {platform.machine()}, one thread of {os.cpu_count()}"
+    about = setting("torch")
     lines = [
         f"{about}. Batches of {BATCH}, a look every {EVERY} steps. *Cost* is the time of a look over that of the steps "
         f"from one to the next; *measured* is the time of training with `watch` over that without, median (quartiles) "
@@ -150,10 +147,7 @@ def main() -> None:
             f"| {row['look_milliseconds']:.2f} | {100 * row['look_over_interval']:.2f} "
             f"| {middle:+.1f} ({low:+.1f} to {high:+.1f}) |"
         )
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "monitor_cost.md").write_text("\n".join(lines) + "\n")
-    (given.out / "monitor_cost.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    print("\n".join(lines))
+    write(given.out, "monitor_cost", "\n".join(lines), {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,15 +19,11 @@ and the ratio is the median of the ratios of turns beside each other, with quart
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +35,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from replace_adam import cached, cnn, digits, mlp, mnist, small_mlp
+from result import setting, write
 from step_cost import MODELS, ready, take_turn
 
 from meta_train.evaluation.datasets import characters
@@ -154,6 +151,11 @@ def cost(turns: int) -> dict[str, Any]:
     return found
 
 
+def spread(middle: float, low: float, high: float, digits: int) -> str:
+    """A figure and its range."""
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def page(content: dict[str, Any]) -> str:
     """The results as text and a table."""
     cost, seeds = content["cost"], content["seeds"]
@@ -168,22 +170,19 @@ def page(content: dict[str, Any]) -> str:
     ]
     for row in content["rows"]:
         mean = statistics.geometric_mean(row["losses"]["float32"])
-        cells = [f"{r['ratio']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in row["ratios"].values()]
+        cells = [spread(r["ratio"], r["low"], r["high"], 3) for r in row["ratios"].values()]
         told = "told" if row["told"] else "not told"
         lines.append(f"| {row['task']} | {row['steps']} | {told} | {mean:.4g} | {cells[0]} | {cells[1]} |")
-    cells = [f"{r['ratio']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in content["all"].values()]
+    cells = [spread(r["ratio"], r["low"], r["high"], 3) for r in content["all"].values()]
     lines += [f"| all | | | | {cells[0]} | {cells[1]} |", ""]
-    times = [
-        f"{cost[how]['ratio']:.2f} ({cost[how]['quartiles'][0]:.2f} to {cost[how]['quartiles'][1]:.2f})"
-        for how in ("eager", "compiled")
-    ]
+    times = [spread(cost[how]["ratio"], *cost[how]["quartiles"], 2) for how in ("eager", "compiled")]
     lines += [
         f"On an MLP of a million weights moments take {kept['bfloat16']['moments']:.1f} bytes a parameter instead of",
         f"{kept['float32']['moments']:.1f}, and the whole state {kept['bfloat16']['all']:.2f} instead of",
         f"{kept['float32']['all']:.2f}. A step takes {times[0]} times as long, compiled {times[1]} (median of turns",
         "beside each other, quartiles).",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -203,12 +202,8 @@ def main() -> None:
         for way in WAYS
         if way != "float32"
     }
-    about = f"{date.today()}, torch {torch.__version__}, {platform.machine()}, one thread of {os.cpu_count()}"
-    content = {"about": about, "seeds": given.seeds, "rows": rows, "all": every, "cost": cost(given.turns)}
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "state_precision.json").write_text(json.dumps(content, indent=1) + "\n")
-    (given.out / "state_precision.md").write_text(page(content))
-    print(page(content))
+    content = {"about": setting("torch"), "seeds": given.seeds, "rows": rows, "all": every, "cost": cost(given.turns)}
+    write(given.out, "state_precision", page(content), content)
 
 
 if __name__ == "__main__":

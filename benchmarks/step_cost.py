@@ -19,22 +19,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import schedulefree
 import torch
+from result import setting, write
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -276,7 +274,7 @@ def page(content: dict[str, Any]) -> str:
         f"has to move {least:.0f}, so {least / moved:.1f} times fused AdamW is the floor set by memory. Uncompiled it",
         f"computes {content['operations']:.0f} numbers a weight, each written to memory.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -296,12 +294,8 @@ def main() -> None:
                 rows.append(row(name, title, given.repetitions, training))
                 print(rows[-1], flush=True)
                 gc.collect()
-    about = f"{date.today()}, torch {torch.__version__}, {platform.machine()}, one thread of {os.cpu_count()}"
-    content = {"about": about, "steps": rows, "bytes": BYTES, "operations": operations()}
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "step_cost.json").write_text(json.dumps(content, indent=1) + "\n")
-    (given.out / "step_cost.md").write_text(page(content))
-    print(page(content))
+    content = {"about": setting("torch"), "steps": rows, "bytes": BYTES, "operations": operations()}
+    write(given.out, "step_cost", page(content), content)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,16 @@ three traces on one thread, after one that is not counted. Writes `symmetry_zoo.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from result import setting, write
 from torch import Tensor, nn
 
 from nfn_optim.trace import certify, symmetry_of
@@ -132,16 +128,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
-    about = f"{date.today()}, {packages}, {platform.machine()}, one thread of {os.cpu_count()}"
+    about = setting("torch", "timm", "transformers")
     rows = {"full size, on the meta device": large(), "small": small((*REAL_MODELS, *UNTRACED))}
     lines = [f"{about}. Seconds: median of {TRACES}."]
     for title, part in rows.items():
         lines += ["", f"**{title.capitalize()}**", "", *table(part)]
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "symmetry_zoo.md").write_text("\n".join(lines) + "\n")
-    (given.out / "symmetry_zoo.json").write_text(json.dumps({"about": about, **rows}, indent=1) + "\n")
-    print("\n".join(lines))
+    write(given.out, "symmetry_zoo", "\n".join(lines), {"about": about, **rows})
 
 
 if __name__ == "__main__":

@@ -220,18 +220,19 @@ def layouts_of(
     batch = tuple(params[0].shape[:batch_dims])
     kinds = kinds or [None] * len(params)
     small: dict[object, list[int]] = {}
+    matrices: list[Layout] = []
     for i, p in enumerate(params):
         if p.dim() - batch_dims < 2:  # noqa: PLR2004 - a matrix has two dimensions
             small.setdefault(kinds[i], []).append(i)
-    layouts: list[Layout] = [
+            continue
+        order = list(range(p.dim() - batch_dims))
+        if not p.is_contiguous():
+            order[1:] = sorted(order[1:], key=lambda d, p=p: -p.stride(d + batch_dims))  # type: ignore[misc]
+        matrices.append(Matrix(i, batch, tuple(order), tuple(p.shape[batch_dims + d] for d in order)))
+    vectors = (
         Vectors(tuple(some), batch, tuple(tuple(params[i].shape[batch_dims:]) for i in some)) for some in small.values()
-    ]
-    for i, p in enumerate(params):
-        if p.dim() - batch_dims >= 2:  # noqa: PLR2004
-            order = list(range(p.dim() - batch_dims))
-            if not p.is_contiguous():
-                order[1:] = sorted(order[1:], key=lambda d, p=p: -p.stride(d + batch_dims))  # type: ignore[misc]
-            layouts.append(Matrix(i, batch, tuple(order), tuple(p.shape[batch_dims + d] for d in order)))
+    )
+    layouts = [*vectors, *matrices]
     return _stacked(layouts, params, stacked, kinds) if stacked else layouts
 
 

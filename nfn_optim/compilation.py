@@ -74,9 +74,9 @@ def graph_of(function: Callable[..., Any], args: list[Any]) -> Callable[..., Any
     """
     _load()
     from torch._guards import TracingContext, tracing  # noqa: PLC0415 - heavy, as in `_load`
-    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
-    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415 - likewise
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - likewise
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415 - likewise
 
     # without a shape environment what was compiled would not be looked up on disk
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
@@ -95,5 +95,5 @@ def _load() -> None:
     """Import the compiler, which is heavy, and only for those who compile."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
-        import torch._dynamo.exc  # noqa: PLC0415
-        import torch._inductor.compile_fx  # noqa: F401, PLC0415
+        import torch._dynamo.exc  # noqa: PLC0415 - heavy
+        import torch._inductor.compile_fx  # noqa: F401, PLC0415 - heavy, and what torch._inductor.compile needs

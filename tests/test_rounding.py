@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
 from digits import batches, network
-from test_kernel import SYMMETRY, counted, draw
+from test_kernel import SYMMETRY, compiler, counted, draw
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -169,7 +168,7 @@ def test_renamed_neurons_take_their_noise_along() -> None:
         assert all(torch.equal(moved[f"{n} {key}"], x) for n, x in expected.items())
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@compiler
 @pytest.mark.timeout(600)
 def test_compiled_noise_is_uncompiled_noise(counted: dict[str, int]) -> None:
     """On the same gradients; a moment whose last bit differs is rounded otherwise once in thousands of times."""

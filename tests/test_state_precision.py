@@ -12,6 +12,7 @@ import higher
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from test_monitor import Notes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from trained_net import RULE, X, backward, net, same, snapshot, through_file, train
@@ -287,27 +288,14 @@ def test_inside_of_higher() -> None:
         assert half.state[p]["step"] == full.state[q]["step"] == 6
 
 
-class Written:
-    """What a writer of TensorBoard is told, by tag."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def add_scalar(self, tag: str, value: float, *_: Any, **__: Any) -> None:
-        self.values[tag] = float(value)
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
-
-
 def test_the_monitor_sums_in_full_precision() -> None:
     """The norm of 250,000 small numbers, which a sum in bfloat16 would not reach."""
     model = nn.Linear(500, 500, bias=False)
-    optimizer, writer = short(model, rule="adamw"), Written()
-    watching = watch(optimizer, writer, every=1)  # type: ignore[arg-type]
+    optimizer, writer = short(model, rule="adamw"), Notes()
+    watching = watch(optimizer, writer, every=1)
     model.weight.grad = torch.randn(500, 500, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     watching.close()
     norm = optimizer.state[model.weight]["exp_avg_sq"].double().sum().sqrt().item()
-    (found,) = {value for tag, value in writer.values.items() if "second_moment_norm" in tag}
+    (found,) = {entries[-1][1] for tag, entries in writer.found.items() if "second_moment_norm" in tag}
     assert found == pytest.approx(norm, rel=1e-4)

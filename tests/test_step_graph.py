@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from test_equivalence import random_rule
-from test_kernel import compiler
+from test_kernel import ZOO, compiler
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -22,8 +21,6 @@ from nfn_optim import NFNOptimizer, compilation, step_graph
 from nfn_optim.rule import UpdateRule
 from nfn_optim.rule_config import RuleConfig
 from nfn_optim.step_graph import is_small
-
-ZOO = {network.name: network for network in zoo.ZOO}
 
 
 def sparse_rule() -> UpdateRule:
