@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from meta_train.evaluation import plots, report, step_time
+from meta_train.evaluation.earlier import Earlier
 from meta_train.evaluation.figures import rows_of, summaries_of
 from meta_train.evaluation.optimizers import Make, entries_of, fingerprint
 from meta_train.evaluation.splits import SPLITS
@@ -46,6 +47,7 @@ def evaluate(
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     seeds: int = 3,
     thorough: bool = False,
+    tuned: Path | None = None,
     workers: int = 2,
     folders: Annotated[Folders, tyro.conf.arg(name="")] = Folders(),
 ) -> None:
@@ -60,12 +62,14 @@ def evaluate(
         seeds: Of initial parameters and batches, for each task and optimizer.
         thorough: Also tuned SGD, Muon and schedule-free AdamW, the nominal rule, and the rules with a tuned learning
             rate and with tensors kept apart.
+        tuned: JSON file of an earlier report on the split. Baselines are run with the settings that were chosen there,
+            and not tuned again: minutes instead of hours. The page says how far their losses are from those.
         workers: Processes, one thread each.
         folders: Where things are.
 
     Raises:
-        ValueError: A number is out of range.
-        FileNotFoundError: A rule or a data file is missing.
+        ValueError: A number is out of range, or the earlier report is of something else.
+        FileNotFoundError: A rule, a data file or the earlier report is missing.
     """
     if seeds < 1 or workers < 1:
         raise ValueError(f"expected at least one seed and one worker, found {seeds} and {workers}")
@@ -73,11 +77,14 @@ def evaluate(
     labels = labels_of(rule or ("default",))
     known = {label: fingerprint(path) for label, path in labels.items()}
     rules = tuple(entry for label, path in labels.items() for entry in entries_of(path, label, thorough=thorough))
-    entries = (*chosen.baselines(thorough=thorough), *rules)
-    results = Study(chosen.tasks, entries, seeds, folders.data, folders.cache, chosen.criterion).run(workers)
+    baselines = chosen.baselines(thorough=thorough)
+    entries = (*baselines, *rules)
+    earlier = Earlier() if tuned is None else Earlier.read(tuned, split, [entry.name for entry in baselines])
+    study = Study(chosen.tasks, entries, seeds, folders.data, folders.cache, chosen.criterion, earlier.settings)
+    results = study.run(workers)
     rows = rows_of(chosen, results, seconds_of(results, folders.data))
     summaries = summaries_of(chosen, rows, {entry.name: len(entry.grid) for entry in entries})
-    about = f"torch {torch.__version__}, {platform.machine()}, {seeds} seeds, one thread."
+    about = f"torch {torch.__version__}, {platform.machine()}, {seeds} seeds, one thread.{earlier.compared(rows)}"
     main = [entry.name for entry in rules if entry.name in (*labels, *(f"{label}, told" for label in labels))]
     text = report.page(chosen, rows, summaries, main, about)
     content = {"split": split, "torch": torch.__version__, "seeds": seeds, "rules": known}

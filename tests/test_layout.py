@@ -137,6 +137,7 @@ meta_train.evaluation.study
 meta_train.evaluation.step_time
 meta_train.evaluation.splits
 meta_train.evaluation.figures
+meta_train.evaluation.earlier
 meta_train.evaluation.report
 meta_train.evaluation.plots
 meta_train.evaluation

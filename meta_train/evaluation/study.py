@@ -11,9 +11,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -77,6 +77,7 @@ class Study:
         data: The data folder.
         cache: Where finished runs are kept.
         criterion: What of a run is lowest for the best setting of a grid.
+        known: (Task, entry), by name -> the setting that another study has chosen, as text; it is not looked for again.
     """
 
     tasks: Sequence[Task]
@@ -85,39 +86,53 @@ class Study:
     data: Path
     cache: Path
     criterion: Callable[[Run], float] = final_loss
+    known: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def run(self, workers: int) -> list[Result]:
         """Make the missing runs, in that many processes, and return the results of every task and entry.
 
         Raises:
             FileNotFoundError: A data file is missing.
+            ValueError: A setting that another study has chosen is not in the grid.
         """
         for name in sorted({file for task in self.tasks for file in task.files}):
             if not (self.data / name).is_file():
                 raise FileNotFoundError(
                     f"expected {name} in the data folder, found none in {self.data}; give the folder with --data"
                 )
-        grids = [Job(task, s, 0) for task in self.tasks for entry in self.entries for s in entry.grid]
-        untuned = [entry for entry in self.entries if len(entry.grid) == 1]
-        tuned = [entry for entry in self.entries if len(entry.grid) > 1]
-        first = grids + self._on_other_seeds({(t.name, e.name): e.grid[0] for t in self.tasks for e in untuned})
-        self._make(first, workers, "runs")
+        grids = {(t.name, e.name): self._grid(t, e) for t in self.tasks for e in self.entries}
+        by_name = {task.name: task for task in self.tasks}
+        first = [Job(by_name[name], s, 0) for (name, _), settings in grids.items() for s in settings]
+        alone = {names: settings[0] for names, settings in grids.items() if len(settings) == 1}
+        self._make([*first, *self._on_other_seeds(alone)], workers, "runs")
         chosen = {
-            (task.name, entry.name): min(entry.grid, key=lambda s: self.criterion(self._kept(Job(task, s, 0))))
-            for task in self.tasks
-            for entry in tuned
+            names: min(settings, key=lambda s: self.criterion(self._kept(Job(by_name[names[0]], s, 0))))
+            for names, settings in grids.items()
         }
         self._make(self._on_other_seeds(chosen), workers, "tuned")
         return [
             Result(
                 task,
                 entry,
-                setting := chosen.get((task.name, entry.name), entry.grid[0]),
+                setting := chosen[task.name, entry.name],
                 [self._kept(Job(task, setting, seed)) for seed in range(self.seeds)],
             )
             for task in self.tasks
             for entry in self.entries
         ]
+
+    def _grid(self, task: Task, entry: Entry) -> tuple[Setting, ...]:
+        """The settings of an entry that are to be tried on a task."""
+        known = self.known.get((task.name, entry.name))
+        if known is None:
+            return entry.grid
+        found = tuple(setting for setting in entry.grid if str(setting) == known)
+        if not found:
+            raise ValueError(
+                f"expected a setting of {entry.name} on {task.name} out of {[str(s) for s in entry.grid]}, found "
+                f"{known!r} in the other report; tune again, without --tuned"
+            )
+        return found
 
     def _on_other_seeds(self, settings: dict[tuple[str, str], Setting]) -> list[Job]:
         """The jobs of chosen settings, by names of task and entry, but for seed 0."""
