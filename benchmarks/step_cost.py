@@ -161,8 +161,7 @@ def ready(model: Model, build: Build) -> tuple[nn.Module, Any, float]:
 
     Whatever is compiled is compiled anew.
     """
-    torch._dynamo.reset()
-    compilation.compiled.cache_clear()
+    compilation.forget()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=CACHE.name)
     torch.manual_seed(0)
     network = model.build()

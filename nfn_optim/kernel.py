@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nfn_optim.compilation import compiled
+from nfn_optim.compilation import run
 from nfn_optim.passes import Network, collect, direction, look, move_, sums_of, take
 
 TOGETHER = 2  # rows that are added up in registers before their sum is stored; divides the size of bands
@@ -27,8 +28,8 @@ class Kernel:
     Small matrices may come in stacks, `(count, rows, rest)` instead of `(rows, rest)` and likewise everywhere.
 
     Args:
-        compiled: Compile them with `torch.compile`, at their first use; needs a C++ compiler on a CPU. Where it fails,
-            one warning, and all goes on uncompiled.
+        compiled: Compile them at their first use; needs a C++ compiler on a CPU. Where it fails, one warning, and all
+            goes on uncompiled.
         band: Weights that are taken at a time, some 20 numbers held for each.
         least: Arrays of fewer weights are not compiled, since their cost is that of calling anything at all; those of
             one shape come in stacks.
@@ -62,7 +63,7 @@ class Kernel:
             correction = _rows(corrections, part)
             if self._compiles(p):
                 together = TOGETHER if len(now_p) % TOGETHER == 0 and len(corrections) == 1 else 1
-                rows, columns = collect(*compiled(look)(*_bare(now_p, now_g, now), correction.clone(), together))
+                rows, columns = collect(*run(look, now_p, _dense(now_g), now, correction, together))
             else:
                 rows, columns = sums_of(take(now_p, now_g, now, correction)[1])
             by_row.append(rows)
@@ -86,30 +87,28 @@ class Kernel:
         """
         seen = corrections.new_empty((*p.shape[:-1], basis.shape[-1]))
         energy = corrections.new_zeros(p.shape[:-2])
-        for part, x in self._directions(p, g, moments, corrections):
+        for part, x, size in self._directions(p, g, moments, corrections):
             torch.matmul(x, basis, out=seen[part])
-            energy += x.square().sum((-2, -1))
+            energy += size
         return seen, energy
 
     def image(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, polar: Tensor) -> Tensor:
         """X^T polar, `(rest, k)`; polar `(rows, k)`, otherwise as `project`."""
         found = polar.new_zeros((*p.shape[:-2], p.shape[-1], polar.shape[-1]))
-        for part, x in self._directions(p, g, moments, corrections):
-            found += x.mT @ polar[part]
+        for part, x, _ in self._directions(p, g, moments, corrections):
+            found += (polar[part].mT @ x).mT  # in this order the product is faster
         return found
 
     def _directions(
         self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """X band by band: which rows, and theirs."""
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """X band by band: which rows, theirs, and the sum of their squares."""
         compiles = self._compiles(p)
         for part in self._bands(p):
             now_p, now_g, *now = (x[part] for x in (p, g, *moments[:2]))
             correction = _rows(corrections, part)
-            if compiles:
-                yield part, compiled(direction)(*_bare(now_p, now_g, now), correction.clone())
-            else:
-                yield part, direction(now_p, now_g, now, correction)
+            call = partial(run, direction) if compiles else direction
+            yield part, *call(now_p, _dense(now_g) if compiles else now_g, now, correction)
 
     def move_(  # noqa: PLR0913, PLR0917 - as `passes.move_`
         self,
@@ -125,18 +124,18 @@ class Kernel:
     ) -> None:
         """The second pass, see `passes.move_`; D is given as the factors `(rows, k)` and `(k, rest)`."""
         compiles = self._compiles(p)
-        run = compiled(move_) if compiles else move_
-        for part in self._bands(p) if ahead is not None or not compiles else (slice(None),):  # else nothing is held
+        call = partial(run, move_) if compiles else move_
+        bands = [*self._bands(p)] if ahead is not None or not compiles else [slice(None)]  # else nothing is held
+        held = corrections.new_empty(p[bands[0]].shape if ahead is not None else 0)  # the first one is the largest
+        for part in bands:
             now_p, now_g, *now = (x[part] for x in (p, g, *moments))
-            arrays = _bare(now_p, now_g, now) if compiles else (now_p, now_g, now)
             said = _rows(corrections, part), _rows(heard, part)
-            said = (said[0].clone(), said[1].clone()) if compiles else said
-            inside = ahead[0][part] @ ahead[1] if ahead is not None else None
-            run(*arrays, *said, gain, network, inside, still, self.usable)
+            inside = None if ahead is None else torch.matmul(ahead[0][part], ahead[1], out=held[: len(now_p)])
+            call(now_p, _dense(now_g) if compiles else now_g, now, *said, gain, network, inside, still, self.usable)
 
     def call(self, function: Callable[..., Any], *args: Any, size: int) -> Any:
-        """Call a function that is no pass, compiled if it goes over so many numbers; once for each network."""
-        return (compiled(function) if self.compiled and size >= self.least else function)(*args)
+        """Call a function of tensors that is no pass, compiled if it goes over so many numbers."""
+        return run(function, *args) if self.compiled and size >= self.least else function(*args)
 
     def _bands(self, p: Tensor) -> Iterator[slice]:
         """Parts of the rows of an array, of `TOGETHER` rows at least; a stack is one."""
@@ -153,9 +152,9 @@ class Kernel:
         return self.compiled and p.dim() == 2 and p.numel() >= self.least  # noqa: PLR2004 - no stack
 
 
-def _bare(p: Tensor, g: Tensor, moments: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The same memory without the knowledge of what it is a view of, and from where; that would be compiled in."""
-    return p.data, g.data, [x.data for x in moments]
+def _dense(g: Tensor) -> Tensor:
+    """A gradient without holes in memory: that of a sum, for one, is one number for all."""
+    return g if g.is_contiguous() else g.contiguous()
 
 
 def _rows(value: Tensor, part: slice) -> Tensor:

@@ -82,9 +82,13 @@ def sums_of(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return products.sum(-1).mT, products.sum(-2).mT
 
 
-def direction(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> Tensor:
-    """Raw channel 0 alone, of this step, `(rows, rest)`; arguments as for `take`."""
-    return take(p, g, moments[:2], corrections)[1][0]
+def direction(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw channel 0 alone, of this step, `(*batch, rows, rest)`, and the sum of its squares, `(*batch,)`.
+
+    Arguments as for `take`. Not differentiable at zero.
+    """
+    x = take(p, g, moments[:2], corrections)[1][0]
+    return x, torch.linalg.vector_norm(x, dim=(-2, -1)).square()
 
 
 def answer(
@@ -152,7 +156,9 @@ def look(
 def collect(columns: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The sums over rows `(rows, ROW_CHANNELS)` and over columns `(rest, ROW_CHANNELS)`, of what `look` returns."""
     by_row = torch.stack(list(rows), -1)  # (rows / together, together ROW_CHANNELS)
-    return by_row.reshape(-1, ROW_CHANNELS), torch.stack([x.sum(-2) for x in columns], -1)
+    ones = by_row.new_ones(1, len(by_row))
+    by_column = torch.cat([ones @ x for x in columns])  # a product is twice as fast as a sum
+    return by_row.reshape(-1, ROW_CHANNELS), by_column.mT
 
 
 def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made of

@@ -32,15 +32,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from nfn_optim import features
 from nfn_optim.aiming import Aiming, hear
 from nfn_optim.arrays import Pooled, blocks_of
+from nfn_optim.compilation import run
 from nfn_optim.features import CHANNELS, MOMENTS, ROW_CHANNELS, TENSOR_CHANNELS, State
 from nfn_optim.gains import GAIN_RANGE, Gains, most_of
 from nfn_optim.growth import agreement, grown
@@ -57,6 +59,8 @@ from nfn_optim.symmetry import Symmetry
 
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
 FALLBACK_RMS = 50.0  # a direction that might be of larger root mean square (Adam's has about 1) is not trusted
+
+_stacks: dict[RuleConfig, TiedStack] = {}  # the first one of each kind: what it does depends on its parameters alone
 
 
 class UpdateRule(nn.Module):
@@ -310,11 +314,10 @@ class UpdateRule(nn.Module):
         leading = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
         pooled.clear()
         rows = rows.index_select(-2, index["gathered"])  # (*batch, N, ROW_CHANNELS)
-        call = partial((kernel or Kernel()).call, size=rows.numel())
-        rows = call(features.describe, rows, incidence.tensors_to_rows(units))
+        rows = (kernel or Kernel()).call(features.describe, rows, incidence.tensors_to_rows(units), size=rows.numel())
         if incidence.mutes:
             rows = torch.where(index["mute"], incidence.tensors_to_rows(described), rows)
-        by_row, by_tensor = call(TiedStack.forward, self.stack, rows, tensors, incidence)
+        by_row, by_tensor = self._exchange(rows, tensors, incidence, kernel)
         del rows  # as large as all that follows
 
         every = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
@@ -352,6 +355,17 @@ class UpdateRule(nn.Module):
             gains = tuple(by_row_gain[..., s.start : s.start + s.length] for s in segments[1:])
             said.append(Said(part, gains))
         return said, ~trusted
+
+    def _exchange(
+        self, rows: Tensor, tensors: Tensor, incidence: Incidence, kernel: Kernel | None
+    ) -> tuple[Tensor, Tensor]:
+        """`TiedStack.forward`, compiled where that pays, once for each network."""
+        if kernel is None or not kernel.compiled or rows.numel() < kernel.least:
+            said: tuple[Tensor, Tensor] = self.stack(rows, tensors, incidence)
+        else:
+            stack = _stacks.setdefault(self.config, self.stack)  # for all rules that are made alike
+            said = run(_exchanged, rows, tensors, [*self.stack.parameters()], stack, incidence, sizes=False)
+        return said
 
     def _reach(self, means: Tensor, units: Tensor, coefficients: Tensor, activity: Tensor) -> Tensor:
         """A bound on the root mean square of nominal + learned in every row, by Minkowski's inequality.
@@ -427,6 +441,15 @@ class UpdateRule(nn.Module):
     def _network(self) -> Network | None:
         """The network per weight, if the form has one."""
         return (self.see.weight, self.see.bias, self.answer.weight) if hasattr(self, "see") else None
+
+
+def _exchanged(
+    rows: Tensor, tensors: Tensor, theta: Sequence[Tensor], stack: TiedStack, incidence: Incidence
+) -> tuple[Tensor, Tensor]:
+    """`TiedStack.forward` as a function of its parameters too, in their order."""
+    named = {name: value for (name, _), value in zip(stack.named_parameters(), theta, strict=True)}
+    found: tuple[Tensor, Tensor] = functional_call(stack, named, (rows, tensors, incidence))
+    return found
 
 
 def _means(sweep: Sweep, names: Sequence[str], shards: Shards | None) -> list[Pooled]:

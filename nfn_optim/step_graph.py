@@ -74,7 +74,7 @@ class StepGraphs:
         names = tuple(params), tuple(key for key, value in hypers.items() if isinstance(value, Mapping))
         kinds = tuple((x.stride(), x.dtype) for x in flat)
         absent = tuple(key for key, value in numbers.items() if value is None)
-        key = (rule, symmetry, names, kinds, flat[0].device, absent, hypers["talk"])
+        key = (rule, symmetry, names, kinds, flat[0].device, absent, hypers["talk"], torch.get_num_threads())
         if key not in self._runs and len(self._runs) < MOST_GRAPHS:
             self._runs[key] = _compiled(rule, symmetry, inputs, flat, talk=hypers["talk"])
         run = self._runs.get(key)
@@ -108,7 +108,8 @@ def _compiled(
         return ()
 
     step(*(x.clone() for x in flat))  # makes whatever is made once, which is not to be recorded
-    return graph_of(step, copies)
+    graph = graph_of(step, copies)
+    return None if graph is None else graph.run
 
 
 def _as_tensors(hypers: Mapping[str, Any], like: Tensor) -> dict[str, Any]:

@@ -1,5 +1,20 @@
-"""What has to be so before any test is imported."""
+"""What has to be so before any test is imported, and what tests of several modules need."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
 import torchvision_ops
 
+from nfn_optim import compilation
+
 torchvision_ops.declare()
+
+
+@pytest.fixture
+def afresh() -> Iterator[None]:
+    """Nothing is compiled yet, and what is compiled will be forgotten."""
+    compilation.forget()
+    yield
+    compilation.forget()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch._dynamo.exc
-import torch._dynamo.utils
 import zoo
 from test_equivalence import random_rule
 from torch import Tensor, nn
@@ -117,17 +114,6 @@ def test_memory_is_bounded_by_the_band() -> None:
 # ------------------------------------------------------------------------------------------------------------- compiled
 
 
-@pytest.fixture
-def counted() -> Iterator[dict[str, int]]:
-    """The number of graphs that were compiled."""
-    torch._dynamo.reset()
-    compilation.compiled.cache_clear()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    yield counters["stats"]
-    torch._dynamo.reset()
-
-
 def train(name: str, dtype: torch.dtype, rank: int, *, compiled: bool = False, disturbance: float = 0.0) -> Tensor:
     """The parameters of a network of the zoo after 200 steps, in one vector."""
     network = ZOO[name]
@@ -148,7 +134,8 @@ def train(name: str, dtype: torch.dtype, rank: int, *, compiled: bool = False, d
 
 @compiler
 @pytest.mark.timeout(900)
-def test_compiled_training_is_uncompiled_training(counted: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("afresh")
+def test_compiled_training_is_uncompiled_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 steps of several networks, full precision and bfloat16, in a handful of graphs.
 
     Training amplifies rounding; so the two may part as far as two uncompiled runs do of which one has gradients that
@@ -168,21 +155,21 @@ def test_compiled_training_is_uncompiled_training(counted: dict[str, int], monke
         assert apart < max(3 * allowed, digit), name
         # whatever the shapes; and one more for the neurons of each network
         passes = (5 if dtype == torch.float32 else 8) + 3 * (number > 2)  # orthogonal directions
-        assert number < counted["unique_graphs"] <= passes + number, name
+        assert number < compilation.graphs() <= passes + number, name
 
 
 @compiler
+@pytest.mark.usefixtures("afresh")
 def test_what_cannot_be_compiled_goes_on_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads, rule = draw(0), draw(1), random_rule()
     monkeypatch.setattr(compilation, "_failures", [])
-    monkeypatch.setattr(torch, "compile", refuse)
-    compilation.compiled.cache_clear()
+    compilation._load()
+    monkeypatch.setattr(torch._inductor, "compile", refuse)
     expected = {n: p.clone() for n, p in params.items()}
     rule = rule.requires_grad_(False)
     rule(expected, grads, rule.init(params), SYMMETRY, lr=0.01, kernel=Kernel())
     with pytest.warns(UserWarning, match="could not be compiled") as caught:
         rule(params, grads, rule.init(params), SYMMETRY, lr=0.01, kernel=Kernel(compiled=True, least=0))
-    compilation.compiled.cache_clear()
     assert len(caught) == 1
     assert all(torch.allclose(p, expected[n], rtol=1e-5) for n, p in params.items())
 
@@ -203,13 +190,9 @@ def test_compilation_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not patient._kernel(8).compiled
 
 
-def refuse(_: object, **__: object) -> object:
-    """A compiler that fails when what it compiled is called."""
-
-    def fail(*_: object) -> None:
-        raise torch._dynamo.exc.TorchDynamoException("no")
-
-    return fail
+def refuse(*_: object, **__: object) -> None:
+    """A compiler that fails."""
+    raise RuntimeError("no")
 
 
 STACKED = Symmetry(

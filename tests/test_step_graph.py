@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nfn_optim import NFNOptimizer, compilation, step_graph
+from nfn_optim.compilation import Graph
 from nfn_optim.rule import UpdateRule
 from nfn_optim.rule_config import RuleConfig
 from nfn_optim.step_graph import is_small
@@ -55,10 +56,9 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let graphs run as they are recorded, since to compile takes long; numbers of inputs of those that are."""
     found: list[int] = []
 
-    def graph_of(function: Callable[..., Any], args: list[Any]) -> Callable[..., Any]:
+    def graph_of(function: Callable[..., Any], args: list[Any]) -> Graph:
         found.append(len(args))
-        run: Callable[..., Any] = make_fx(function)(*args)
-        return run
+        return Graph(make_fx(function)(*args), tuple, {}, ())
 
     monkeypatch.setattr(step_graph, "graph_of", graph_of)
     return found
@@ -261,7 +261,7 @@ def unfailing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("unfailing")
 def test_a_compiler_that_fails_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr("torch._inductor.compile", refuse)
