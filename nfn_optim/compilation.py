@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ OPTIONS: dict[str, Any] = {
 """Keep the compiler from storing what is cheaper computed again, and graphs from asking what `run` has asked."""
 
 _failures: list[str] = []  # in this process
+_one_at_a_time = threading.Lock()  # whoever trains in threads
 
 
 @cache
@@ -188,7 +190,7 @@ def graph_of(function: Callable[..., Any], args: list[Tensor], *, sizes: bool = 
         return tuple(values)
 
     try:
-        with warnings.catch_warnings():
+        with _one_at_a_time, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its parts for each other
             made, symbols, conditions = _compiled(flat, args, sizes=sizes)
     except Exception as error:  # whatever it is, there is a way without
