@@ -83,7 +83,7 @@ class Graph:
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it may be run for tensors of such sizes."""
         sizes = {symbol: tensors[number].shape[dim] for symbol, (number, dim) in self.sizes.items()}
-        return all(condition.subs(sizes) == True for condition in self.conditions)  # noqa: E712 - it is one of sympy's
+        return all(condition.subs(sizes) == True for condition in self.conditions)  # noqa: E712 - sympy's, or undecided
 
 
 _graphs: dict[Hashable, list[Graph]] = {}  # by all that a graph is bound to

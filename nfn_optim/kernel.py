@@ -135,7 +135,11 @@ class Kernel:
 
     def call(self, function: Callable[..., Any], *args: Any, size: int) -> Any:
         """Call a function of tensors that is no pass, compiled if it goes over so many numbers."""
-        return run(function, *args) if self.compiled and size >= self.least else function(*args)
+        return run(function, *args) if self.pays(size) else function(*args)
+
+    def pays(self, size: int) -> bool:
+        """Whether what goes over so many numbers is compiled."""
+        return self.compiled and size >= self.least
 
     def _bands(self, p: Tensor) -> Iterator[slice]:
         """Parts of the rows of an array, of `TOGETHER` rows at least; a stack is one."""
@@ -149,7 +153,7 @@ class Kernel:
 
     def _compiles(self, p: Tensor) -> bool:
         """Whether a pass over these weights is compiled."""
-        return self.compiled and p.dim() == 2 and p.numel() >= self.least  # noqa: PLR2004 - no stack
+        return p.dim() == 2 and self.pays(p.numel())  # noqa: PLR2004 - no stack
 
 
 def _dense(g: Tensor) -> Tensor:

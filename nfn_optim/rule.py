@@ -360,7 +360,7 @@ class UpdateRule(nn.Module):
         self, rows: Tensor, tensors: Tensor, incidence: Incidence, kernel: Kernel | None
     ) -> tuple[Tensor, Tensor]:
         """`TiedStack.forward`, compiled where that pays, once for each network."""
-        if kernel is None or not kernel.compiled or rows.numel() < kernel.least:
+        if kernel is None or not kernel.pays(rows.numel()):
             said: tuple[Tensor, Tensor] = self.stack(rows, tensors, incidence)
         else:
             stack = _stacks.setdefault(self.config, self.stack)  # for all rules that are made alike

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 import pytest
 import torch
+from test_kernel import compiler
 from torch import Tensor
 
 from nfn_optim import compilation
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-    pytest.mark.usefixtures("afresh"),
-]
+pytestmark = [compiler, pytest.mark.usefixtures("afresh")]
 
 
 def scale_(x: Tensor, others: Sequence[Tensor], row: Tensor | None, power: int) -> tuple[Tensor, list[Tensor]]:
