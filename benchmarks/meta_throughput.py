@@ -32,7 +32,7 @@ from meta_train.recipes import UNIVERSAL
 from meta_train.tasks import Augment, MLPShape, MLPTask, Params, digits
 from meta_train.unroll import LR, Unrolling, start, unroll
 from nfn_optim import UpdateRule
-from nfn_optim.features import State
+from nfn_optim.engine.moments import State
 
 MEMBERS, BACKPROP, FORWARD = 16, 20, 50
 

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nfn_optim import NFNOptimizer, compilation, pretrained
+from nfn_optim import NFNOptimizer, pretrained
+from nfn_optim.engine import inductor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import torchvision_ops
@@ -162,7 +163,7 @@ def ready(model: Model, build: Build) -> tuple[nn.Module, Any, float]:
 
     Whatever is compiled is compiled anew.
     """
-    compilation.forget()
+    inductor.forget()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=CACHE.name)
     torch.manual_seed(0)
     network = model.build()

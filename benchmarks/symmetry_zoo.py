@@ -22,7 +22,7 @@ import torch
 from result import setting, write
 from torch import Tensor, nn
 
-from nfn_optim.trace import certify, symmetry_of
+from nfn_optim.symmetry import certify, symmetry_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

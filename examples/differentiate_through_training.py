@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from nfn_optim import NFNOptimizer
-from nfn_optim.differentiable import register
+from nfn_optim.optimizer.differentiable import register
 
 BATCH_SIZE, TRAIN, KNOWN = 64, 1300, 200
 WRONG = 0.4  # share of the training labels

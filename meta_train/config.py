@@ -12,7 +12,7 @@ from meta_train.objective import Objective
 from meta_train.tasks import MLPDistribution, TaskDistribution
 from meta_train.unroll import Unrolling
 from meta_train.validation import Validation
-from nfn_optim.rule_config import RuleConfig
+from nfn_optim.rule import RuleConfig
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nfn_optim import features
-from nfn_optim.features import State
-from nfn_optim.orthogonal import inverse_root
+from nfn_optim.engine import moments
+from nfn_optim.engine.moments import State
+from nfn_optim.rule.orthogonal import inverse_root
 
 DIRECTION, SIZE = 0.7, 0.3  # what the two parts of the disagreement weigh
 
@@ -60,15 +60,15 @@ class Expert:
             m, v = s["exp_avg"], s["exp_avg_sq"]
             matrix = m.dim() == 3  # noqa: PLR2004 - members, rows, columns
             direction = orthogonal(m) if matrix and self.name == "muon" else adam_direction(m, v, s["step"])
-            rate = features.spread(lr, m, 1) if isinstance(lr, Tensor) and lr.dim() else lr
+            rate = moments.spread(lr, m, 1) if isinstance(lr, Tensor) and lr.dim() else lr
             updates[name] = -rate * self.boost * direction
         return updates
 
 
 def adam_direction(m: Tensor, v: Tensor, steps: Tensor) -> Tensor:
     """Adam's bias-corrected direction from its moments `(members, *shape)` after `(members,)` steps."""
-    first, second = (features.spread(1 - beta**steps, m, 1) for beta in (features.BETA1, features.BETA2))
-    return m / first / ((v / second).sqrt() + features.EPS)
+    first, second = (moments.spread(1 - beta**steps, m, 1) for beta in (moments.BETA1, moments.BETA2))
+    return m / first / ((v / second).sqrt() + moments.EPS)
 
 
 def orthogonal(m: Tensor) -> Tensor:
@@ -98,6 +98,6 @@ def disagreement(expert: Expert, update: Mapping[str, Tensor], state: State, lr:
     apart = []
     for name, found in update.items():
         u, e = found.flatten(1), wanted[name].flatten(1)  # (members, entries)
-        nu, ne = (u.square().sum(1) + features.TINY).sqrt(), (e.square().sum(1) + features.TINY).sqrt()
+        nu, ne = (u.square().sum(1) + moments.TINY).sqrt(), (e.square().sum(1) + moments.TINY).sqrt()
         apart.append(DIRECTION * (1 - (u * e).sum(1) / (nu * ne)) + SIZE * (nu / ne).log().abs())
     return torch.stack(apart).mean(0)

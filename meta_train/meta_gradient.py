@@ -28,9 +28,9 @@ from torch import Tensor
 
 from meta_train.objective import Objective
 from meta_train.tasks import Task
-from meta_train.theta import flatten, trained, unflatten
+from meta_train.theta_vector import flatten, trained, unflatten
 from meta_train.unroll import Carry, Unrolling, Window, batch_of, losses_of, unroll
-from nfn_optim.features import TINY
+from nfn_optim.engine.moments import TINY
 from nfn_optim.rule import UpdateRule
 
 AVERAGE_BATCHES = 4  # on which the loss of averaged parameters is measured

@@ -23,7 +23,7 @@ from meta_train.tasks import (
     has_file,
 )
 from meta_train.validation import Validation
-from nfn_optim.rule_config import RuleConfig
+from nfn_optim.rule import RuleConfig
 
 PLAIN = RuleConfig(
     hidden=1,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meta_train import checkpoint, theta
+from meta_train import checkpoint, theta_vector
 from meta_train.config import Config
 from meta_train.distributed import ALONE, Ranks, joined, restarts
 from meta_train.meta_gradient import Estimate, combine
@@ -32,8 +32,7 @@ from meta_train.tasks import Task
 from meta_train.unroll import Carry, restart, start
 from meta_train.validation import Comparison, score_of
 from nfn_optim import pretrained
-from nfn_optim.rule import UpdateRule
-from nfn_optim.rule_config import RuleConfig
+from nfn_optim.rule import RuleConfig, UpdateRule
 
 SAID_PLAINLY = ("power", "share", "growth", "waning", "stack.read_tensors.bias")
 FREE = ("power", "gain", "cooldown", "bend", "fading", "talk_every", "rank", "growth", "waning")
@@ -229,7 +228,7 @@ def reported(task: Task, found: Estimate) -> dict[str, Any]:
 
 def move(run: Run, config: Config, gradient: Tensor, rate: float) -> None:
     """Move theta along a gradient `(size of theta,)`, and its average behind it."""
-    for name, value in theta.unflatten(run.rule, gradient).items():
+    for name, value in theta_vector.unflatten(run.rule, gradient).items():
         if (p := run.rule.get_parameter(name)).requires_grad:
             p.grad = value.to(p.device, copy=True)
     for group in run.optimizer.param_groups:
@@ -305,7 +304,7 @@ def exported(run: Run, config: Config) -> UpdateRule:
 
 def blank(config: Config, rule: UpdateRule) -> Run:
     """A run of a rule, without slots."""
-    theta.train_only(rule, config.learn)
+    theta_vector.train_only(rule, config.learn)
     average = copy.deepcopy(rule).requires_grad_(False)
     trained = [p for p in rule.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)

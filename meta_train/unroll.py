@@ -22,9 +22,9 @@ from torch.func import functional_call
 
 from meta_train.imitation import Expert, disagreement
 from meta_train.objective import worst
-from meta_train.replay import replayed
+from meta_train.recompute import replayed
 from meta_train.tasks import Params, Task, Tensors
-from nfn_optim.features import State
+from nfn_optim.engine.moments import State
 from nfn_optim.rule import UpdateRule
 
 LR = 1e-3  # the learning rate at which rules are meta-trained, the optimizer's default

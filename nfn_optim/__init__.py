@@ -2,10 +2,8 @@
 
 from nfn_optim.monitor import watch
 from nfn_optim.optimizer import NFNOptimizer
-from nfn_optim.rule import UpdateRule
-from nfn_optim.rule_config import RuleConfig
-from nfn_optim.symmetry import Symmetry
-from nfn_optim.trace import symmetry_of
+from nfn_optim.rule import RuleConfig, UpdateRule
+from nfn_optim.symmetry import Symmetry, certify, symmetry_of
 
 __version__ = "0.1.0"
-__all__ = ["NFNOptimizer", "RuleConfig", "Symmetry", "UpdateRule", "symmetry_of", "watch"]
+__all__ = ["NFNOptimizer", "RuleConfig", "Symmetry", "UpdateRule", "certify", "symmetry_of", "watch"]

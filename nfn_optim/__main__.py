@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from nfn_optim.trace import certify, symmetry_of
+from nfn_optim.symmetry import certify, symmetry_of
 
 
 def load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

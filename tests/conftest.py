@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torchvision_ops
 
-from nfn_optim import compilation
+from nfn_optim.engine import inductor
 
 torchvision_ops.declare()
 
@@ -15,6 +15,6 @@ torchvision_ops.declare()
 @pytest.fixture
 def afresh() -> Iterator[None]:
     """Nothing is compiled yet, and what is compiled will be forgotten."""
-    compilation.forget()
+    inductor.forget()
     yield
-    compilation.forget()
+    inductor.forget()

@@ -12,10 +12,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from nfn_optim import dimension
-from nfn_optim.dimension import Expression, Product
 from nfn_optim.layers import Incidence
 from nfn_optim.symmetry import Symmetry
+from nfn_optim.symmetry import expression as dimension
+from nfn_optim.symmetry.expression import Expression, Product
 
 Place = tuple[tuple[str, int, tuple[int, ...]], ...]
 """For every axis that an entry of a dimension belongs to: the axis, its entry, and where it stands."""

@@ -27,9 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfn_optim import NFNOptimizer
-from nfn_optim.features import MOMENTS
-from nfn_optim.rule import UpdateRule
-from nfn_optim.rule_config import RuleConfig
+from nfn_optim.engine.moments import MOMENTS
+from nfn_optim.rule import RuleConfig, UpdateRule
 
 STEPS = 20
 Outcome = dict[str, Any]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from zoo import Network
 
-from nfn_optim.symmetry import Symmetry
-from nfn_optim.trace import certify, symmetry_of
+from nfn_optim.symmetry import Symmetry, certify, symmetry_of
 
 ROUNDING = 1e-10
 

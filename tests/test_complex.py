@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trained_net import RULE, same, snapshot, through_file
 
 from nfn_optim.optimizer import NFNOptimizer
-from nfn_optim.real_view import real, symmetry_of_views
+from nfn_optim.optimizer.real_view import real, symmetry_of_views
 from nfn_optim.symmetry import Symmetry
 
 DTYPES = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float32}

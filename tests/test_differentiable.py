@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import ZOO, Network
 
 from nfn_optim import NFNOptimizer, RuleConfig, UpdateRule, symmetry_of
-from nfn_optim.differentiable import register
+from nfn_optim.optimizer.differentiable import register
 
 register()
 
@@ -389,13 +389,13 @@ def test_the_page_is_true() -> None:
 
 def test_nothing_is_registered_unless_asked() -> None:
     script = """
-import higher, torch, nfn_optim, nfn_optim.differentiable
+import higher, torch, nfn_optim, nfn_optim.optimizer.differentiable
 model = torch.nn.Linear(2, 2)
 optimizer = nfn_optim.NFNOptimizer(model)
 try:
     higher.get_diff_optim(optimizer, model.parameters())
 except ValueError:
-    nfn_optim.differentiable.register()
+    nfn_optim.optimizer.differentiable.register()
 higher.get_diff_optim(optimizer, model.parameters())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from nfn_optim.discovery import Discovery, complete, merge, unwrap
 from nfn_optim.optimizer import NFNOptimizer
+from nfn_optim.optimizer.discovery import Discovery, unwrap
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
+from nfn_optim.symmetry.merging import complete, merge
 
 HIDDEN = {"0.weight": ("a0", "a1"), "0.bias": ("a0",), "2.weight": ("a2", "a0"), "2.bias": ("a2",)}
 

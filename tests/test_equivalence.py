@@ -12,10 +12,8 @@ import zoo
 from torch import Tensor, nn
 
 from nfn_optim.optimizer import NFNOptimizer
-from nfn_optim.rule import UpdateRule
-from nfn_optim.rule_config import RuleConfig
-from nfn_optim.symmetry import Symmetry
-from nfn_optim.trace import symmetry_of
+from nfn_optim.rule import RuleConfig, UpdateRule
+from nfn_optim.symmetry import Symmetry, symmetry_of
 
 Batches = list[tuple[Tensor, Tensor]]
 

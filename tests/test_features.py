@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfn_optim import features, passes
-from nfn_optim.arrays import layouts_of
+from nfn_optim.engine import passes
+from nfn_optim.engine.blocks import layouts_of
+from nfn_optim.engine.moments import CHANNELS, ROW_CHANNELS, corrections_of, init_state
 from nfn_optim.layers import Incidence
+from nfn_optim.rule import features
 from nfn_optim.symmetry import Symmetry
 
 SYMMETRY = Symmetry(
@@ -28,12 +30,10 @@ def draw(seed: int, batch: tuple[int, ...] = ()) -> dict[str, Tensor]:
 def see(params: dict[str, Tensor], history: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
     """Features of every tensor, and the tensor features, after a list of gradients."""
     steps = torch.full((len(NAMES),), float(len(history)), dtype=torch.float64)
-    corrections = features.corrections_of(steps)[:1]
+    corrections = corrections_of(steps)[:1]
     raw, whole = {}, []
     for n, p in params.items():
-        moments = list(features.init_state({n: p.reshape(len(p) if p.dim() else 1, -1)}, 0, learned=True)[n].values())[
-            :3
-        ]
+        moments = list(init_state({n: p.reshape(len(p) if p.dim() else 1, -1)}, 0, learned=True)[n].values())[:3]
         for grads in history:
             moments = passes.advance(grads[n].reshape(moments[0].shape), moments)
         array, g = p.reshape(moments[0].shape), history[-1][n].reshape(moments[0].shape)
@@ -99,7 +99,7 @@ def test_gradients_of_features_are_finite_at_zero() -> None:
 )
 def test_the_state_is_precise_and_small(dtype: torch.dtype, expected: torch.dtype) -> None:
     params = {"w": torch.ones(2, 3, 4, dtype=dtype)}
-    state = features.init_state(params, 1, learned=True)["w"]
+    state = init_state(params, 1, learned=True)["w"]
     assert {value.dtype for value in state.values()} == {expected}
     assert state["step"].shape == (2,)
     assert sum(value[0].numel() for value in state.values() if value.dim() == 3) <= 4 * 12  # floats a parameter
@@ -144,13 +144,13 @@ def test_rows_are_pooled_over_all_other_dimensions(order: tuple[int, ...]) -> No
     """However the dimensions lie in memory."""
     p, g = (torch.rand(3, 2, 4, dtype=torch.float64).permute(order).contiguous().permute(order) for _ in range(2))
     moments = [torch.zeros_like(p) for _ in range(3)]
-    corrections = features.corrections_of(torch.ones(1, 1, dtype=torch.float64))
+    corrections = corrections_of(torch.ones(1, 1, dtype=torch.float64))
     (layout,) = layouts_of([p], 0)
     arrays = [layout.fold([x]) for x in (p, g, *moments)]
     _, raw = passes.take(arrays[0], arrays[1], arrays[2:], corrections[0])
     by_dim, whole = layout.means(*passes.sums_of(raw))[0]
     raw = [layout.unfold(x)[0] for x in raw]
-    assert [tuple(rows.shape) for rows in by_dim] == [(n, features.ROW_CHANNELS) for n in p.shape]
+    assert [tuple(rows.shape) for rows in by_dim] == [(n, ROW_CHANNELS) for n in p.shape]
     torch.testing.assert_close(by_dim[1][1, 1], raw[1][:, 1].square().mean())
     torch.testing.assert_close(by_dim[0][2, -1], (raw[1][2] * raw[2][2]).mean())
     torch.testing.assert_close(by_dim[2][3, 3], p[:, :, 3].square().mean())
@@ -159,12 +159,12 @@ def test_rows_are_pooled_over_all_other_dimensions(order: tuple[int, ...]) -> No
 
 def test_a_description_is_that_of_channels() -> None:
     """Statistics of channels follow from those of raw ones and the units: those of relative weights and of momentum."""
-    raw = [torch.rand(3, 4, dtype=torch.float64) + 0.5 for _ in range(features.CHANNELS)]
+    raw = [torch.rand(3, 4, dtype=torch.float64) + 0.5 for _ in range(CHANNELS)]
     products = torch.stack(passes.products_of(raw), -1)
     units = features.units_of(products.mean((0, 1)), torch.tensor(0.1, dtype=torch.float64))
     found = features.describe(products.mean(1), units)
     rms = [x.square().mean().sqrt() for x in raw]
     for k, channel in ((0, raw[0]), (3, raw[3] * rms[0] / 0.1), (4, raw[4] / rms[4])):
         torch.testing.assert_close(found[:, k], torch.log(channel.square().mean(1).sqrt() + features.FLOOR))
-    broken = features.describe(torch.full((features.ROW_CHANNELS,), torch.nan), units)
+    broken = features.describe(torch.full((ROW_CHANNELS,), torch.nan), units)
     assert torch.isfinite(broken).all()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, UpdateRule
-from nfn_optim.features import BETA_SLOW, CLIP
-from nfn_optim.growth import GROWTH_AGE, MOST_GROWTH, OTHERS, agreement, grown
+from nfn_optim.engine.moments import BETA_SLOW, CLIP
+from nfn_optim.rule.step_size import GROWTH_AGE, MOST_GROWTH, OTHERS, agreement, grown
 
 SYMMETRY = Symmetry.separate({"w": (30, 20), "b": (5,)})
 

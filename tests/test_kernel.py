@@ -11,10 +11,10 @@ from test_equivalence import random_rule
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from nfn_optim import NFNOptimizer, compilation
-from nfn_optim.kernel import Kernel
-from nfn_optim.rule import UpdateRule
-from nfn_optim.rule_config import RuleConfig
+from nfn_optim import NFNOptimizer
+from nfn_optim.engine import inductor
+from nfn_optim.engine.executor import Kernel
+from nfn_optim.rule import RuleConfig, UpdateRule
 from nfn_optim.symmetry import Symmetry
 
 ZOO = {network.name: network for network in zoo.ZOO}
@@ -141,7 +141,9 @@ def test_compiled_training_is_uncompiled_training(monkeypatch: pytest.MonkeyPatc
     Training amplifies rounding; so the two may part as far as two uncompiled runs do of which one has gradients that
     differ in the last digits. In bfloat16 a last digit is 1 / 256.
     """
-    monkeypatch.setattr("nfn_optim.optimizer.is_small", lambda _: False)  # of small networks whole steps are compiled
+    monkeypatch.setattr(
+        "nfn_optim.optimizer.optimizer.is_small", lambda _: False
+    )  # of small networks whole steps are compiled
     cases = (
         ("deep_mlp", torch.float32, 3e-7, 0),
         ("residual_cnn", torch.float32, 3e-7, 0),
@@ -155,15 +157,15 @@ def test_compiled_training_is_uncompiled_training(monkeypatch: pytest.MonkeyPatc
         assert apart < max(3 * allowed, digit), name
         # whatever the shapes; and one more for the neurons of each network
         passes = (5 if dtype == torch.float32 else 8) + 3 * (number > 2)  # orthogonal directions
-        assert number < compilation.graphs() <= passes + number, name
+        assert number < inductor.graphs() <= passes + number, name
 
 
 @compiler
 @pytest.mark.usefixtures("afresh")
 def test_what_cannot_be_compiled_goes_on_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads, rule = draw(0), draw(1), random_rule()
-    monkeypatch.setattr(compilation, "_failures", [])
-    compilation._load()
+    monkeypatch.setattr(inductor, "_failures", [])
+    inductor._load()
     monkeypatch.setattr(torch._inductor, "compile", refuse)
     expected = {n: p.clone() for n, p in params.items()}
     rule = rule.requires_grad_(False)
@@ -177,16 +179,16 @@ def test_what_cannot_be_compiled_goes_on_with_one_warning(monkeypatch: pytest.Mo
 def test_compilation_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """And never waits where it is asked for."""
     model = nn.Linear(3, 2)
-    monkeypatch.setattr("nfn_optim.optimizer.PATIENCE", 25)
-    monkeypatch.setattr("nfn_optim.optimizer.LEAST_WORK", 6)
-    monkeypatch.setattr("nfn_optim.optimizer.can_compile", lambda: True)
+    monkeypatch.setattr("nfn_optim.optimizer.optimizer.PATIENCE", 25)
+    monkeypatch.setattr("nfn_optim.optimizer.optimizer.LEAST_WORK", 6)
+    monkeypatch.setattr("nfn_optim.optimizer.optimizer.can_compile", lambda: True)
     patient, eager, never = (NFNOptimizer(model, rule="adamw", compile=how) for how in (None, True, False))
     assert [patient._kernel(8).compiled for _ in range(5)] == [False, False, False, True, True]
     small = NFNOptimizer(model, rule="adamw")
     assert [small._kernel(2).compiled for _ in range(6)] == [False, False, False, False, True, True]
     assert eager._kernel(8).compiled
     assert not any(never._kernel(8).compiled for _ in range(5))
-    monkeypatch.setattr("nfn_optim.optimizer.can_compile", lambda: False)
+    monkeypatch.setattr("nfn_optim.optimizer.optimizer.can_compile", lambda: False)
     assert not patient._kernel(8).compiled
 
 

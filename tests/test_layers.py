@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfn_optim.features import ROW_CHANNELS, TENSOR_CHANNELS
+from nfn_optim.engine.moments import ROW_CHANNELS
 from nfn_optim.layers import Incidence, TiedStack
+from nfn_optim.rule.features import TENSOR_CHANNELS
 from nfn_optim.symmetry import Symmetry
 
 SYMMETRIES = {

@@ -15,10 +15,10 @@ from meta_train.meta_gradient import Estimate, Estimation, combine
 from meta_train.objective import Objective
 from meta_train.tasks import MLPTask, Params, Task, Tensors, digits
 from meta_train.tasks.mlp import Augment, MLPShape
-from meta_train.theta import flatten, train_only, unflatten
+from meta_train.theta_vector import flatten, train_only, unflatten
 from meta_train.unroll import LR, Carry, Unrolling, start, unroll
 from nfn_optim import RuleConfig, UpdateRule
-from nfn_optim.features import State
+from nfn_optim.engine.moments import State
 from nfn_optim.symmetry import Symmetry
 
 SHAPE = MLPShape(zoom=1, widths=(5, 4), activation="gelu", layer_norm=True, zero_bias=False, batch_size=6)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meta_train import checkpoint, theta, trainer
+from meta_train import checkpoint, theta_vector, trainer
 from meta_train.config import Config
 from meta_train.distributed import ALONE
 from meta_train.meta_gradient import Estimate, Estimation
@@ -106,7 +106,7 @@ def estimating(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     def estimate(self: Estimation, rule: UpdateRule, task: Task, carry: Carry, generator: torch.Generator) -> Estimate:
         members = len(carry.alive)
         alive = torch.full_like(carry.alive, value == value)  # noqa: PLR0124 - NaN is not
-        samples = torch.full((members, len(theta.flatten(rule))), value)
+        samples = torch.full((members, len(theta_vector.flatten(rule))), value)
         return Estimate(samples, torch.zeros(members), torch.zeros(2, members), replace(carry, alive=alive))
 
     monkeypatch.setattr(Estimation, "__call__", estimate)
@@ -114,10 +114,10 @@ def estimating(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
 
 def test_a_broken_gradient_is_dropped_and_its_slot_restarted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer.begin(config)
-    before, slot = theta.flatten(run.rule), run.slots[0]
+    before, slot = theta_vector.flatten(run.rule), run.slots[0]
     estimating(monkeypatch, float("nan"))
     report = trainer.iterate(run, config)
-    assert torch.equal(theta.flatten(run.rule), before)
+    assert torch.equal(theta_vector.flatten(run.rule), before)
     assert (run.dropped, report["meta/dropped"], report["meta/restarted"]) == (1, 1.0, 1.0)
     assert run.slots[0].carry is not slot.carry
     assert run.slots[0].carry.steps == 0
@@ -136,10 +136,10 @@ def test_large_gradients_are_clipped_or_rejected(
         "step",
         lambda: (seen.append(torch.cat([p.grad.flatten() for p in run.rule.parameters()]).norm().item()), step()),  # type: ignore[union-attr]
     )
-    before = theta.flatten(run.rule)
+    before = theta_vector.flatten(run.rule)
     trainer.iterate(run, replace(config, reject=reject))
     assert seen[-1] == pytest.approx(norm, rel=1e-5)
-    assert torch.equal(theta.flatten(run.rule), before) == (norm == 0)
+    assert torch.equal(theta_vector.flatten(run.rule), before) == (norm == 0)
 
 
 def test_a_diverging_inner_run_is_restarted(config: Config) -> None:
@@ -251,7 +251,7 @@ def test_persistence_takes_over_and_resumes(tmp_path: Path, config: Config) -> N
     on = replace(mixed, until=None)
     resumed = trainer.train(on, tmp_path / "part", {}, resume=True)
     straight = trainer.train(on, tmp_path / "whole", {})
-    assert torch.equal(theta.flatten(resumed), theta.flatten(straight))
+    assert torch.equal(theta_vector.flatten(resumed), theta_vector.flatten(straight))
 
 
 def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
@@ -267,7 +267,7 @@ def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
     compare = type(smoke().validation).compare
 
     def noted(self: object, rule: UpdateRule, number: int) -> object:
-        thetas.append(theta.flatten(rule))
+        thetas.append(theta_vector.flatten(rule))
         return compare(self, rule, number)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer, "score_of", score)
@@ -276,7 +276,7 @@ def test_the_best_theta_is_kept_and_training_stops_when_none_comes(
     trainer.train(validated, tmp_path, {})
     content = checkpoint.load(tmp_path)
     assert (content["iteration"], content["best"], content["stale"]) == (3, 0.1, 2)
-    assert torch.equal(theta.flatten(load(tmp_path / trainer.BEST)), thetas[1])
+    assert torch.equal(theta_vector.flatten(load(tmp_path / trainer.BEST)), thetas[1])
 
 
 def test_time_runs_out(tmp_path: Path, config: Config) -> None:

@@ -27,9 +27,9 @@ from torch.utils.tensorboard import SummaryWriter
 from zoo import ZOO, Network
 
 from nfn_optim import NFNOptimizer, UpdateRule, pretrained, watch
-from nfn_optim.gains import GAIN_RANGE
-from nfn_optim.monitor import lines, sample
-from nfn_optim.rule_config import RuleConfig
+from nfn_optim.monitor import grouping, sampling
+from nfn_optim.rule import RuleConfig
+from nfn_optim.rule.gains import GAIN_RANGE
 
 X = torch.linspace(-1, 1, 20).reshape(5, 4)
 QUANTITIES = ("update_over_weight", "gain", "cosine", "learned_over_nominal", "gradient_norm", "first_moment_norm",
@@ -190,7 +190,7 @@ def test_neurons_are_shown_by_axis(tmp_path: Path) -> None:
 
 def test_a_sample_tells_what_all_entries_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(most: int) -> dict[str, float]:
-        monkeypatch.setattr(sample, "MOST", most)
+        monkeypatch.setattr(sampling, "MOST", most)
         torch.manual_seed(0)
         model, notes = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)), Notes()
         optimizer = NFNOptimizer(model, rule=random_rule(0.1))
@@ -221,8 +221,8 @@ def test_training_is_the_same_to_the_last_bit() -> None:
 
 def test_between_looks_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    take = sample.Sample.take
-    monkeypatch.setattr(sample.Sample, "take", lambda self, tensors: taken.append(1) or take(self, tensors))
+    take = sampling.Sample.take
+    monkeypatch.setattr(sampling.Sample, "take", lambda self, tensors: taken.append(1) or take(self, tensors))
     model, notes = net(), Notes()
     optimizer = NFNOptimizer(model, rule=random_rule())
     with watch(optimizer, notes, every=4):
@@ -475,24 +475,24 @@ NAMES = {
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_charts_have_room_and_every_tensor_a_line(names: list[str]) -> None:
-    parts = lines.parts_of(names)
+    parts = grouping.parts_of(names)
     assert [name for part in parts.values() for name in part] == names
-    assert len(parts) <= lines.ROOM
+    assert len(parts) <= grouping.ROOM
     for part in parts.values():
-        shown = lines.lines_of(part)
+        shown = grouping.lines_of(part)
         assert sorted(name for line in shown.values() for name in line) == sorted(part)
-        assert len(shown) <= lines.ROOM
-    written = lines.all_lines(names)
-    assert written[lines.WHOLE] == tuple(names)
-    assert len(written) <= 3 * lines.MANY
-    if len(names) <= lines.MANY:
+        assert len(shown) <= grouping.ROOM
+    written = grouping.all_lines(names)
+    assert written[grouping.WHOLE] == tuple(names)
+    assert len(written) <= 3 * grouping.MANY
+    if len(names) <= grouping.MANY:
         assert all(written[name] == (name,) for name in names)
 
 
 def test_repeated_blocks_are_laid_on_top_of_each_other() -> None:
-    parts = lines.parts_of(NAMES["ViT"])
+    parts = grouping.parts_of(NAMES["ViT"])
     assert list(parts) == ["cls", "pos", "blocks.0-5", "blocks.6-11", "norm", "head"]
-    assert list(lines.lines_of(parts["blocks.6-11"])) == [f"blocks.6-11.{module}" for module in VIT_MODULES]
+    assert list(grouping.lines_of(parts["blocks.6-11"])) == [f"blocks.6-11.{module}" for module in VIT_MODULES]
 
 
 def layout_in(folder: Path) -> Layout:
@@ -527,7 +527,7 @@ def test_every_chart_has_lines_and_every_line_values(run: Path) -> None:
     for category in layout.category:
         assert 6 <= len(category.chart) <= 12  # what fits on one page
         for chart in category.chart:
-            assert 1 <= len(chart.multiline.tag) <= lines.ROOM
+            assert 1 <= len(chart.multiline.tag) <= grouping.ROOM
             for pattern in chart.multiline.tag:
                 assert [tag for tag in tags if re.match(pattern, tag)] != [], pattern
     for word in QUANTITIES:

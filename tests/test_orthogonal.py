@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfn_optim.orthogonal import (
+from nfn_optim.rule.orthogonal import (
     LARGEST,
     SIZE,
     Aim,

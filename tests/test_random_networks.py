@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nfn_optim.symmetry import Symmetry
-from nfn_optim.trace import certify, symmetry_of
+from nfn_optim.symmetry import Symmetry, certify, symmetry_of
 
 WIDTHS = (4, 8, 12)
 

@@ -11,8 +11,7 @@ from real_model import RealModel
 from real_models import REAL_MODELS, UNTRACED
 
 from nfn_optim import NFNOptimizer
-from nfn_optim.symmetry import Symmetry
-from nfn_optim.trace import certify, symmetry_of
+from nfn_optim.symmetry import Symmetry, certify, symmetry_of
 
 STEPS = 10
 

@@ -11,13 +11,12 @@ from test_kernel import SYMMETRY, compiler, draw
 from torch import Tensor
 from torch.nn import functional as F
 
-from nfn_optim import compilation
-from nfn_optim.features import corrections_of
-from nfn_optim.kernel import Kernel
-from nfn_optim.passes import advance, store, take
-from nfn_optim.rounding import EACH, rounded
-from nfn_optim.rule import UpdateRule
-from nfn_optim.rule_config import RuleConfig
+from nfn_optim.engine import inductor
+from nfn_optim.engine.executor import Kernel
+from nfn_optim.engine.moments import corrections_of
+from nfn_optim.engine.passes import advance, store, take
+from nfn_optim.engine.stochastic_rounding import EACH, rounded
+from nfn_optim.rule import RuleConfig, UpdateRule
 from nfn_optim.symmetry import Symmetry
 
 WEIGHTS, STEPS = 5000, 2000
@@ -185,8 +184,8 @@ def test_compiled_noise_is_uncompiled_noise() -> None:
             grads = {n: torch.randn(p.shape, generator=generator) for n, p in params.items()}
             rule(now, grads, state, symmetry, lr=0.01, kernel=how)
         found.append(state)
-    assert compilation.graphs() > 0
-    assert not compilation.has_failed()
+    assert inductor.graphs() > 0
+    assert not inductor.has_failed()
     for n in params:
         for key in ("exp_avg", "exp_avg_sq", "exp_avg_slow"):
             plain, compiled = (state[n][key] for state in found)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nfn_optim import RuleConfig, Symmetry, UpdateRule
-from nfn_optim.rule import FALLBACK_RMS
+from nfn_optim.rule.update_rule import FALLBACK_RMS
 
 SYMMETRY = Symmetry(
     {"k": ("c", "in", "ky", "kx"), "kb": ("c",), "w": ("h", "(c y)"), "b": ("h",), "v": ("out", "h"), "s": ()},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfn_optim.shards import Shard, Shards, everywhere, local
+from nfn_optim.engine.sharding import Shard, Shards, everywhere, local
 
 MESH: Any = None  # who is asked is not asked here
 CUTS = {

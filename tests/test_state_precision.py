@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from trained_net import RULE, X, backward, net, same, snapshot, through_file, train
 
 from nfn_optim import NFNOptimizer, Symmetry, UpdateRule, watch
-from nfn_optim.differentiable import register
-from nfn_optim.features import MOMENTS
-from nfn_optim.kernel import Kernel
+from nfn_optim.engine.executor import Kernel
+from nfn_optim.engine.moments import MOMENTS
+from nfn_optim.optimizer.differentiable import register
 
 SHORT = torch.bfloat16
 RULES: dict[str, Any] = {"default": "default", "adamw": "adamw", "of which nothing is zero": RULE}

@@ -17,11 +17,12 @@ from test_kernel import ZOO, compiler
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nfn_optim import NFNOptimizer, compilation, step_graph
-from nfn_optim.compilation import Graph
-from nfn_optim.rule import UpdateRule
-from nfn_optim.rule_config import RuleConfig
-from nfn_optim.step_graph import is_small
+from nfn_optim import NFNOptimizer
+from nfn_optim.engine import inductor
+from nfn_optim.engine.inductor import Graph
+from nfn_optim.optimizer import compiled_step
+from nfn_optim.optimizer.compiled_step import is_small
+from nfn_optim.rule import RuleConfig, UpdateRule
 
 
 def sparse_rule() -> UpdateRule:
@@ -60,7 +61,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(len(args))
         return Graph(make_fx(function)(*args), tuple, {}, ())
 
-    monkeypatch.setattr(step_graph, "graph_of", graph_of)
+    monkeypatch.setattr(compiled_step, "graph_of", graph_of)
     return found
 
 
@@ -163,7 +164,7 @@ def test_kinds_of_steps_are_bounded(recorded: list[int]) -> None:
                 warnings.simplefilter("ignore", UserWarning)  # no symmetry can be traced
                 optimizer.step()
         found.append([p.detach().clone() for p in model.parameters()])
-    assert len(recorded) == step_graph.MOST_GRAPHS
+    assert len(recorded) == compiled_step.MOST_GRAPHS
     assert all(torch.equal(eager, graph) for eager, graph in zip(*found, strict=True))
 
 
@@ -217,10 +218,10 @@ def test_copies_and_files_carry_no_graphs(recorded: list[int], tmp_path: Path) -
 
 
 def test_large_networks_are_not_compiled_whole(recorded: list[int]) -> None:
-    assert is_small({"w": torch.empty(step_graph.MOST_WEIGHTS)})
-    assert not is_small({"w": torch.empty(step_graph.MOST_WEIGHTS), "b": torch.empty(1)})
-    assert not is_small({str(k): torch.empty(1) for k in range(step_graph.MOST_TENSORS + 1)})
-    model = nn.ParameterList([torch.ones(1) for _ in range(step_graph.MOST_TENSORS + 1)])
+    assert is_small({"w": torch.empty(compiled_step.MOST_WEIGHTS)})
+    assert not is_small({"w": torch.empty(compiled_step.MOST_WEIGHTS), "b": torch.empty(1)})
+    assert not is_small({str(k): torch.empty(1) for k in range(compiled_step.MOST_TENSORS + 1)})
+    model = nn.ParameterList([torch.ones(1) for _ in range(compiled_step.MOST_TENSORS + 1)])
     optimizer = NFNOptimizer(model, rule="adamw", compile=True)
     for p in model:
         p.grad = torch.ones(1)
@@ -255,7 +256,7 @@ def test_compiled_training_is_training(name: str) -> None:
 @pytest.fixture
 def unfailing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compilation is as if it had never been tried."""
-    monkeypatch.setattr(compilation, "_failures", [])
+    monkeypatch.setattr(inductor, "_failures", [])
     yield
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import zoo
 
-from nfn_optim import dimension
 from nfn_optim.symmetry import Symmetry
+from nfn_optim.symmetry import expression as dimension
 
 DIMS = {"0.weight": "h in", "0.bias": "h", "2.weight": "out (h y x)", "gain": ""}
 TENSORS = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meta_train.tasks import MLPDistribution
 from meta_train.unroll import start, unroll
 from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, UpdateRule
-from nfn_optim.features import MOMENTS, State
+from nfn_optim.engine.moments import MOMENTS, State
 
 EVERY = 3
 

@@ -44,7 +44,7 @@ SKIPPED = {
     "test_state_dict_with_cuda_params": "needs a GPU; casting between dtypes is in test_saved_state.py",
     "test_rosenbrock_sparse": "sparse gradients are refused: every statistic of a row and a column would be dense",
     "test_second_order_optims_return_consistent_types": "only of optimizers that need a closure",
-    "TestDifferentiableOptimizer": "no argument differentiable: nfn_optim.differentiable has derivatives of steps",
+    "TestDifferentiableOptimizer": "no argument differentiable: nfn_optim.optimizer.differentiable has derivatives",
     "test_correctness": "a step is not compiled: test_faults.py takes one inside a compiled function",
     "test_cudagraphs": "no argument capturable: not all steps are alike, see docs/contract.md",
 }

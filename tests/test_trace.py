@@ -14,9 +14,8 @@ import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nfn_optim import dimension
-from nfn_optim.symmetry import Symmetry
-from nfn_optim.trace import certify, symmetry_of
+from nfn_optim.symmetry import Symmetry, certify, symmetry_of
+from nfn_optim.symmetry import expression as dimension
 
 
 @pytest.mark.parametrize("network", zoo.ZOO, ids=lambda network: network.name)

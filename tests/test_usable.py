@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfn_optim import NFNOptimizer, symmetry_of
-from nfn_optim.kernel import Kernel
-from nfn_optim.usable import is_usable, usability
+from nfn_optim.engine.executor import Kernel
+from nfn_optim.optimizer.gradient_check import is_usable, usability
 
 LARGE = 1e20  # finite, but not its square
 CASES: dict[str, tuple[bool, list[Tensor]]] = {
@@ -43,7 +43,7 @@ def test_both_ways_to_look_see_the_same(expected: bool, grads: list[Tensor]) -> 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Lets gradients be treated as if they were on another device."""
-    return lambda on: monkeypatch.setattr("nfn_optim.optimizer.is_near", lambda _: not on)
+    return lambda on: monkeypatch.setattr("nfn_optim.optimizer.optimizer.is_near", lambda _: not on)
 
 
 @pytest.mark.parametrize("kernel", [Kernel(), Kernel(band=10, least=1)], ids=["kept", "in bands"])

@@ -12,7 +12,7 @@ from meta_train.tasks.augment import Augment
 from meta_train.tasks.data import Data
 from meta_train.tasks.supervised import Loss, SupervisedTask
 from meta_train.tasks.task import Params
-from nfn_optim.trace import symmetry_of
+from nfn_optim.symmetry import symmetry_of
 
 
 class ModuleTask(SupervisedTask):

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nfn_optim.dimension import Expression, Product
 from nfn_optim.symmetry import Symmetry
+from nfn_optim.symmetry.expression import Expression, Product
 
 
 @dataclass(frozen=True)

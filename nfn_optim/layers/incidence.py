@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nfn_optim.dimension import Expression, axes_of, entries_within
 from nfn_optim.symmetry import Symmetry
+from nfn_optim.symmetry.expression import Expression, axes_of, entries_within
 
 ROLES = ("vector", "row", "column", "tap")
 """What a dimension is in its tensor: the only one, the first (outputs), the second (inputs), or a later one (taps)."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from nfn_optim.layers.block import Block, Partition
+from nfn_optim.layers.equality_pattern import View, views_of
 from nfn_optim.layers.linear import batch_of
-from nfn_optim.layers.pooled import Pooled
-from nfn_optim.layers.view import View, views_of
+from nfn_optim.layers.pooling import Pooled
 from nfn_optim.symmetry import Symmetry
 
 

@@ -5,7 +5,8 @@
 
 A key is a set of neuron axes that two tensors can have in common: none, one axis, the two axes of a matrix. For each
 key the tensors are pooled to it in all the ways there are, the channels of all of them are mixed by one matrix with a
-coefficient for every pair, and each tensor hears its share in all the ways there are (`nfn_optim.layers.view` says why
+coefficient for every pair, and each tensor hears its share in all the ways there are
+(`nfn_optim.layers.equality_pattern` says why
 this is every equivariant map). Only the key that keeps all the axes of a tensor works at the tensor's size; everything
 else happens on pooled vectors.
 
@@ -29,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nfn_optim.layers.block import Block, Partition
-from nfn_optim.layers.heard import Term, spread
-from nfn_optim.layers.pooled import Pooled
-from nfn_optim.layers.view import Structure, View, views_of
+from nfn_optim.layers.broadcasting import Term, spread
+from nfn_optim.layers.equality_pattern import Structure, View, views_of
+from nfn_optim.layers.pooling import Pooled
 from nfn_optim.symmetry import Symmetry
 
 

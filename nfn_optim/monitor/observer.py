@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from nfn_optim import pretrained
-from nfn_optim.monitor.ear import Ear
-from nfn_optim.monitor.journal import Array, Journal, Layout
-from nfn_optim.monitor.lines import WHOLE, Part, all_lines, parts_of
-from nfn_optim.monitor.page import QUANTITIES, layout_of, name_of, tag, texts_of
-from nfn_optim.monitor.reading import Before, Reading
-from nfn_optim.monitor.sample import Sample
+from nfn_optim.monitor.charts import QUANTITIES, layout_of, name_of, tag, texts_of
+from nfn_optim.monitor.gain_hook import Ear
+from nfn_optim.monitor.grouping import WHOLE, Part, all_lines, parts_of
+from nfn_optim.monitor.sampling import Sample
+from nfn_optim.monitor.step_statistics import Before, Reading
+from nfn_optim.monitor.writer import Array, Journal, Layout
 from nfn_optim.optimizer import NFNOptimizer
 
 FINAL = ("update_over_weight", "gain", "cosine", "fallbacks")  # shown beside the hyperparameters

@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nfn_optim.rule import UpdateRule
-from nfn_optim.rule_config import RuleConfig
+from nfn_optim.rule import RuleConfig, UpdateRule
 
 FORMAT = "nfn_optim.rule.1"
 _FOLDER = Path(__file__).parent

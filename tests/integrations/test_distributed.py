@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
 from nfn_optim import NFNOptimizer
-from nfn_optim.features import ROW_CHANNELS
+from nfn_optim.engine.moments import ROW_CHANNELS
 from nfn_optim.rule import UpdateRule
 
 pytestmark = pytest.mark.xdist_group("ranks")

@@ -1,0 +1,231 @@
+"""Whether a claimed symmetry is one: permute the neurons of a real network and look at its outputs.
+
+And whether it is all there is, as far as trying tells: fixed axes are permuted as well, alone and in pairs of one size
+that might be one axis, and axes that are permuted alike in every part of a product are permuted in each differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+from nfn_optim.symmetry import expression as dimension
+from nfn_optim.symmetry.expression import axes_of
+from nfn_optim.symmetry.module import find_tensors, minimised, tensors_of, untouched, unwrap
+from nfn_optim.symmetry.symmetry import Symmetry
+
+MOST_TRIALS = 400  # in search of what is not claimed
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What permuting each free axis of a real network did to its output.
+
+    Args:
+        errors: Axis -> largest change of an output, relative to the largest output.
+        tolerance: What counts as rounding.
+        missed: What else leaves the function as it is, in words.
+        reason: Why the network could not be run; empty if it could.
+    """
+
+    errors: Mapping[str, float]
+    tolerance: float
+    missed: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """The axes whose permutation changes the function."""
+        return tuple(axis for axis, error in self.errors.items() if not error <= self.tolerance)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the network ran and no permutation changed it."""
+        return not self.reason and not self.broken
+
+    def __str__(self) -> str:
+        """One line per axis, then the verdict."""
+        if self.reason:
+            return f"not certified: {self.reason}"
+        lines = [
+            f"{axis:<8}{error:.1e}{'  changes the function' * (axis in self.broken)}"
+            for axis, error in self.errors.items()
+        ]
+        verdict = "certified" if self.ok else "not certified"
+        return "\n".join(
+            [*lines, *self.missed, f"{verdict}: {len(self.errors)} free axes, tolerance {self.tolerance:.0e}"]
+        )
+
+
+def certify(
+    module: nn.Module, symmetry: Symmetry, *inputs: Any, seed: int = 0, search: bool = False, **kwargs: Any
+) -> Certificate:
+    """Permute every free axis of a real network in turn and compare its outputs.
+
+    Works on a copy in eval mode and float64, or as it is where float64 does not run, with parameters and buffers moved
+    away from zeros and ones, which any permutation would keep.
+
+    Args:
+        module: The network; it is not changed.
+        symmetry: What is claimed of it; may leave out tensors.
+        *inputs: What its forward takes.
+        seed: Of the permutations, the noise and the network's own randomness.
+        search: Whether to look for symmetry that is not claimed, too; takes `MOST_TRIALS` forward passes at most.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        The certificate; it says so instead of raising if the network cannot be run.
+    """
+    reasons = []
+    for dtype, tolerance in ((torch.float64, 1e-8), (None, 1e-3)):
+        try:
+            trial = _Trial(module, symmetry, (inputs, kwargs), dtype, seed)
+            errors = {axis: trial.error({axis: _shuffled(trial.claimed, axis, trial.generator)}) for axis in trial.free}
+            return Certificate(errors, tolerance, tuple(trial.missed(tolerance)) if search else ())
+        except Exception as error:  # anything may be wrong with a stranger's forward
+            reasons.append(f"{type(error).__name__}: {error}")
+    return Certificate({}, 0.0, reason=reasons[-1])
+
+
+class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives float64 to whatever asks for less, as normalisations that compute in float32 do."""
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        def widened(value: Any) -> Any:
+            return torch.float64 if value in (torch.float16, torch.bfloat16, torch.float32) else value
+
+        args, kwargs = tree_map_only(torch.dtype, widened, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+class _Trial:
+    """A copy of a network that is permuted and run.
+
+    Args:
+        module: The network.
+        symmetry: What is claimed of it.
+        call: Its arguments.
+        dtype: What to run it in; None for as it is.
+        seed: Of everything random.
+    """
+
+    def __init__(
+        self, module: nn.Module, symmetry: Symmetry, call: tuple[Any, Any], dtype: torch.dtype | None, seed: int
+    ) -> None:
+        inner, prefix = unwrap(module)
+        self.network = copy.deepcopy(inner).eval()
+        self.wide, self.seed = dtype is not None, seed
+        if dtype is not None:
+            self.network = self.network.to(dtype)
+            call = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, call)
+        self.call = call
+        self.tensors = {name: t for name, t in tensors_of(self.network).items() if prefix + name in symmetry.dims}
+        listed = symmetry.restrict(prefix + name for name in self.tensors)
+        self.claimed = listed.rename({prefix + name: name for name in self.tensors})
+        self.free = self.claimed.free
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for tensor in self.tensors.values():
+                if tensor.is_floating_point():
+                    noise = torch.rand(tensor.shape, generator=self.generator).to(tensor)
+                    tensor.copy_(tensor * (1 + 0.2 * noise) + 0.1 * noise)
+        self.values = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        self.claimed.check(self.values)
+        self.expected = self.outputs()
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """What the network returns with the tensors that it has now."""
+        wide = _Wide() if self.wide else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+        args, kwargs = self.call
+        with torch.random.fork_rng(), untouched(self.network), wide:
+            torch.manual_seed(self.seed)
+            random.seed(self.seed)
+            output = self.network(*args, **kwargs)
+        found = find_tensors(minimised(output))
+        return [(torch.view_as_real(out) if out.is_complex() else out).double().clone() for out in found]
+
+    @torch.no_grad()
+    def error(self, permutations: Mapping[str, Tensor], claimed: Symmetry | None = None) -> float:
+        """Largest relative change of an output when axes are permuted."""
+        permuted = (claimed or self.claimed).permute(self.values, permutations)
+        for name, value in permuted.items():
+            if value is not self.values[name]:
+                self.tensors[name].copy_(value)
+        error = max(_distance(a, b) for a, b in zip(self.outputs(), self.expected, strict=True))
+        for name, value in self.values.items():
+            if permuted[name] is not value:
+                self.tensors[name].copy_(value)
+        return error
+
+    def missed(self, tolerance: float) -> Iterator[str]:
+        """What else could be permuted."""
+        claimed = self.claimed
+        loose = Symmetry(claimed.dims, claimed.sizes, nested=claimed.nested)
+        parameters = {name for name, _ in self.network.named_parameters()} & set(claimed.dims)
+        carried = {axis for name in parameters for axis in claimed.axes_of(name)}
+        fixed = [axis for axis in claimed.axes if axis in claimed.fixed & carried and claimed.sizes[axis] > 1]
+        alone: set[str] = set()
+        trials = MOST_TRIALS
+        for axis in fixed[:trials]:
+            trials -= 1
+            if self.error({axis: _shuffled(loose, axis, self.generator)}, loose) <= tolerance:
+                alone.add(axis)
+                yield f"{axis} could be free"
+        ends = {axis for name in parameters for e in claimed.expressions_of(name)[:2] for axis in axes_of(e)}
+        rest = [axis for axis in fixed if axis in ends - alone]
+        pairs = [(a, b) for a, b in itertools.combinations(rest, 2) if claimed.sizes[a] == claimed.sizes[b]]
+        for a, b in pairs[:trials]:
+            trials -= 1
+            order = _shuffled(loose, a, self.generator)
+            if self.error({a: order, b: order}, loose) <= tolerance:
+                yield f"{a} and {b} could be one free axis"
+        inside = {
+            (inner, outer)
+            for name in parameters
+            for e in claimed.expressions_of(name)
+            for product in dimension.products_of(e)
+            for outer, inner in itertools.combinations([f for f in product.factors if isinstance(f, str)], 2)
+            if inner in claimed.free and outer not in claimed.nested.get(inner, ()) and inner != outer
+        }
+        for inner, outer in sorted(inside)[:trials]:
+            deeper = Symmetry(claimed.dims, claimed.sizes, claimed.fixed, {**claimed.nested, inner: (outer,)})
+            with contextlib.suppress(ValueError):  # it also occurs without the other
+                if self.error({inner: _shuffled(deeper, inner, self.generator)}, deeper) <= tolerance:
+                    yield f"{inner} could be nested in {outer}"
+
+
+def _shuffled(symmetry: Symmetry, axis: str, generator: torch.Generator) -> Tensor:
+    """A permutation of an axis for every entry of what it is nested in, none of which leaves all in its place."""
+    size = symmetry.sizes[axis]
+    copies = []
+    for _ in range(symmetry.copies_of(axis)):
+        order = torch.randperm(size, generator=generator)
+        copies.append(order.roll(1) if torch.equal(order, torch.arange(size)) else order)
+    outer = [symmetry.sizes[parent] for parent in symmetry.nested.get(axis, ())]
+    return torch.stack(copies).reshape(*outer, size)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference in units of the largest entry; entries that are not finite must agree exactly."""
+    if torch.equal(found, expected):
+        return 0.0
+    finite = expected.isfinite()
+    if not torch.equal(finite, found.isfinite()) or not torch.equal(
+        found[~finite].nan_to_num(), expected[~finite].nan_to_num()
+    ):
+        return float("inf")
+    return float((found - expected)[finite].abs().max() / expected[finite].abs().max().clamp_min(1e-12))

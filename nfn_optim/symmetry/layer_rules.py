@@ -1,0 +1,152 @@
+"""The rules of the ops that hold parameters: matrix products, attention, convolutions and normalisations.
+
+See `nfn_optim.symmetry.op_rules` for what a rule is, and for the table of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nfn_optim.symmetry.axes import TAP, Dim, Dims, fix, fresh, size_of, unify
+from nfn_optim.symmetry.op_call import Call, broadcast
+
+# --------------------------------------------------------------------------------------------------------- contractions
+
+
+def matmul(call: Call) -> Sequence[Dims]:
+    """(batch) matrix products, with a summand or without: the contracted axis is shared and stays free."""
+    names = [name for name in ("mat1", "mat2", "batch1", "batch2", "mat", "vec", "vec2", "tensor") if name in call.args]
+    if "self" in call.args and len(names) == 1:
+        names = ["self", *names]
+    left, right = (call.dims(name) for name in names)
+    column = right[-2:-1] if len(right) > 1 else right
+    unify(left[-1], column[0])
+    batch = tuple(left[: max(len(left) - 2, 0)])
+    for a, b in zip(batch, right[:-2], strict=True):
+        unify(a, b)
+    product = (*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
+    call.joint((*product, left[-1]))
+    if "self" in call.args and "self" not in names:
+        product = broadcast([product, call.dims("self")], call.shape())
+    return [product]
+
+
+def grouped_matmul(call: Call) -> Sequence[Dims]:
+    """Rows (S, K), cut into groups by their number, times a matrix (K, N) of each group: (G, K, N)."""
+    rows, matrices = call.dims("self"), call.dims("mat2")
+    fix(rows[0], matrices[0])
+    unify(rows[1], matrices[1])
+    call.joint((rows[0], *matrices))
+    return [(rows[0], matrices[2])]
+
+
+def trilinear(call: Call) -> Sequence[Dims]:
+    """The product of three tensors, each with dimensions of size 1 put in, summed over `sumdim`."""
+    sides: list[Dims] = []
+    for number in (1, 2, 3):
+        dims = list(call.dims(f"i{number}"))
+        for place in sorted(call.args[f"expand{number}"]):
+            dims.insert(place, ())
+        sides.append(tuple(dims))
+    whole = broadcast(sides, [max(size_of(dim) for dim in dims) for dims in zip(*sides, strict=True)])
+    call.joint(whole)
+    return [tuple(dim for d, dim in enumerate(whole) if d not in call.args["sumdim"])]
+
+
+def attention(call: Call) -> Sequence[Dims]:
+    """Fused attention; queries (B, H, L, E), keys (B, H, S, E), values (B, H, S, V) -> (B, H, L, V)."""
+    q, k, v = call.dims("query"), call.dims("key"), call.dims("value")
+    for a, b in ((q[0], k[0]), (q[0], v[0]), (k[1], v[1]), (q[-1], k[-1]), (k[2], v[2])):
+        unify(a, b)
+    unify(q[1], (*k[1], *fresh([size_of(q[1]) // size_of(k[1])])[0]))  # a group of queries for each key
+    scores = (*q[:3], k[2])
+    for space in (q[:3], scores, (*scores, q[3]), (*scores, v[3])):
+        call.joint(space)
+    if call.args.get("is_causal"):
+        fix(q[2], k[2])
+    for name in ("attn_mask", "attn_bias"):
+        if isinstance(call.args.get(name), Tensor):
+            broadcast([scores, call.dims(name)], tuple(size_of(dim) for dim in scores))
+    for extra in call.outs[1:]:
+        call.fix_on_use(extra, [*q, *k, *v])
+    return [(*q[:3], v[3]), *(fresh(tuple(out.shape), fixed=True) for out in call.outs[1:])]
+
+
+def convolution(call: Call) -> Sequence[Dims]:
+    """Input (batch, in, *space), weight (out, in / groups, *taps), the first two swapped if transposed.
+
+    Channels are (group in) and (group out), and one group's inputs are contracted.
+    """
+    source, weight, groups = call.dims("input"), call.dims("weight"), call.args["groups"]
+    taps, (group,) = weight[2:], fresh([groups])
+    fix(*taps, role=TAP)
+    made = fresh([call.shape()[1] // groups])[0]
+    inner, outer = (weight[0], weight[1]) if call.args["transposed"] else (weight[1], weight[0])
+    if call.args["transposed"]:
+        unify(inner, source[1])
+        unify(outer, made)
+        contracted = fresh([size_of(inner) // groups])[0]
+        unify(inner, group + contracted)
+        out = group + made
+    else:
+        contracted, out = inner, outer
+        unify(out, group + made)
+        unify(source[1], group + contracted)
+    call.joint((source[0], group, made, contracted, *taps))
+    if isinstance(call.args.get("bias"), Tensor):
+        unify(call.dims("bias")[0], out)
+    space: list[Dim] = []
+    for d, dim in enumerate(source[2:]):
+        moves = [call.args[name][d % len(call.args[name])] for name in ("stride", "padding", "output_padding")]
+        if size_of(taps[d]) == 1 and moves == [1, 0, 0]:
+            space.append(dim)
+        else:
+            fix(dim)
+            space += fresh([call.shape()[2 + d]], fixed=True)
+    return [(source[0], out, *space)]
+
+
+# ------------------------------------------------------------------------------------------------------- normalisations
+
+
+def channel_norm(call: Call) -> Sequence[Dims]:
+    """Batch norm over all but dimension 1; weight, bias and running statistics belong to the channels."""
+    source = call.dims("input")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(call.args.get(name), Tensor):
+            unify(call.dims(name)[0], source[1])
+    shapes = [tuple(out.shape) for out in call.outs[1:]]
+    return [source, *((source[1],) if shape == (size_of(source[1]),) else fresh(shape, fixed=True) for shape in shapes)]
+
+
+def trailing_norm(call: Call) -> Sequence[Dims]:
+    """Layer and RMS norm over the last dimensions, each of which stays free."""
+    source, count = call.dims("input"), len(call.args["normalized_shape"])
+    for name in ("weight", "bias"):
+        if isinstance(call.args.get(name), Tensor):
+            for a, b in zip(call.dims(name), source[-count:], strict=True):
+                unify(a, b)
+    statistics = source[:-count] + ((),) * count
+    return [source, *(statistics for _ in call.outs[1:])]
+
+
+def group_norm(call: Call) -> Sequence[Dims]:
+    """Channels are (group channel); each group is normalised by itself."""
+    source, groups = call.dims("input"), call.args["group"]
+    for name in ("weight", "bias"):
+        if isinstance(call.args.get(name), Tensor):
+            unify(call.dims(name)[0], source[1])
+    group, within = fresh([groups])[0], fresh([size_of(source[1]) // groups])[0]
+    unify(source[1], group + within)
+    return [source, *((source[0], group) for _ in call.outs[1:])]
+
+
+def weight_norm(call: Call) -> Sequence[Dims]:
+    """`g * v / |v|` for each entry of dimension `dim`."""
+    v, g = call.dims("v"), call.dims("g")
+    for a, b in zip(g, v, strict=False):
+        if size_of(a) == size_of(b):
+            unify(a, b)
+    return [v, *(g for _ in call.outs[1:])]
