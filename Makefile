@@ -3,20 +3,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+INSTALLED_DOCS := .venv/installed-docs
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-fast check docs bench clean
 
 help:
-	@echo "make demo    train real networks with AdamW and NFNOptimizer side by side (three minutes)"
-	@echo "make test    run the tests"
-	@echo "make check   ruff and mypy --strict"
-	@echo "make bench   measure the cost of a step (writes benchmarks/results/)"
-	@echo "make clean   remove .venv, caches and runs"
+	@echo "make demo        train real networks with AdamW and NFNOptimizer side by side"
+	@echo "make test        run all tests"
+	@echo "make test-fast   run the fast ones"
+	@echo "make check       ruff and mypy --strict"
+	@echo "make docs        build the documentation (build/docs/index.html)"
+	@echo "make bench       measure the cost of a step (writes benchmarks/results/)"
+	@echo "make clean       remove .venv, caches and runs"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[check]"
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -25,10 +32,16 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow"
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED_DOCS)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_cost.py

@@ -1,10 +1,10 @@
-"""What every part of the shipped rule is good for: the rule without it, on development tasks.
+"""Ablations of the shipped rule, on development tasks.
 
     python benchmarks/ablations.py --data FOLDER
 
-Nothing is trained anew: a part is taken out of theta, or out of the configuration, and the rest stays; but for the line
-`before meta-training`, where the recipe begins. Writes `ablations.md` and `.json` into `benchmarks/results`; a minute a
-line and seed on two cores.
+No rule is retrained: each variant removes a part from theta or from the configuration and keeps the rest, but for
+`before meta-training`, the rule that the recipe starts from. Writes `ablations.md` and `.json` to
+`benchmarks/results`; a minute per variant and seed on two cores.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from meta_train.evaluate import Folders, evaluate
+from meta_train.evaluation.optimizers import horizon_known_label
 from meta_train.recipes import PLAIN
 from nfn_optim import UpdateRule, pretrained
 from nfn_optim.layers.incidence import ROLES
@@ -27,68 +28,72 @@ Change = Callable[[UpdateRule], UpdateRule]
 
 
 def configured(rule: UpdateRule, **config: object) -> UpdateRule:
-    """The same theta under another configuration, as far as that has a place for it."""
-    made = UpdateRule(replace(rule.config, **config))  # type: ignore[arg-type]
-    made.load_state_dict({n: v for n, v in rule.state_dict().items() if n in made.state_dict()})
-    return made
+    """The same theta under another configuration, without parameters that it does not have."""
+    variant = UpdateRule(replace(rule.config, **config))  # type: ignore[arg-type]
+    variant.load_state_dict({n: v for n, v in rule.state_dict().items() if n in variant.state_dict()})
+    return variant
 
 
 @torch.no_grad()
 def without(rule: UpdateRule, *names: str) -> UpdateRule:
-    """Theta with zeros for some tensors."""
-    made = configured(rule)
+    """The rule with some parameters set to zero."""
+    variant = configured(rule)
     for name in names:
-        made.get_parameter(name).zero_()
-    return made
+        variant.get_parameter(name).zero_()
+    return variant
 
 
 @torch.no_grad()
 def with_direction_alone(rule: UpdateRule) -> UpdateRule:
-    """The same without the combination of features that is added to the direction."""
-    rule.stack.read_tensors.bias[:-1] = 0
+    """The rule without the combination of features that is added to the direction."""
+    rule.network.message_passing.tensor_bias[:-1] = 0
     return rule
 
 
 @torch.no_grad()
 def with_gain(rule: UpdateRule, gain: float) -> UpdateRule:
-    """The same with another gain: where steps do not grow, the one that was best without it."""
+    """The rule with another gain: the best one without step-size adaptation."""
     fresh = UpdateRule(replace(rule.config, gain=gain))
-    rule.stack.read_tensors.bias[-1] = fresh.stack.read_tensors.bias[-1]
+    rule.network.message_passing.tensor_bias[-1] = fresh.network.message_passing.tensor_bias[-1]
     return rule
 
 
 VARIANTS: dict[str, Change] = {
     "shipped": configured,
     "before meta-training": lambda _rule: UpdateRule(PLAIN),
-    "no orthogonal directions": lambda rule: without(rule, "share"),
-    "steps do not grow": lambda rule: with_gain(configured(rule, growth=0.0, waning=0.0), 5.0),
+    "no orthogonal directions": lambda rule: configured(rule, direction="adam"),
+    "no step-size adaptation": lambda rule: with_gain(configured(rule, adapt_rate=0.0, adapt_decay=0.0), 5.0),
     "rank 8": lambda rule: configured(rule, rank=8),
-    "scale does not count": lambda rule: without(rule, "power"),
-    "rows and columns say nothing": lambda rule: without(rule, *(f"stack.bypass_rows.{role}.weight" for role in ROLES)),
-    "the direction alone": lambda rule: with_direction_alone(configured(rule)),
-    "falls linearly, does not fade": lambda rule: configured(rule, bend=1.0, fading=0.0),
+    "no scaling by parameter RMS": lambda rule: without(rule, "network.power"),
+    "no row and column features": lambda rule: without(
+        rule, *(f"network.message_passing.row_skip.{role}.weight" for role in ROLES)
+    ),
+    "direction only": lambda rule: with_direction_alone(configured(rule)),
+    "linear cooldown, no inverse-time decay": lambda rule: configured(rule, cooldown_power=1.0, inverse_time_power=0.0),
 }
 
 
 FOLDERS = Folders(out=Path("runs/ablations"))
 RESULTS = Path("benchmarks/results")
-HEAD = """| rule | step reduction | loss reduction | loss as good | told: steps | loss | as good |
+HEAD = """| rule | step reduction | loss reduction | loss as good | horizon known: steps | loss | as good |
 |---|---|---|---|---|---|---|"""
 
 
 def page(summaries: Sequence[dict[str, Any]]) -> str:
-    """A line for every variant: not told the horizon, and told."""
+    """One line per variant: with the horizon unknown and known."""
     by_name = {summary["optimizer"]: summary for summary in summaries}
     lines = []
     for name in VARIANTS:
         if name in by_name:
-            cells = [cell for found in (by_name[name], by_name[f"{name}, told"]) for cell in cells_of(found)]
+            cells = [
+                cell for summary in (by_name[name], by_name[horizon_known_label(name)]) for cell in cells_of(summary)
+            ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([HEAD, *lines]) + "\n"
 
 
 def cells_of(summary: dict[str, Any]) -> tuple[str, str, str]:
-    """Interquartile means, and the share of the tasks."""
+    """Interquartile means, and the fraction of tasks with a loss as good as the reference's."""
     reduction, loss = (summary[key][0] for key in ("reduction", "loss_reduction"))
     return f"{reduction:.2f}", f"{loss:.2f}", f"{100 * summary['as_good']:.0f} %"
 
@@ -99,13 +104,13 @@ def main(
     workers: int = 2,
     folders: Annotated[Folders, tyro.conf.arg(name="")] = FOLDERS,
 ) -> None:
-    """Evaluate the shipped rule without its parts.
+    """Evaluate variants of the shipped rule.
 
     Args:
-        variants: Which ones.
-        seeds: Of every task.
+        variants: Names of variants.
+        seeds: Seeds per task.
         workers: Processes, one thread each.
-        folders: Where data are, what is finished is kept, and the long report goes.
+        folders: Folders of the data, the cache and the full report.
     """
     rule, paths = pretrained.load(), []
     for name in variants:

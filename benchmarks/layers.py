@@ -1,12 +1,12 @@
-"""NF-layers beside the seed paper's code (`nfn`): time of forward and backward, and peak memory.
+"""Cost of NFLinear and of the paper's code (`nfn`): time of forward and backward, and peak memory.
 
     python benchmarks/layers.py
 
-Both apply one NP or HNP layer to a batch of eight networks, with as many channels out as in, in the same process and in
-turns; a ratio is the median of the ratios of turns beside each other. "Inner": the features need gradients, as in the
-middle of a network; "first": they do not. Peak memory is the most that forward and backward hold above what there was
-before (parameters and features), counted by the profiler; it contains the outputs and all gradients, which both must
-make. Products: the share of our time that matrix products take, by the profiler. Writes `layers.json` and `layers.md`.
+Each applies one NP or HNP layer with equal numbers of input and output channels to a batch of eight networks,
+alternating in one process; a speedup is the median of the ratios of adjacent repetitions. The features of an "inner"
+layer require gradients, those of a "first" layer do not. Peak memory is what forward and backward allocate in addition
+to parameters and features, according to the profiler; it includes the outputs and all gradients. Products: the fraction
+of our time spent in matrix products, according to the profiler. Writes `layers.json` and `layers.md`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nfn_optim.layers import NFLinear, free_ends
 from nfn_optim.symmetry import Symmetry
 
 BATCH = 8
-CELLS = (
+CONFIGURATIONS = (
     *(("MNIST MLP 784-128-128-10", "NP", channels) for channels in (16, 64)),
     *(
         (network, kind, channels)
@@ -40,11 +40,11 @@ CELLS = (
     ),
     ("MNIST MLP 784-128-128-10", "HNP", 16),
 )
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
 def chain(sizes: Sequence[int], tap: int = 1) -> Symmetry:
-    """Linear layers, or convolutions of `tap` times `tap`, one behind the other."""
+    """The HNP symmetry of a sequence of linear layers, or of convolutions with `tap * tap` taps."""
     axes = ["in", *(f"h{n}" for n in range(len(sizes) - 2)), "out"]
     lengths, fixed = dict(zip(axes, sizes, strict=True)), {"in", "out"}
     dims: dict[str, tuple[str, ...]] = {}
@@ -63,8 +63,8 @@ NETWORKS = {
 }
 
 
-def ours(symmetry: Symmetry, kind: str, channels: int, inner: bool) -> tuple[nn.Module, Callable[[], None]]:
-    """The layer, and what to time."""
+def nf_linear(symmetry: Symmetry, kind: str, channels: int, inner: bool) -> tuple[nn.Module, Callable[[], None]]:
+    """Our layer, and a function that runs forward and backward."""
     symmetry = symmetry if kind == "HNP" else free_ends(symmetry)
     layer = NFLinear(symmetry, channels, channels)
     features = {
@@ -72,67 +72,67 @@ def ours(symmetry: Symmetry, kind: str, channels: int, inner: bool) -> tuple[nn.
     }
     grads = [torch.randn_like(x) for x in features.values()]
 
-    def turn() -> None:
+    def step() -> None:
         torch.autograd.backward(list(layer(features).values()), grads)
-        _forget([*layer.parameters(), *features.values()])
+        _clear_grads([*layer.parameters(), *features.values()])
 
-    return layer, turn
+    return layer, step
 
 
-def theirs(symmetry: Symmetry, kind: str, channels: int, inner: bool) -> tuple[nn.Module, Callable[[], None]]:
-    """The same of nfn; channels come first."""
-    features: dict[str, list[Tensor]] = {"weight": [], "bias": []}
+def nfn_linear(symmetry: Symmetry, kind: str, channels: int, inner: bool) -> tuple[nn.Module, Callable[[], None]]:
+    """The layer of nfn, and a function that runs forward and backward; channels come first."""
+    tensors: dict[str, list[Tensor]] = {"weight": [], "bias": []}
     for name in symmetry.dims:
         x = torch.randn(BATCH, channels, *symmetry.shape_of(name), requires_grad=inner)
-        features[name.split(".")[1]].append(x)
-    given = WeightSpaceFeatures(features["weight"], features["bias"])
+        tensors[name.split(".")[1]].append(x)
+    features = WeightSpaceFeatures(tensors["weight"], tensors["bias"])
     layer: nn.Module = {"NP": NPLinear, "HNP": HNPLinear}[kind](
-        network_spec_from_wsfeat(given, True), channels, channels
+        network_spec_from_wsfeat(features, True), channels, channels
     )
-    everything = [*given.weights, *given.biases]
-    grads = [torch.randn_like(x) for x in everything]
+    inputs = [*features.weights, *features.biases]
+    grads = [torch.randn_like(x) for x in inputs]
 
-    def turn() -> None:
-        out = layer(given)
+    def step() -> None:
+        out = layer(features)
         torch.autograd.backward([*out.weights, *out.biases], grads)
-        _forget([*layer.parameters(), *everything])
+        _clear_grads([*layer.parameters(), *inputs])
 
-    return layer, turn
+    return layer, step
 
 
-def _forget(tensors: Sequence[Tensor]) -> None:
+def _clear_grads(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         tensor.grad = None
 
 
-def watched(turn: Callable[[], None]) -> tuple[float, float]:
-    """Peak memory in MiB, and the share of time in matrix products."""
+def profiled(step: Callable[[], None]) -> tuple[float, float]:
+    """Peak memory in MiB, and the fraction of time spent in matrix products."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        turn()
-    now = most = 0
+        step()
+    allocated = peak = 0
     for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
     averages = record.key_averages()
     total = sum(event.self_cpu_time_total for event in averages)
-    products = sum(event.self_cpu_time_total for event in averages if event.key in PRODUCTS)
-    return most / 2**20, products / total
+    products = sum(event.self_cpu_time_total for event in averages if event.key in MATRIX_PRODUCTS)
+    return peak / 2**20, products / total
 
 
 def row_of(network: str, kind: str, channels: int, inner: bool, repetitions: int) -> dict[str, Any]:
-    """Measure a cell."""
+    """Measure both layers in one configuration."""
     torch.manual_seed(0)
-    built = [made(NETWORKS[network], kind, channels, inner) for made in (ours, theirs)]
+    built = [build(NETWORKS[network], kind, channels, inner) for build in (nf_linear, nfn_linear)]
     times: list[list[float]] = [[], []]
-    for number in range(1 + repetitions):
-        for taken, (_, turn) in zip(times, built, strict=True):
-            begun = time.perf_counter()
-            turn()
-            if number:
-                taken.append(time.perf_counter() - begun)
+    for repetition in range(1 + repetitions):
+        for measured, (_, step) in zip(times, built, strict=True):
+            start = time.perf_counter()
+            step()
+            if repetition:  # the first is a warm-up
+                measured.append(time.perf_counter() - start)
     ratios = [b / a for a, b in zip(*times, strict=True)]
-    (memory, products), (their_memory, _) = (watched(turn) for _, turn in built)
+    (memory, products), (nfn_memory, _) = (profiled(step) for _, step in built)
     row = {
         "network": network,
         "kind": kind,
@@ -142,25 +142,25 @@ def row_of(network: str, kind: str, channels: int, inner: bool, repetitions: int
         "nfn_coefficients": sum(p.numel() for p in built[1][0].parameters()),
         "milliseconds": statistics.median(times[0]) * 1e3,
         "nfn_milliseconds": statistics.median(times[1]) * 1e3,
-        "times_as_fast": statistics.median(ratios),
+        "speedup": statistics.median(ratios),
         "peak_mib": memory,
-        "nfn_peak_mib": their_memory,
-        "share_of_products": products,
+        "nfn_peak_mib": nfn_memory,
+        "matrix_product_fraction": products,
     }
     print(row, flush=True)
     return row
 
 
-def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def table_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A table in Markdown."""
-    titles = "network, layer, channels, coefficients, ms, nfn ms, times as fast, MiB, nfn MiB, over nfn, products"
+    titles = "network, layer, channels, coefficients, ms, nfn ms, speedup, MiB, nfn MiB, MiB ratio, products"
     lines = [f"| {titles.replace(', ', ' | ')} |", "|---" * len(titles.split(", ")) + "|"]
     for row in rows:
         lines.append(
             f"| {row['network']} | {row['kind']}, {row['layer']} | {row['channels']} | {row['coefficients']:,} "
-            f"| {row['milliseconds']:.1f} | {row['nfn_milliseconds']:.1f} | {row['times_as_fast']:.2f} "
+            f"| {row['milliseconds']:.1f} | {row['nfn_milliseconds']:.1f} | {row['speedup']:.2f} "
             f"| {row['peak_mib']:.1f} | {row['nfn_peak_mib']:.1f} | {row['peak_mib'] / row['nfn_peak_mib']:.2f} "
-            f"| {row['share_of_products']:.0%} |"
+            f"| {row['matrix_product_fraction']:.0%} |"
         )
     return lines
 
@@ -170,18 +170,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--repetitions", type=int, default=7)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for network, kind, channels in CELLS:
+    for network, kind, channels in CONFIGURATIONS:
         large = network.startswith("MNIST")
         for inner in (True, False):
-            repetitions = min(given.repetitions, 1 if kind == "HNP" else 3) if large else given.repetitions
+            repetitions = min(args.repetitions, 1 if kind == "HNP" else 3) if large else args.repetitions
             rows.append(row_of(network, kind, channels, inner, repetitions))
             gc.collect()
     about = setting("torch", "nfn")
-    lines = [f"{about}. Forward and backward, batch of {BATCH}; medians.", "", *lines_of(rows)]
-    write(given.out, "layers", "\n".join(lines), {"about": about, "cells": rows})
+    lines = [f"{about}. Forward and backward, batch of {BATCH}; medians.", "", *table_of(rows)]
+    write(args.out, "layers", "\n".join(lines), {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

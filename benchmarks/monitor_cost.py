@@ -1,12 +1,12 @@
-"""What watching costs: the time of training steps with `watch` at its default interval over that without.
+"""Cost of `watch` at its default interval: time of training steps with it relative to those without.
 
     python benchmarks/monitor_cost.py
 
-Two copies of a network are trained on the same batches, one of them watched. They take turns by whole intervals, so
-that every turn of the watched one has exactly one look in it and a slow moment of the machine hits both; the median of
-the ratios of turns beside each other is kept. The cost of one look is told more sharply by steps with and without one
-beside each other. Time is that of the processor in all threads, the one that writes events too, since the machine is
-shared. Writes `monitor_cost.json` and `monitor_cost.md`.
+Two copies of a network are trained on the same batches, one of them observed. They alternate by whole intervals, so
+that every turn of the observed copy has exactly one observation and a slow moment of the machine affects both; the
+median of the ratios of adjacent turns is reported. Adjacent steps with and without an observation measure the cost of
+one observation more precisely. Times are processor times of all threads, including the one that writes events, because
+the machine is shared. Writes `monitor_cost.json` and `monitor_cost.md`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ def cnn() -> nn.Sequential:
     """Four convolutions with BatchNorm."""
     blocks = [
         layer
-        for given, made in pairwise((3, 32, 64, 64, 128))
-        for layer in (nn.Conv2d(given, made, 3, padding=1), nn.BatchNorm2d(made), nn.ReLU(), nn.MaxPool2d(2))
+        for channels_in, channels_out in pairwise((3, 32, 64, 64, 128))
+        for layer in (
+            nn.Conv2d(channels_in, channels_out, 3, padding=1),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
     ]
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 4, 10))
 
@@ -65,7 +70,7 @@ CASES = [("MLP 784-128-10", "adamw"), *((name, "default") for name in MODELS)]
 
 
 class Training:
-    """A network in training; what is drawn is the same for every copy."""
+    """A network in training; every copy has the same weights and batches."""
 
     def __init__(self, name: str, rule: str) -> None:
         torch.manual_seed(0)
@@ -75,44 +80,44 @@ class Training:
         self.optimizer = NFNOptimizer(self.model, rule=rule)
 
     def run(self, steps: int) -> float:
-        """Take some steps; seconds that it took."""
-        begun = time.process_time()
+        """Take some steps; returns their time in seconds."""
+        start = time.process_time()
         for _ in range(steps):
             self.optimizer.zero_grad()
             nn.functional.cross_entropy(self.model(self.x), self.y).backward()
             self.optimizer.step()
-        return time.process_time() - begun
+        return time.process_time() - start
 
 
 def cost(name: str, rule: str, pairs: int, folder: str) -> dict[str, Any]:
     """A row of the table."""
-    alone, watched = Training(name, rule), Training(name, rule)
+    alone, observed = Training(name, rule), Training(name, rule)
     ratios, seconds = [], []
-    with SummaryWriter(folder) as writer, watch(watched.optimizer, writer) as watching:
+    with SummaryWriter(folder) as writer, watch(observed.optimizer, writer) as observer:
         for turn in range(pairs + 1):
-            one, other = (alone, watched) if turn % 2 else (watched, alone)
+            one, other = (alone, observed) if turn % 2 else (observed, alone)
             first, second = one.run(EVERY), other.run(EVERY)
-            if turn > 0:  # in the first one the network is traced and the pages are written
-                without, having = (first, second) if one is alone else (second, first)
-                ratios.append(having / without)
+            if turn > 0:  # the first turn traces the network and writes layout and text
+                without, with_monitor = (first, second) if one is alone else (second, first)
+                ratios.append(with_monitor / without)
                 seconds.append(without / EVERY)
-        looks = []
+        observations = []
         for _ in range(5 * pairs):
-            watching.every = 10**9
-            watched.run(1)
-            without = watched.run(1)
-            watching.every = 1
-            looks.append(watched.run(1) - without)
+            observer.every = 10**9
+            observed.run(1)
+            without = observed.run(1)
+            observer.every = 1
+            observations.append(observed.run(1) - without)
     quartiles = statistics.quantiles(ratios, n=4)
-    step, look = statistics.median(seconds), statistics.median(looks)
+    step, observation = statistics.median(seconds), statistics.median(observations)
     return {
         "model": name,
         "rule": rule,
-        "tensors": sum(1 for _ in watched.model.parameters()),
-        "parameters": sum(p.numel() for p in watched.model.parameters()),
+        "tensors": sum(1 for _ in observed.model.parameters()),
+        "parameters": sum(p.numel() for p in observed.model.parameters()),
         "step_milliseconds": step * 1e3,
-        "look_milliseconds": look * 1e3,
-        "look_over_interval": look / (EVERY * step),
+        "observation_milliseconds": observation * 1e3,
+        "observation_over_interval": observation / (EVERY * step),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [quartiles[0], quartiles[2]],
         "pairs": pairs,
@@ -124,30 +129,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--pairs", type=int, default=12)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, rule in CASES:
-            rows.append(cost(name, rule, given.pairs, f"{folder}/{len(rows)}"))
+            rows.append(cost(name, rule, args.pairs, f"{folder}/{len(rows)}"))
             print(rows[-1], flush=True)
     about = setting("torch")
     lines = [
-        f"{about}. Batches of {BATCH}, a look every {EVERY} steps. *Cost* is the time of a look over that of the steps "
-        f"from one to the next; *measured* is the time of training with `watch` over that without, median (quartiles) "
-        f"of {given.pairs} pairs of turns of {EVERY} steps.",
+        f"{about}. Batches of {BATCH}, an observation every {EVERY} steps. *Cost* is the time of an observation "
+        f"relative to that of the steps between two; *measured* is the additional time of training with `watch`, "
+        f"median (quartiles) of {args.pairs} pairs of turns of {EVERY} steps.",
         "",
-        "| model | tensors | rule | step, ms | look, ms | cost, % | measured, % |",
+        "| model | tensors | rule | step, ms | observation, ms | cost, % | measured, % |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         middle, low, high = (100 * (value - 1) for value in (row["ratio"], *row["ratio_quartiles"]))
         lines.append(
             f"| {row['model']} | {row['tensors']} | {row['rule']} | {row['step_milliseconds']:.2f} "
-            f"| {row['look_milliseconds']:.2f} | {100 * row['look_over_interval']:.2f} "
+            f"| {row['observation_milliseconds']:.2f} | {100 * row['observation_over_interval']:.2f} "
             f"| {middle:+.1f} ({low:+.1f} to {high:+.1f}) |"
         )
-    write(given.out, "monitor_cost", "\n".join(lines), {"about": about, "rows": rows})
+    write(args.out, "monitor_cost", "\n".join(lines), {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

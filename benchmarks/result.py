@@ -1,4 +1,4 @@
-"""What a benchmark says of itself and leaves behind."""
+"""The output of a benchmark: NAME.md and NAME.json, with a line on the environment."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 
 def setting(*packages: str) -> str:
-    """Day, versions of packages, machine and threads of a measurement, in one line."""
+    """Date, package versions, machine and threads of a measurement, in one line."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"{date.today()}, {versions}, {platform.machine()}, one thread of {os.cpu_count()}"
 
 
 def write(folder: Path, name: str, text: str, content: dict[str, Any]) -> None:
-    """Print a result and write it into a folder, as NAME.md and NAME.json."""
+    """Print a result and write it to a folder as NAME.md and NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text + "\n")
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -1,18 +1,18 @@
-"""What a step costs: time over fused AdamW, persistent and transient memory, and how far that is from what must be.
+"""The cost of a step: time over fused AdamW, persistent and transient memory, and the bound set by memory traffic.
 
     python benchmarks/step_cost.py
 
-Every optimizer takes turns with fused AdamW on a model of its own, on one thread, so that a slow moment of the machine
-hits both; a ratio is the median of the ratios of turns beside each other. A turn is as many steps as lie between two
-talks of the neurons of the shipped rule, so that dear and cheap steps count as often as they occur. Times are of the
-processor, which others on the machine disturb less than the clock. Transient memory is the most that a step allocates
-above what there was before, counted by the profiler; persistent memory is the optimizer's state. The whole step is one
-of training: forward and backward pass at the batch given, and the optimizer.
+Every optimizer takes turns with fused AdamW, each on its own copy of a model, on one thread, so that fluctuations of
+the machine's speed affect both; a ratio is the median over adjacent turns. A turn is one refresh interval of the
+shipped rule, so that steps with and without message passing have their natural weights. Times are processor times,
+which other load disturbs less than wall-clock times. Transient memory is the peak that a step allocates, counted by
+the profiler; persistent memory is the optimizer's state. A training step is forward pass, backward pass and optimizer
+step.
 
-    bytes        that must move for each weight: every array read or written in every pass, and the check of gradients
-    operations   for each weight: elements that PyTorch's operators write in an uncompiled step, over the weights
+    bytes        memory traffic per weight: every array read or written in every pass, and the gradient check
+    operations   elements that PyTorch's operators write in an uncompiled step, per weight
 
-Muon takes matrices and fused AdamW the rest. Writes `step_cost.json` and `step_cost.md`; takes some eight minutes.
+Muon updates matrices and fused AdamW the rest. Writes `step_cost.json` and `step_cost.md`; takes some eight minutes.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ import torchvision_ops
 
 torchvision_ops.declare()
 Build = Callable[[nn.Module], Any]
-PATIENCE = 10.0  # seconds for the turns of one pair
-TURN = pretrained.load().config.talk_every  # steps
-FIRST = TURN + 2  # steps after which there was one at which neurons talk and one at which they do not
+MAX_SECONDS = 10.0  # for the turns of one pair
+TURN = pretrained.load().config.refresh_every  # steps
+WARMUP = TURN + 2  # steps, among them some with and some without message passing
 CACHE = tempfile.TemporaryDirectory()
 BYTES = {
     "AdamW": 28,  # p g m v read, p m v written
-    # g; g m v; p g m v M and again g m v, where neurons talk; p g m v M, and p m v M written
+    # g; g m v; p g m v M and again g m v for message passing; p g m v M read, p m v M written
     "NFNOptimizer": 4 + 12 + 32 / TURN + 20 + 16,
 }
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network, randomly initialised, and a usual batch."""
+    """A randomly initialised network with a typical batch."""
 
     build: Callable[[], nn.Module]
     batch: Callable[[], Tensor]
@@ -72,11 +72,11 @@ def mlp(*sizes: int) -> nn.Module:
 
 
 def timm(name: str) -> nn.Module:
-    """A network of timm."""
+    """A network from timm."""
     import timm  # noqa: PLC0415 - takes seconds
 
-    found: nn.Module = timm.create_model(name)
-    return found
+    network: nn.Module = timm.create_model(name)
+    return network
 
 
 def gpt2() -> nn.Module:
@@ -109,14 +109,14 @@ class Muon:
         self.state = {p: s for part in self.parts for p, s in part.state.items()}
 
     def step(self) -> None:
-        """Take both steps."""
+        """Step both optimizers."""
         for part in self.parts:
             part.step()
         self.state = {p: s for part in self.parts for p, s in part.state.items()}
 
 
 def schedule_free(model: nn.Module) -> Any:
-    """AdamW of schedulefree, in training mode."""
+    """Schedule-free AdamW, in training mode."""
     optimizer = schedulefree.AdamWScheduleFree(model.parameters())
     optimizer.train()
     return optimizer
@@ -135,23 +135,23 @@ OPTIMIZERS: dict[str, Build] = {
 }
 
 
-def left_out(model: str, optimizer: str) -> bool:
-    """What would take minutes, says nothing, or nothing fair: Muon where the processor has no products in bfloat16."""
+def is_excluded(model: str, optimizer: str) -> bool:
+    """Pairs that take minutes, are redundant, or are unfair to Muon: without bfloat16 products in the processor."""
     muon = optimizer == "Muon" and ("GPT" in model or not torch.cpu._is_avx512_bf16_supported())
     return muon or (model.startswith("1M in") and optimizer[:12] != "NFNOptimizer")
 
 
 def backward(network: nn.Module, batch: Tensor) -> float:
-    """Forward and backward pass; processor seconds."""
-    begun = time.thread_time()
+    """One forward and backward pass; returns processor seconds."""
+    started = time.thread_time()
     output = network(batch)
     output = output if isinstance(output, Tensor) else output.logits
     torch.autograd.backward(output.float().square().mean())
-    return time.thread_time() - begun
+    return time.thread_time() - started
 
 
 def take_turn(optimizer: Any) -> float:
-    """The steps of a turn; processor seconds of one of them on average."""
+    """Take the steps of a turn; returns processor seconds per step."""
     start = time.thread_time()
     for _ in range(TURN):
         optimizer.step()
@@ -159,35 +159,35 @@ def take_turn(optimizer: Any) -> float:
 
 
 def ready(model: Model, build: Build) -> tuple[nn.Module, Any, float]:
-    """A network with gradients, its optimizer, and the seconds that the first steps of every kind took by the clock.
+    """A network with gradients, its optimizer, and the wall-clock seconds of the first steps, compilation included.
 
-    Whatever is compiled is compiled anew.
+    Compilation caches are cleared before.
     """
-    inductor.forget()
+    inductor.clear()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=CACHE.name)
     torch.manual_seed(0)
     network = model.build()
     optimizer = build(network)
     backward(network, model.batch()[:1])
-    begun = time.perf_counter()
-    for _ in range(FIRST):
+    started = time.perf_counter()
+    for _ in range(WARMUP):
         optimizer.step()
-    return network, optimizer, time.perf_counter() - begun
+    return network, optimizer, time.perf_counter() - started
 
 
 def transient(optimizer: Any) -> int:
-    """Most bytes that a step holds above what there was before it."""
+    """Peak bytes that a step allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         take_turn(optimizer)
-    now = most = 0
+    allocated = peak = 0
     for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak
 
 
-class Written(TorchDispatchMode):
+class WrittenElements(TorchDispatchMode):
     """Counts the elements that operators write."""
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ class Written(TorchDispatchMode):
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call and count."""
+        """Call an operator and count its output elements."""
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.elements += sum(
@@ -205,21 +205,21 @@ class Written(TorchDispatchMode):
 
 
 def row(name: str, title: str, repetitions: int, training: float) -> dict[str, Any]:
-    """Measure one optimizer on one model, beside fused AdamW."""
+    """Measure one optimizer on one model, in turns with fused AdamW."""
     model = MODELS[name]
     _, fused, _ = ready(model, OPTIMIZERS[FUSED])
     network, optimizer, first = ready(model, OPTIMIZERS[title])
     times: list[tuple[float, float]] = []
-    begun = time.perf_counter()
-    while len(times) < repetitions and (len(times) < 3 or time.perf_counter() - begun < PATIENCE):  # noqa: PLR2004
+    started = time.perf_counter()
+    while len(times) < repetitions and (len(times) < 3 or time.perf_counter() - started < MAX_SECONDS):  # noqa: PLR2004
         times.append((take_turn(fused), take_turn(optimizer)))
-    floats = sum(p.numel() for p in network.parameters())
+    weights = sum(p.numel() for p in network.parameters())
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
     ratios = [own / other for other, own in times]
     quartiles = statistics.quantiles(ratios, n=4)
     return {
         "model": name,
-        "parameters": floats,
+        "parameters": weights,
         "tensors": len(list(network.parameters())),
         "optimizer": title,
         "milliseconds": statistics.median(own for _, own in times) * 1e3,
@@ -229,52 +229,51 @@ def row(name: str, title: str, repetitions: int, training: float) -> dict[str, A
         "whole_step": statistics.median((training + own) / (training + other) for other, own in times),
         "training_milliseconds": training * 1e3,
         "first_steps_seconds": first,
-        "state_floats_per_parameter": sum(v.numel() * v.itemsize for v in state) / (4 * floats),
-        "transient_bytes": (held := transient(optimizer)),
-        "transient_over_parameters": held / (4 * floats),
+        "state_floats_per_parameter": sum(v.numel() * v.itemsize for v in state) / (4 * weights),
+        "transient_bytes": (peak := transient(optimizer)),
+        "transient_over_parameters": peak / (4 * weights),
     }
 
 
 def operations() -> float:
-    """Elements that a step writes uncompiled, for each weight."""
+    """Elements that an uncompiled step writes, per weight."""
     network, optimizer, _ = ready(MODELS["MLP 1M"], OPTIMIZERS["NFNOptimizer"])
-    with Written() as written:
+    with WrittenElements() as written:
         take_turn(optimizer)
     return written.elements / TURN / sum(p.numel() for p in network.parameters())
 
 
 def page(content: dict[str, Any]) -> str:
-    """The results as a table with a line for every model."""
-    found = {(r["model"], r["optimizer"]): r for r in content["steps"]}
+    """The results as a table with one line per model."""
+    by_pair = {(r["model"], r["optimizer"]): r for r in content["steps"]}
     own, compiled = "NFNOptimizer", "NFNOptimizer, compiled"
     shown = [title for title in OPTIMIZERS if title != FUSED]
     lines = [
-        f"{content['about']}. Time of a step over fused AdamW's, median of turns beside each",
-        "other. *Training*: a step with forward and backward pass over the same with fused AdamW, uncompiled and",
-        "compiled. *Memory*: the most that a step allocates, MB, likewise. *First*: what the first "
-        f"{FIRST} steps take, s, likewise, nothing being compiled yet. Muon is left out where the processor has no",
-        "products in bfloat16, in which it computes.",
+        f"{content['about']}. Time per step over fused AdamW's, median over adjacent turns.",
+        "*Training*: a step with forward and backward pass over the same with fused AdamW, uncompiled and compiled.",
+        f"*Memory*: peak allocation in a step, MB, likewise. *First*: time of the first {WARMUP} steps, s, likewise,",
+        "compilation included. Muon is excluded if the processor has no products in bfloat16, in which it computes.",
         "",
         "| model | fused AdamW, ms | " + " | ".join(shown) + " | training | memory | first |",
         "|---" * (len(shown) + 5) + "|",
     ]
     for name, model in MODELS.items():
-        ratios = [f"{found[name, title]['ratio']:.1f}" if (name, title) in found else "" for title in shown]
-        both = [found[name, title] for title in (own, compiled)]
+        ratios = [f"{by_pair[name, title]['ratio']:.1f}" if (name, title) in by_pair else "" for title in shown]
+        both = [by_pair[name, title] for title in (own, compiled)]
         memory = " ".join(f"{r['transient_bytes'] / 1e6:.0f}" for r in both)
         first = " ".join(f"{r['first_steps_seconds']:.1f}" for r in both)
         lines.append(
             f"| {name}, {model.title} | {both[1]['fused_milliseconds']:.2f} | {' | '.join(ratios)} "
             f"| {both[0]['whole_step']:.2f} {both[1]['whole_step']:.2f} | {memory} | {first} |"
         )
-    moved, least = content["bytes"]["AdamW"], content["bytes"]["NFNOptimizer"]
-    large = found["MLP 10M", FUSED]
-    speed = moved * large["parameters"] / large["milliseconds"] / 1e6
+    adamw_bytes, own_bytes = content["bytes"]["AdamW"], content["bytes"]["NFNOptimizer"]
+    large = by_pair["MLP 10M", FUSED]
+    bandwidth = adamw_bytes * large["parameters"] / large["milliseconds"] / 1e6
     lines += [
         "",
-        f"Fused AdamW moves {moved} bytes a weight, here {speed:.0f} GB a second at ten million weights; NFNOptimizer",
-        f"has to move {least:.0f}, so {least / moved:.1f} times fused AdamW is the floor set by memory. Uncompiled it",
-        f"computes {content['operations']:.0f} numbers a weight, each written to memory.",
+        f"Fused AdamW moves {adamw_bytes} bytes per weight, here {bandwidth:.0f} GB per second at ten million weights;",
+        f"NFNOptimizer has to move {own_bytes:.0f}, so memory traffic bounds it at {own_bytes / adamw_bytes:.1f} times",
+        f"fused AdamW. Uncompiled it writes {content['operations']:.0f} numbers per weight to memory.",
     ]
     return "\n".join(lines)
 
@@ -284,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--repetitions", type=int, default=15)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for name, model in MODELS.items():
@@ -292,12 +291,12 @@ def main() -> None:
         training = min(backward(network, batch) for _ in range(2))
         del network
         for title in OPTIMIZERS:
-            if not left_out(name, title):
-                rows.append(row(name, title, given.repetitions, training))
+            if not is_excluded(name, title):
+                rows.append(row(name, title, args.repetitions, training))
                 print(rows[-1], flush=True)
                 gc.collect()
     content = {"about": setting("torch"), "steps": rows, "bytes": BYTES, "operations": operations()}
-    write(given.out, "step_cost", page(content), content)
+    write(args.out, "step_cost", page(content), content)
 
 
 if __name__ == "__main__":

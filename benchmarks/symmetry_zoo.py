@@ -1,10 +1,10 @@
-"""What is found in models that people train: free axes, how many of them are certified, and how long tracing takes.
+"""Symmetry of widely used models: free axes, how many of them are certified, and the time that tracing takes.
 
     python benchmarks/symmetry_zoo.py
 
-The small models are those of the tests (`tests/real_models.py`), each traced and certified. The large ones are traced
-at full size on the meta device, where they hold no numbers, so that nothing can be certified. Seconds are the median of
-three traces on one thread, after one that is not counted. Writes `symmetry_zoo.json` and `symmetry_zoo.md`.
+The small models, those of the tests (`tests/real_models.py`), are traced and certified. The large models are traced at
+full size on the meta device, without data, so that they cannot be certified. Seconds are the median of three traces on
+one thread, after a warm-up trace. Writes `symmetry_zoo.json` and `symmetry_zoo.md`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _image(name: str) -> tuple[str, Callable[[], nn.Module], Mapping[str, Tensor
 
 
 def _text(model: str, **options: Any) -> tuple[str, Callable[[], nn.Module], Mapping[str, Tensor]]:
-    """A model of transformers in the size that is its default, unless options say otherwise; training has no cache."""
+    """A model from transformers in its default configuration, except for `options`; without a cache, as in training."""
     kind = getattr(transformers, model)
     ids = torch.zeros(2, 128, dtype=torch.int64)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -69,15 +69,15 @@ LARGE = (
 
 
 def row_of(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], meta: bool) -> dict[str, Any]:
-    """Trace a model, certify it if it holds numbers, and say what was found."""
+    """Trace a model, certify it unless it is on the meta device, and return a row of the table."""
     seconds = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(1 + TRACES):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             symmetry = symmetry_of(module, *args, **kwargs)
-            seconds.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
+            seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
         certificate = None if meta else certify(module, symmetry, *args, **kwargs)
     row = {
         "model": name,
@@ -86,7 +86,7 @@ def row_of(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         "free": len(symmetry.free),
         "certified": None if certificate is None else len(certificate.errors) - len(certificate.broken),
         "seconds_to_trace": statistics.median(seconds[1:]),
-        "seconds_to_certify": None if certificate is None else time.perf_counter() - begun,
+        "seconds_to_certify": None if certificate is None else time.perf_counter() - start,
         "warnings": sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)}),
     }
     print(row, flush=True)
@@ -94,12 +94,12 @@ def row_of(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def small(models: Iterable[RealModel]) -> list[dict[str, Any]]:
-    """A row for every model of the tests."""
+    """A row for every small model."""
     return [row_of(model.name, model.module(), *model.batch(), meta=False) for model in models]
 
 
 def large() -> list[dict[str, Any]]:
-    """A row for every model on the meta device, images by position and texts by keyword."""
+    """A row for every large model; images are passed by position, texts by keyword."""
     rows = []
     for name, build, batch in LARGE:
         with torch.device("meta"):
@@ -111,7 +111,7 @@ def large() -> list[dict[str, Any]]:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Lines of Markdown."""
+    """The rows as a Markdown table."""
     lines = ["| model | parameters | tensors | free axes | certified | seconds to trace |", "|---|---|---|---|---|---|"]
     for row in rows:
         certified = "-" if row["certified"] is None else row["certified"]
@@ -123,17 +123,17 @@ def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all models and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     about = setting("torch", "timm", "transformers")
     rows = {"full size, on the meta device": large(), "small": small((*REAL_MODELS, *UNTRACED))}
     lines = [f"{about}. Seconds: median of {TRACES}."]
     for title, part in rows.items():
         lines += ["", f"**{title.capitalize()}**", "", *table(part)]
-    write(given.out, "symmetry_zoo", "\n".join(lines), {"about": about, **rows})
+    write(options.out, "symmetry_zoo", "\n".join(lines), {"about": about, **rows})
 
 
 if __name__ == "__main__":

@@ -1,36 +1,36 @@
-"""How fast the tasks of meta-training are without any rule: one inner step of every family, at 8 and at 64 members.
+"""Speed of the training tasks without a rule: one inner step of every family, with 8 and with 64 members.
 
     python benchmarks/task_speed.py --before benchmarks/results/task_speed.json
 
-A step is a batch, the loss of all members and the gradient of their sum, as in an unroll without history; behind it
-stands the same with `create_graph` and a gradient through that gradient, as in a differentiated window of one step.
-Counted is processor time of one thread, and of many repetitions the fastest, which a busy machine disturbs least.
-Writes `task_speed.json` and `task_speed.md`; what `--before` names becomes a column.
+A first-order step is a batch, the loss of all members and the gradient of its sum; a second-order step is the same with
+`create_graph` and a gradient through that gradient, as in a differentiated window of one step. The measure is the
+processor time of one thread in the fastest of many repetitions. Writes `task_speed.json` and `task_speed.md`, with a
+column of the results in the file `--before`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from result import setting, write
 
 from meta_train import tasks as families
 from meta_train.tasks import Task
 
 MEMBERS = (8, 64)
 REPETITIONS = 20
-LEAST = 0.04  # seconds a repetition
+MIN_SECONDS = 0.04  # per repetition
 
 TRANSFORMER = {"width": 20, "heads": 2, "depth": 1, "norm": "layer", "qk_norm": True, "activation": "gelu",
-               "fused": False, "bias": False, "start": "default",
+               "fused": False, "bias": False, "initialisation": "default",
                "loss": "cross_entropy"}  # fmt: skip
-CNN = {"norm": "none", "activation": "relu", "start": "default", "batch_size": 24, "loss": "cross_entropy"}
+CNN = {"norm": "none", "activation": "relu", "initialisation": "default", "batch_size": 24, "loss": "cross_entropy"}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp 64-32-10": ("MLPDistribution", {"zoom": 1, "widths": (32,), "activation": "relu", "layer_norm": False,
         "zero_bias": False, "batch_size": 64}),
@@ -42,16 +42,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit 16x16": ("ViTDistribution", {**TRANSFORMER, "data": "mnist16", "context": 16, "batch_size": 12,
         "flatten": False}),
     "transformer": ("TransformerDistribution", {**TRANSFORMER, "data": "prose", "context": 14, "batch_size": 9}),
-    "gru": ("GRUDistribution", {"data": "prose", "embedding": 24, "width": 24, "depth": 1, "start": "default",
+    "gru": ("GRUDistribution", {"data": "prose", "embedding": 24, "width": 24, "depth": 1, "initialisation": "default",
         "norm": False, "loss": "cross_entropy", "context": 10, "batch_size": 16}),
     "ngram": ("NgramDistribution", {"data": "prose", "embedding": 8, "widths": (32,), "activation": "relu",
-        "norm": "none", "start": "default", "loss": "cross_entropy", "context": 4, "batch_size": 64}),
+        "norm": "none", "initialisation": "default", "loss": "cross_entropy", "context": 4, "batch_size": 64}),
     "vector, teacher": ("VectorDistribution", {"data": "teacher", "seed": 1, "inputs": 0, "widths": (24, 24),
-        "activation": "tanh", "norm": "none", "loss": "squared_error", "start": "default", "batch_size": 48}),
+        "activation": "tanh", "norm": "none", "loss": "squared_error", "initialisation": "default", "batch_size": 48}),
     "vector, batch norm": ("VectorDistribution", {"data": "wine", "seed": 1, "inputs": 0, "widths": (24, 24),
-        "activation": "relu", "norm": "batch", "loss": "cross_entropy", "start": "default", "batch_size": 48}),
+        "activation": "relu", "norm": "batch", "loss": "cross_entropy", "initialisation": "default", "batch_size": 48}),
     "autoencoder": ("AutoencoderDistribution", {"data": "digits", "widths": (32, 12), "activation": "gelu",
-        "norm": "none", "start": "default", "batch_size": 48, "loss": "squared_error"}),
+        "norm": "none", "initialisation": "default", "batch_size": 48, "loss": "squared_error"}),
     "inr, siren": ("INRDistribution", {"image": 0, "sine": True, "frequency": 5.0, "widths": (24, 24),
         "batch_size": 80, "data": "mnist14", "activation": "relu", "loss": "squared_error"}),
     "quadratic": ("QuadraticDistribution", {"seed": 0, "inputs": 16, "outputs": 4, "hidden": 0, "decades": 2.0}),
@@ -59,14 +59,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def task_of(kind: str, shape: dict[str, Any]) -> Task:
-    """The task of a shape, with the augmentation that its family has."""
+    """The task of a shape, with the augmentation of its family."""
     family = getattr(families, kind)()
-    known = {field.name for field in fields(family.made_of)}
+    known = {field.name for field in fields(family.shape_class)}
     return family.rebuild({name: value for name, value in shape.items() if name in known})
 
 
 def speeds(task: Task, members: int) -> dict[str, float]:
-    """Members' steps in a second: first order, and differentiated twice."""
+    """Member steps per second, of first and second order."""
     generator = torch.Generator().manual_seed(0)
     params, member = task.draw(members, generator)
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -80,46 +80,53 @@ def speeds(task: Task, members: int) -> dict[str, float]:
         grads = torch.autograd.grad(loss.sum(), list(leaves.values()), create_graph=True)
         torch.autograd.grad(sum(g.square().sum() for g in grads), list(leaves.values()))
 
-    found = {}
+    rates = {}
     for name, step in (("first", first), ("second", second)):
         step()
         times = []
         for _ in range(REPETITIONS):
-            count, begun = 0, time.process_time()
-            while (passed := time.process_time() - begun) < LEAST:
+            count, started = 0, time.process_time()
+            while (elapsed := time.process_time() - started) < MIN_SECONDS:
                 step()
                 count += 1
-            times.append(passed / count)
-        found[name] = members / min(times)
-    return found
+            times.append(elapsed / count)
+        rates[name] = members / min(times)
+    return rates
+
+
+def page(content: dict[str, Any]) -> str:
+    """The results as a table, beside those of `--before`."""
+    lines = [
+        f"Member steps per second of processor time. {content['about']}.",
+        "",
+        "| task | members | first order, before | now | second order, before | now |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, by_members in content["speeds"].items():
+        for members, now in by_members.items():
+            old = content["before"].get(name, {}).get(members, {})
+            cells = [f"{old[key]:.0f} | {now[key]:.0f}" if old else f" | {now[key]:.0f}" for key in now]
+            lines.append(f"| {name} | {members} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure all, write both files."""
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for both files")
-    parser.add_argument("--before", type=Path, default=None, help="a file written earlier, to compare with")
-    parser.add_argument("--only", default="", help="measure those shapes only in whose names this occurs")
+    parser.add_argument("--before", type=Path, default=None, help="a previous task_speed.json to compare with")
+    parser.add_argument("--only", default="", help="measure only shapes whose names contain this")
     options = parser.parse_args()
     torch.set_num_threads(1)
     before = json.loads(options.before.read_text())["speeds"] if options.before else {}
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    lines = ["| task | members | first order, before | now | second order, before | now |", "|---|---|---|---|---|---|"]
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for name, (kind, shape) in SHAPES.items():
         if options.only not in name:
             continue
         task = task_of(kind, shape)
-        found[name] = {str(members): speeds(task, members) for members in MEMBERS}
-        for members, now in found[name].items():
-            old = before.get(name, {}).get(members, {})
-            cells = [f"{old[key]:.0f} | {now[key]:.0f}" if old else f" | {now[key]:.0f}" for key in now]
-            lines.append(f"| {name} | {members} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-    head = f"Members' steps in a second of processor time, torch {torch.__version__}, {platform.machine()}, one thread."
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "task_speed.md").write_text("\n".join([head, "", *lines]) + "\n")
-    content = {"torch": torch.__version__, "speeds": found, "before": before}
-    (options.out / "task_speed.json").write_text(json.dumps(content, indent=1) + "\n")
+        results[name] = {str(members): speeds(task, members) for members in MEMBERS}
+    content = {"about": setting("torch"), "speeds": results, "before": before}
+    write(options.out, "task_speed", page(content), content)
 
 
 if __name__ == "__main__":

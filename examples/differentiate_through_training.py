@@ -1,15 +1,14 @@
-"""Learn which training examples to trust, by differentiating through training with NFNOptimizer.
+"""Learn which training labels to trust, by differentiating through training with NFNOptimizer.
 
     python examples/differentiate_through_training.py
 
-A share of the labels of scikit-learn's digits is wrong, nobody knows which; of two hundred images more the labels are
-known to be right. Every training image gets a weight. A network with BatchNorm and dropout is trained on the weighted
-loss for a window of steps inside `higher.innerloop_ctx`; the loss that it then has on the images known to be right is
-differentiated back through these steps to the weights; `write_back` carries the run over to the next window. At the end
-networks are trained from scratch, by an ordinary loop, with and without the weights.
+Some of the training labels of scikit-learn's digits are wrong; two hundred more images have clean labels. Every
+training image gets a weight, and the weights are learned. In each window, a network with BatchNorm and dropout trains
+on the weighted loss for a few steps inside `higher.innerloop_ctx`; its loss on the clean images is then differentiated
+through these steps with respect to the weights, and `write_back` carries the inner run over to the next window.
+Finally, an ordinary loop trains new networks with and without the weights.
 
-The table says how many of the images that were used for nothing else are classified correctly, %: the mean over seeds,
-and the range.
+The table gives their accuracy on a held-out test set, in %: mean over seeds, and range.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from torch import Tensor, nn
 from nfn_optim import NFNOptimizer
 from nfn_optim.optimizer.differentiable import register
 
-BATCH_SIZE, TRAIN, KNOWN = 64, 1300, 200
-WRONG = 0.4  # share of the training labels
+BATCH_SIZE, TRAIN, CLEAN = 64, 1300, 200
+WRONG = 0.4  # fraction of the training labels
 WINDOW = 5  # steps differentiated at once
-RESTART = 20  # windows after which a new network is begun
-LR = 0.1  # of the weights, per window
+RESTART = 20  # windows per inner run
+LR = 0.1  # of the weights; one update per window
 
 
 class Images(NamedTuple):
@@ -46,38 +45,38 @@ class Images(NamedTuple):
     y: Tensor
 
     def batch(self, generator: torch.Generator) -> Tensor:
-        """Numbers of random examples."""
+        """Indices of random examples, `(BATCH_SIZE,)`."""
         return torch.randint(len(self.x), (BATCH_SIZE,), generator=generator)
 
 
 def digits() -> tuple[Images, Images, Images, Tensor]:
-    """Training images with some labels wrong, images known to be right, images to measure on, and which are wrong."""
-    found = load_digits()
+    """Training images with noisy labels, clean images, test images; and which of the training labels are wrong."""
+    data = load_digits()
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(found.target), generator=generator)
-    x = torch.as_tensor(found.data, dtype=torch.float32)[order]
-    x, y = (x - x.mean()) / x.std(), torch.as_tensor(found.target)[order]
-    given = y[:TRAIN].clone()
+    order = torch.randperm(len(data.target), generator=generator)
+    x = torch.as_tensor(data.data, dtype=torch.float32)[order]
+    x, y = (x - x.mean()) / x.std(), torch.as_tensor(data.target)[order]
+    noisy = y[:TRAIN].clone()
     wrong = torch.rand(TRAIN, generator=generator) < WRONG
-    given[wrong] = (given[wrong] + torch.randint(1, 10, (int(wrong.sum()),), generator=generator)) % 10
-    known = TRAIN + KNOWN
-    return Images(x[:TRAIN], given), Images(x[TRAIN:known], y[TRAIN:known]), Images(x[known:], y[known:]), wrong
+    noisy[wrong] = (noisy[wrong] + torch.randint(1, 10, (int(wrong.sum()),), generator=generator)) % 10
+    end = TRAIN + CLEAN
+    return Images(x[:TRAIN], noisy), Images(x[TRAIN:end], y[TRAIN:end]), Images(x[end:], y[end:]), wrong
 
 
 def network() -> nn.Module:
-    """Buffers, and random numbers in the forward pass."""
+    """An MLP with buffers (BatchNorm) and randomness (dropout) in its forward pass."""
     return nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
 
 
 def weighted_loss(model: nn.Module, data: Images, index: Tensor, weights: Tensor) -> Tensor:
-    """Of a batch; the weights count relative to their mean over all examples."""
+    """Weighted cross-entropy of a batch; weights are divided by their mean over all examples."""
     losses = F.cross_entropy(model(data.x[index]), data.y[index], reduction="none")
     return (losses * weights[index] / weights.mean()).mean()
 
 
-def learn_weights(train: Images, known: Images, windows: int) -> Tensor:
-    """Weights between 0 and 1 of all training examples, `(count,)`."""
-    register()  # tells `higher` about NFNOptimizer
+def learn_weights(train: Images, clean: Images, windows: int) -> Tensor:
+    """Weight of every training example, between 0 and 1, `(count,)`."""
+    register()  # makes NFNOptimizer differentiable inside `higher`
     generator = torch.Generator().manual_seed(0)
     logits = torch.zeros(len(train.x), requires_grad=True)
     outer = torch.optim.Adam([logits], LR)
@@ -88,7 +87,7 @@ def learn_weights(train: Images, known: Images, windows: int) -> Tensor:
         with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
             for _ in range(WINDOW):
                 diffopt.step(weighted_loss(fmodel, train, train.batch(generator), logits.sigmoid()))
-            loss = F.cross_entropy(fmodel(known.x), known.y)
+            loss = F.cross_entropy(fmodel(clean.x), clean.y)
             outer.zero_grad()
             loss.backward()
             outer.step()
@@ -96,8 +95,8 @@ def learn_weights(train: Images, known: Images, windows: int) -> Tensor:
     return logits.detach().sigmoid()
 
 
-def accuracy(train: Images, held: Images, weights: Tensor, seed: int, steps: int) -> float:
-    """Of a network trained with an ordinary loop, %."""
+def accuracy(train: Images, test: Images, weights: Tensor, seed: int, steps: int) -> float:
+    """Test accuracy of a new network after an ordinary training loop, %."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = network()
@@ -108,43 +107,41 @@ def accuracy(train: Images, held: Images, weights: Tensor, seed: int, steps: int
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        return 100 * (model(held.x).argmax(-1) == held.y).float().mean().item()
+        return 100 * (model(test.x).argmax(-1) == test.y).float().mean().item()
 
 
 def main() -> None:
-    """Learn the weights, then see what they are worth."""
+    """Learn the weights, then train with them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/differentiate_through_training"), help="folder for it all"
-    )
-    parser.add_argument("--windows", type=int, default=240, help="windows from which the weights are learned")
-    parser.add_argument("--seeds", type=int, default=3, help="networks trained for each row of the table")
-    parser.add_argument("--steps", type=int, default=300, help="steps for which they are trained")
+    parser.add_argument("--out", type=Path, default=Path("runs/differentiate_through_training"), help="output folder")
+    parser.add_argument("--windows", type=int, default=240, help="updates of the weights")
+    parser.add_argument("--seeds", type=int, default=3, help="networks per row of the table")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each of these networks")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    train, known, held, wrong = digits()
-    weights = learn_weights(train, known, options.windows)
-    found = {
+    train, clean, test, wrong = digits()
+    weights = learn_weights(train, clean, options.windows)
+    learned = {
         "torch": torch.__version__,
         "windows": options.windows,
         "weight of right labels": weights[~wrong].mean().item(),
         "weight of wrong labels": weights[wrong].mean().item(),
-        "told apart, %": 100 * ((weights < weights.mean()) == wrong).float().mean().item(),
+        "separated, %": 100 * ((weights < weights.mean()) == wrong).float().mean().item(),
     }
-    compared = {"all alike": torch.ones(TRAIN), "learned": weights, "only the right ones": (~wrong).float()}
+    compared = {"equal": torch.ones(TRAIN), "learned": weights, "zero for wrong labels": (~wrong).float()}
     rows = {
-        title: [accuracy(train, held, given, seed, options.steps) for seed in range(options.seeds)]
-        for title, given in compared.items()
+        title: [accuracy(train, test, values, seed, options.steps) for seed in range(options.seeds)]
+        for title, values in compared.items()
     }
-    report(found, rows, options.out)
+    report(learned, rows, options.out)
 
 
-def report(found: dict[str, Any], rows: dict[str, list[float]], out: Path) -> None:
+def report(learned: dict[str, Any], rows: dict[str, list[float]], out: Path) -> None:
     """Print the table; write it as Markdown and JSON."""
     title = (
-        f"{100 * WRONG:.0f} % of the labels are wrong. Weights: {found['weight of right labels']:.2f} of right ones, "
-        f"{found['weight of wrong labels']:.2f} of wrong ones; {found['told apart, %']:.0f} % are told apart."
+        f"{100 * WRONG:.0f} % of the labels are wrong. Mean weight: {learned['weight of right labels']:.2f} of right "
+        f"labels, {learned['weight of wrong labels']:.2f} of wrong ones; {learned['separated, %']:.0f} % are separated."
     )
     lines = [(row, f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})") for row, v in rows.items()]
     table = Table("weights", "accuracy, %", title=title)
@@ -154,7 +151,7 @@ def report(found: dict[str, Any], rows: dict[str, list[float]], out: Path) -> No
     out.mkdir(parents=True, exist_ok=True)
     text = [title, "", "| weights | accuracy, % |", "|---|---|", *(f"| {row} | {value} |" for row, value in lines)]
     (out / "differentiate_through_training.md").write_text("\n".join(text) + "\n")
-    (out / "differentiate_through_training.json").write_text(json.dumps({**found, "accuracy": rows}, indent=1) + "\n")
+    (out / "differentiate_through_training.json").write_text(json.dumps({**learned, "accuracy": rows}, indent=1) + "\n")
     print(f"wrote {out}/differentiate_through_training.{{md,json}}")
 
 

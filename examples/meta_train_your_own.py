@@ -1,14 +1,14 @@
-"""Fine-tune the shipped rule on your own module and your own data.
+"""Fine-tune the shipped rule on your own module and data.
 
     python examples/meta_train_your_own.py
 
-Two things are yours: `Mixer`, any `nn.Module` that works under `vmap` and differentiates twice, and `loader`, anything
-that yields batches. `ModuleTask` makes a task of them, `train` meta-trains from the rule `default` for a few dozen
-iterations and writes a rule file, which `NFNOptimizer(model, rule=file)` uses. Then new networks are trained in an
-ordinary loop with AdamW, with the rule as it ships and with yours, and measured on examples that none of them saw.
+Replace two things with your own: `Mixer`, any `nn.Module` that works under `vmap` and is twice differentiable, and
+`loader`, any iterable of batches. `ModuleTask` turns them into a task. `train` meta-trains for a few dozen iterations,
+starting from the rule `default`, and writes a rule file for `NFNOptimizer(model, rule=file)`. Then an ordinary loop
+trains new networks with AdamW, with the shipped rule and with yours, and evaluates them on held-out examples.
 
-So few iterations show how it is done, and leave the rule about where it was: the recipes of `python -m meta_train` take
-thousands. Gradients are first-order, since with second-order ones this short a run makes the rule worse.
+So few iterations demonstrate the procedure but hardly change the rule: the recipes of `python -m meta_train` take
+thousands. Meta-gradients are first-order, because second-order ones make the rule worse in so short a run.
 
 Columns of the table (mean over seeds, and the range):
     training loss   over the last tenth of the steps, in nats
@@ -40,14 +40,14 @@ BATCH_SIZE = 32
 
 
 class Mixer(nn.Module):
-    """Mixes the rows of an image, then what is in each of them, twice."""
+    """Two blocks that mix across the rows of an image, then within each row."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.embed = nn.Linear(8, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
         self.rows = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-        self.inside = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.columns = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.last = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,20 +55,20 @@ class Mixer(nn.Module):
         x = self.embed(x)  # (batch_size, rows, width)
         for i in range(2):
             x = x + torch.tanh(self.rows[i](self.norms[2 * i](x).mT).mT)
-            x = x + torch.tanh(self.inside[i](self.norms[2 * i + 1](x)))
+            x = x + torch.tanh(self.columns[i](self.norms[2 * i + 1](x)))
         logits: Tensor = self.last(x.mean(1))
         return logits
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
     """Batches of images `(batch, 8, 8)` and classes `(batch,)`."""
-    found = load_digits()
-    x = torch.as_tensor(found.images, dtype=torch.float32)
-    return DataLoader(TensorDataset((x - x.mean()) / x.std(), torch.as_tensor(found.target)), batch_size=100)
+    data = load_digits()
+    x = torch.as_tensor(data.images, dtype=torch.float32)
+    return DataLoader(TensorDataset((x - x.mean()) / x.std(), torch.as_tensor(data.target)), batch_size=100)
 
 
 def meta_train(data: Examples, iterations: int, out: Path) -> Path:
-    """Fine-tune `default` for the module on the data; returns the rule file."""
+    """Fine-tune `default` on the module and the data; return the rule file."""
     task = ModuleTask(Mixer, data, cross_entropy, BATCH_SIZE, Augment(0.0, 0.0, 0.0))
     config = Config(
         rule=load("default").config,
@@ -76,7 +76,7 @@ def meta_train(data: Examples, iterations: int, out: Path) -> Path:
         distribution=Single(task),
         iterations=iterations,
         members=4,
-        slots=8,
+        inner_runs=8,
         window=20,
         horizon=(50, 200),
         second_order=False,
@@ -89,7 +89,7 @@ def meta_train(data: Examples, iterations: int, out: Path) -> Path:
 
 
 def trained(data: Examples, make: Callable[[nn.Module], torch.optim.Optimizer], seed: int, steps: int) -> list[float]:
-    """Training loss over the last tenth of the steps, and held-out loss, of one network in an ordinary loop."""
+    """Train one network; return the mean training loss of the last tenth of the steps, and the held-out loss."""
     torch.manual_seed(seed)
     model, generator = Mixer(), torch.Generator().manual_seed(seed)
     optimizer = make(model)
@@ -117,12 +117,12 @@ def report(rows: dict[str, list[list[float]]], out: Path) -> None:
 
 
 def main() -> None:
-    """Meta-train, then compare."""
+    """Meta-train, then compare optimizers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/meta_train_your_own"), help="folder for it all; new")
+    parser.add_argument("--out", type=Path, default=Path("runs/meta_train_your_own"), help="output folder; must be new")
     parser.add_argument("--iterations", type=int, default=40, help="updates of theta")
-    parser.add_argument("--seeds", type=int, default=3, help="networks trained for each row of the table")
-    parser.add_argument("--steps", type=int, default=200, help="steps for which they are trained")
+    parser.add_argument("--seeds", type=int, default=3, help="networks per row of the table")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each of these networks")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = Examples.of("mine", loader(), classes=10, held_out=0.2)

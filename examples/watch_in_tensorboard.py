@@ -1,10 +1,10 @@
-"""Watch NFNOptimizer train a small network with convolutions and attention on handwritten digits, in TensorBoard.
+"""Monitor NFNOptimizer in TensorBoard while it trains a small network with convolutions and attention on digits.
 
     python examples/watch_in_tensorboard.py
     tensorboard --logdir runs/watch_in_tensorboard
 
-What differs from any training script that writes to TensorBoard is one line, `watch(optimizer, writer)`. Open Custom
-Scalars for the charts and Text for how to read them.
+A training script that writes to TensorBoard needs one more line, `watch(optimizer, writer)`. The Custom Scalars tab
+shows the charts; the Text tab explains them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BATCH_SIZE = 64
 
 
 class Network(nn.Module):
-    """Two convolutions; the sixteen places that they leave look at each other; a linear layer."""
+    """Two convolutions, self-attention over their sixteen output positions, and a linear layer."""
 
     def __init__(self, width: int = 32, heads: int = 4) -> None:
         super().__init__()
@@ -36,25 +36,25 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(batch, 1, 8, 8)` to logits `(batch, 10)`."""
-        places = self.stem(images).flatten(2).transpose(1, 2)  # (batch, 16, width)
-        seen, _ = self.attention(places, places, places, need_weights=False)
-        logits: Tensor = self.head((places + seen).flatten(1))
+        tokens = self.stem(images).flatten(2).transpose(1, 2)  # (batch, 16, width)
+        attended, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        logits: Tensor = self.head((tokens + attended).flatten(1))
         return logits
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1,797 images of 8x8 pixels: for training and held out, each with its labels."""
-    found = load_digits()
-    x = torch.as_tensor(found.images, dtype=torch.float32)[:, None]
+    """1,797 images of 8x8 pixels: training images and labels, held-out images and labels."""
+    data = load_digits()
+    x = torch.as_tensor(data.images, dtype=torch.float32)[:, None]
     x = (x - x[:1500].mean()) / x[:1500].std()
-    y = torch.as_tensor(found.target)
+    y = torch.as_tensor(data.target)
     return x[:1500], y[:1500], x[1500:], y[1500:]
 
 
 def main() -> None:
-    """Train, and watch."""
+    """Train and monitor."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/watch_in_tensorboard"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/watch_in_tensorboard"), help="folder for runs")
     parser.add_argument("--steps", type=int, default=1000)
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def main() -> None:
     folder = given.out / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
     with SummaryWriter(str(folder)) as writer:
-        watching = watch(optimizer, writer)  # the one line
+        watching = watch(optimizer, writer)  # the additional line
         for step in range(1, given.steps + 1):
             index = torch.randint(len(x), (BATCH_SIZE,))
             loss = cross_entropy(model(x[index]), y[index])

@@ -1,1 +1,1 @@
-"""How theta is made: meta-training of update rules by truncated backprop through unrolled training runs."""
+"""Meta-training of update rules by backpropagation or evolution strategies through unrolled training."""

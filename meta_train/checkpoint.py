@@ -1,7 +1,7 @@
-"""Everything a meta-training run needs to continue bit for bit; the last checkpoints of a run are always whole.
+"""Checkpoints, from which a meta-training run resumes bit for bit.
 
-A checkpoint is written under another name, flushed to disk and renamed, and older ones are removed only then. Where the
-newest cannot be read, the one before is taken.
+A checkpoint is written to a temporary file, flushed to disk and renamed, and older ones are removed only then. If the
+newest cannot be read, the one before is loaded.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import Any
 
 import torch
 
-KEEP = 2  # checkpoints of a run
+MAX_KEPT = 2  # checkpoints of a run
+FORMAT = 2  # of the content; raise it when names in it change
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
 
 def paths(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the newest first."""
-    found = {path: match for path in folder.glob("checkpoint-*.pt") if (match := _NAME.fullmatch(path.name))}
-    return sorted(found, key=lambda path: int(found[path][1]), reverse=True)
+    """The checkpoints of a run, newest first."""
+    matches = {path: match for path in folder.glob("checkpoint-*.pt") if (match := _NAME.fullmatch(path.name))}
+    return sorted(matches, key=lambda path: int(matches[path][1]), reverse=True)
 
 
 def save(folder: Path, iteration: int, content: dict[str, Any]) -> None:
-    """Add a checkpoint, and remove all but the last `KEEP`.
+    """Write a checkpoint, and remove all but the last `MAX_KEPT`.
 
     Args:
         folder: The run's folder.
-        iteration: Its number.
-        content: Tensors, numbers, texts, lists and dicts of them.
+        iteration: Number of the iteration.
+        content: Tensors, numbers, strings, lists and dicts of them.
     """
     partial = folder / ".checkpoint.partial"
     with partial.open("wb") as file:
-        torch.save(content, file)
+        torch.save({"format": FORMAT, "content": content}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / f"checkpoint-{iteration:07d}.pt")
@@ -44,28 +45,34 @@ def save(folder: Path, iteration: int, content: dict[str, Any]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    for old in paths(folder)[KEEP:]:
+    for old in paths(folder)[MAX_KEPT:]:
         old.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Read the newest checkpoint of a run that is whole, without executing code from it.
+    """Read the newest intact checkpoint of a run, without executing code from it.
 
     Raises:
-        FileNotFoundError: The folder has none.
-        ValueError: It has some, and none can be read.
+        FileNotFoundError: The folder has no checkpoint.
+        ValueError: None of the checkpoints can be read, or they have another format.
     """
-    found = paths(folder)
-    if not found:
+    candidates = paths(folder)
+    if not candidates:
         raise FileNotFoundError(
             f"expected a checkpoint in {folder}, found none; give the folder that `train --out` was given, "
             f"or start with `python -m meta_train train RECIPE --out {folder}`"
         )
-    for path in found:
+    for path in candidates:
         try:
-            content: dict[str, Any] = torch.load(path, weights_only=True)
+            saved: dict[str, Any] = torch.load(path, weights_only=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            warnings.warn(f"{path} cannot be read ({error}); taking the checkpoint before it", stacklevel=2)
-        else:
-            return content
-    raise ValueError(f"expected a whole checkpoint in {folder}, found {len(found)} that cannot be read; start again")
+            warnings.warn(f"{path} cannot be read ({error}); loading the checkpoint before it", stacklevel=2)
+            continue
+        if (written := saved.get("format", 1)) != FORMAT:
+            raise ValueError(
+                f"expected a checkpoint of format {FORMAT}, found format {written} in {path}; resume the run with the "
+                f"version that started it, or start a new one"
+            )
+        content: dict[str, Any] = saved["content"]
+        return content
+    raise ValueError(f"expected an intact checkpoint in {folder}, found {len(candidates)} unreadable ones; start again")

@@ -1,10 +1,10 @@
-"""Several processes that meta-train one theta; one process is the same with nobody to talk to.
+"""Meta-training of one theta by several processes.
 
     torchrun --nproc-per-node 4 -m meta_train train RECIPE --out DIR
 
-Work is dealt out by number: of the numbers 0, 1, 2, ... a process takes those that leave its rank when divided by the
-number of processes, and `gather` puts what came of them back in order. Whoever sums the results then sums the same
-numbers in the same order, however many processes there are, so that theta does not depend on their number.
+Work items are assigned by index: a process takes those whose index modulo the number of processes is its rank, and
+`gather` restores the order of the results. Sums over them then have the same terms in the same order for any number of
+processes, so that theta does not depend on it.
 """
 
 from __future__ import annotations
@@ -22,75 +22,75 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=10)  # for a process that does not answer
+TIMEOUT = timedelta(minutes=10)  # of collective operations
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work together.
+    """The rank of this process and the number of processes.
 
     Args:
-        rank: Its number, from 0.
-        size: How many there are.
+        rank: From 0.
+        size: Number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes files and talks to the user."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """What of `items` is this process's work."""
+    def slice_of(self, items: Sequence[T]) -> Sequence[T]:
+        """The items assigned to this process."""
         return items[self.rank :: self.size]
 
     def gather(self, results: Sequence[T]) -> list[T]:
-        """Put the results of all shares back in order, in every process.
+        """The results of all processes in the order of the items, in every process.
 
         Args:
-            results: One for each item of this process's share.
+            results: One for each item of this process's slice.
         """
         if self.size == 1:
             return list(results)
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, list(results))
-        return [everyone[i % self.size][i // self.size] for i in range(sum(map(len, everyone)))]
+        slices: list[Any] = [None] * self.size
+        dist.all_gather_object(slices, list(results))
+        return [slices[i % self.size][i // self.size] for i in range(sum(map(len, slices)))]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in some process."""
+        """Whether the flag is set in any process."""
         if self.size == 1:
             return flag
         flags: list[Any] = [None] * self.size
         dist.all_gather_object(flags, flag)
         return any(flags)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started, if it did; leave them in the end.
+def process_group(device: torch.device) -> Iterator[Ranks]:
+    """Initialise the process group if `torchrun` started this process, and destroy it at exit.
 
     Args:
-        device: Where tensors live: gloo connects processes on CPUs, nccl those on GPUs.
+        device: Device of the tensors; the backend is gloo on CPUs and nccl on GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    store = PrefixStore(f"restart {restarts()}", store)  # which still knows the addresses of processes that died
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store = PrefixStore(f"restart {restart_count()}", store)  # it still has the addresses of dead processes
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Ranks(rank, size)
     finally:
@@ -98,10 +98,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 
 def own_rank() -> int:
-    """This process's number among those that `torchrun` started, also after they have parted."""
+    """The rank of this process, also without a process group."""
     return int(os.environ.get("RANK", "0"))
 
 
-def restarts() -> int:
-    """How often `torchrun --max-restarts` has started the processes again."""
+def restart_count() -> int:
+    """How often `torchrun --max-restarts` has restarted the processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

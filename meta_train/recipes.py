@@ -1,4 +1,4 @@
-"""Recipes: functions that return the `Config` of a meta-training run. Add your own here, or call `train` with one."""
+"""Recipes: functions that return the `Config` of a meta-training run. Add yours to `RECIPES`, or pass it to `train`."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from meta_train.validation import Validation
 from nfn_optim.rule import RuleConfig
 
 PLAIN = RuleConfig(
-    hidden=1,
+    direction="orthogonal",
+    rank=32,
+    hidden=0,
     rounds=0,
     power=0.5,
     gain=3.0,
     cooldown=1.0,
-    bend=1.5,
-    fading=0.75,
-    talk_every=4,
-    rank=32,
-    growth=4.0,
-    waning=0.16,
+    cooldown_power=1.5,
+    inverse_time_power=0.75,
+    refresh_every=4,
+    adapt_rate=4.0,
+    adapt_decay=0.16,
 )
-"""Orthogonal directions for matrices, Adam's for vectors; steps in units of the root of the scale, which grow while
-gradients agree, and fall by a schedule.
+"""Orthogonal directions for matrices, Adam's for vectors; steps in units of the square root of the parameter RMS, with
+step-size adaptation by the gradient cosine and a cooldown.
 
-One equivariant layer: what it says is linear in what rows and tensors show. The hidden channel, which there must be, is
-silent.
+Without hidden channels: gains are linear in the features of rows and tensors, and coefficients are constant.
 """
 UNIVERSAL = replace(PLAIN, hidden=16, rounds=2)
-"""The same with a network between what is seen and what is said."""
+"""The same with hidden channels and two rounds of message passing between features and coefficients."""
 
 MILD = Augment(reparametrise=0.25, label_noise=0.1, pixel_noise=0.5, rescale=0.1, loss_scale=0.3)
-"""How members of validation tasks differ: with so little noise that the loss goes on falling, as on most data."""
+"""Augmentation of validation tasks: noise low enough that the loss keeps falling, as on most data."""
 
 
 def digits() -> Config:
     """MLPs of many shapes on scikit-learn's 8x8 digits; the recipe of the first shipped rule.
 
-    Stopped after a quarter of its schedule, where development tasks other than digits were learned fastest.
+    Stopped after a quarter of its schedule, when it was fastest on development tasks other than digits.
     """
     return Config(
         rule=RuleConfig(power=1.0, cooldown=0.2),
@@ -62,52 +62,51 @@ def digits() -> Config:
         iterations=2000,
         until=500,
         window=40,
-        objective=Objective(averaged=0.5),
+        objective=Objective(averaged_fraction=0.5),
         validate_every=50,
     )
 
 
 def default() -> Config:
-    """The shipped rule: step sizes, on families of wide tasks, by backpropagation through whole runs; from `PLAIN` on.
+    """The shipped rule: step sizes, on families of wide tasks, by backpropagation through whole runs; from `PLAIN`.
 
-    Some fifty numbers are trained: those through which the gain is plainly linear in what the rule sees, how it grows,
-    and the constant part of the coefficients. Whole runs have no short-horizon bias, and where steps are of a sensible
-    size from the start their gradient is far from chaotic. On narrower networks it asks for longer steps than
-    development tasks bear. It is stopped after a third of its schedule and exports what is half way from its beginning;
-    further on some tasks go on getting better and others worse.
+    Some fifty parameters are trained: the linear map from features to the gain, the step-size adaptation, and the
+    biases of the coefficients. Whole runs have no short-horizon bias, and with sensible step sizes from the start their
+    gradient is not chaotic. Trained on narrower networks, the rule takes steps that are too long for development tasks.
+    It stops after a third of its schedule and exports theta half way between the initial theta and the average;
+    beyond that some tasks keep improving and others deteriorate.
     """
     return Config(
         rule=PLAIN,
-        learn=("power", "share", "growth", "waning", "stack.read_tensors.bias", "stack.bypass_"),
+        trainable=("network.", "direction."),
         distribution=wide(),
         validation=validation(),
         standardised=True,
         window=0,
         segment=20,
         horizon=(250, 800),
-        restart=0.1,
-        objective=Objective(tail=0.25),
+        warm_start=0.1,
+        objective=Objective(tail_fraction=0.25),
         iterations=60,
         until=20,
         tasks=4,
         members=4,
-        slots=4,
+        inner_runs=4,
         lr=0.01,
         warmup=5,
         clip=3.0,
-        average=0.9,
-        reach=0.5,
+        ema_decay=0.9,
+        export_fraction=0.5,
         checkpoint_every=5,
         validate_every=10,
     )
 
 
 def broad() -> Config:
-    """All of a larger rule, on all families of tasks, by backpropagation through whole inner runs; an experiment.
+    """All parameters of a larger rule, on all families of tasks, through whole inner runs; an experiment.
 
-    Start it from a rule whose steps are of a sensible size (`--initial default`): there the gradient of a whole run is
-    far from chaotic, and unlike that of a window it knows what a step is good for in the end. So far validation got
-    worse by it, not better.
+    Start it from a rule with sensible step sizes (`--initial default`): then the gradient of a whole run is not
+    chaotic, and unlike that of a window not biased towards short-term progress. So far it has made validation worse.
     """
     return Config(
         rule=UNIVERSAL,
@@ -115,17 +114,17 @@ def broad() -> Config:
         validation=validation(),
         window=0,
         horizon=(60, 300),
-        restart=0.1,
-        objective=Objective(tail=0.25),
+        warm_start=0.1,
+        objective=Objective(tail_fraction=0.25),
         iterations=200,
         tasks=4,
         members=4,
-        slots=4,
+        inner_runs=4,
         lr=3e-3,
         warmup=10,
         clip=0.2,
         reject=1000.0,
-        average=0.95,
+        ema_decay=0.95,
         checkpoint_every=10,
         validate_every=30,
     )
@@ -134,7 +133,7 @@ def broad() -> Config:
 def families() -> Mixture:
     """All families of tasks.
 
-    Images and text come from packages; MNIST and Shakespeare join them if the data folder has them
+    Images and text come from packages, and MNIST and Shakespeare from the data folder if it has them
     (`meta_train.tasks.folder`). A run must be resumed with the data that it was started with.
     """
     images = ("digits", "mnist5k", *(("mnist",) if has_file("mnist.npz") else ()))
@@ -156,12 +155,12 @@ def families() -> Mixture:
 
 
 def all_texts() -> tuple[str, ...]:
-    """The texts of packages, and Shakespeare if the data folder has it."""
+    """The texts of packages, and Shakespeare if it is in the data folder."""
     return ("prose", "code", *(("shakespeare",) if has_file("tinyshakespeare.txt") else ()))
 
 
 def wide() -> Mixture:
-    """Families of tasks in sizes at which step sizes are as they are on larger ones, with the noise of real data."""
+    """Families of tasks wide enough that good step sizes transfer to larger networks, with the noise of real data."""
     images = ("mnist5k", "mnist14")
     texts = all_texts()
     mild = replace(MILD, rescale=0.25)
@@ -180,7 +179,7 @@ def wide() -> Mixture:
 
 
 def validation() -> Validation:
-    """Fixed tasks of several kinds, wider than those trained on, for choosing the best theta."""
+    """Fixed tasks of several kinds, wider than those trained on, that select the best theta."""
     return Validation(
         (
             MLPDistribution(width=(64, 128), zooms=(1,), data=("mnist14",), augment=MILD),
@@ -195,7 +194,7 @@ def validation() -> Validation:
 
 
 def smoke() -> Config:
-    """A minute's worth: tiny MLPs, few iterations; shows that everything runs."""
+    """A smoke test of a minute: tiny MLPs, few iterations."""
     return Config(
         rule=RuleConfig(hidden=4, power=1.0),
         distribution=MLPDistribution(width=(4, 8), batch_size=(8, 16), zooms=(1,), augment=Augment(0.5, 0.0, 0.0)),
@@ -203,7 +202,7 @@ def smoke() -> Config:
         iterations=60,
         lr=4e-3,
         members=2,
-        slots=3,
+        inner_runs=3,
         window=5,
         horizon=(10, 30),
         warmup=5,

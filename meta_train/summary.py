@@ -1,10 +1,10 @@
 """A run in TensorBoard.
 
-meta            objective, norm and signal-to-noise ratio of the meta-gradient, share of estimates dropped, ...
+meta            objective, norm and signal-to-noise ratio of the meta-gradient, fraction of estimates dropped, ...
 objective       by family of tasks
-validation      score, and by task: score, speed, size of the learned part
-curves          pictures of the validation tasks' losses beside AdamW's
-theta           histograms of the averaged theta
+validation      score, and by task: score, speed, norm of the learned part
+curves          figures of the losses on validation tasks, with AdamW's
+theta           histograms of the exported theta
 hparams         the configuration with the final scores
 """
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 META = {
     "objective": ["^meta/objective$"],
     "norm of the meta-gradient": ["^meta/gradient_norm$"],
-    "signal to noise": ["^meta/signal_to_noise$"],
-    "share dropped": ["^meta/dropped$"],
+    "signal-to-noise ratio": ["^meta/signal_to_noise$"],
+    "fraction dropped": ["^meta/dropped$"],
     "inner runs restarted": ["^meta/restarted$"],
     "learning rate": ["^meta/learning_rate$"],
 }
-SECTIONS = {  # title -> what its tags begin with; every tag has a chart, since lines of one run have one colour
+SECTIONS = {  # title -> prefix of its tags; one chart per tag, since all curves of a run have the same colour
     "objective by family": "objective/",
     "validation: log(final loss / AdamW's)": "validation_score/",
     "validation: speed, in AdamW's": "validation_speed/",
@@ -39,21 +39,23 @@ SECTIONS = {  # title -> what its tags begin with; every tag has a chart, since 
 
 
 def layout_of(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """The charts of Custom Scalars, by section, for the tags that there are."""
+    """The charts of Custom Scalars for these tags, by section."""
     tags = sorted(tags)
     layout = {"meta-training": META | ({"validation": ["^validation/score$"]} if "validation/score" in tags else {})}
-    for title, start in SECTIONS.items():
-        if found := [tag for tag in tags if tag.startswith(start)]:
-            layout[title] = {tag.removeprefix(start): [f"^{re.escape(tag)}$"] for tag in found}
-    return {title: {name: ["Multiline", of] for name, of in charts.items()} for title, charts in layout.items()}
+    for title, prefix in SECTIONS.items():
+        if matches := [tag for tag in tags if tag.startswith(prefix)]:
+            layout[title] = {tag.removeprefix(prefix): [f"^{re.escape(tag)}$"] for tag in matches}
+    return {
+        title: {name: ["Multiline", patterns] for name, patterns in charts.items()} for title, charts in layout.items()
+    }
 
 
 class Summary:
-    """Writes what a run reports.
+    """Writes the events of a run.
 
     Args:
-        folder: Of the run.
-        iteration: Iterations done; what an earlier process wrote of later ones is hidden.
+        folder: The run's folder.
+        iteration: Iterations so far; events of later ones, written before a resume, are purged.
     """
 
     def __init__(self, folder: Path, iteration: int) -> None:
@@ -63,50 +65,54 @@ class Summary:
         self._tags: set[str] = set()
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """Numbers by tag; where there are new tags they get charts."""
+        """Write scalars by tag; new tags get charts."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, iteration)
         if not values.keys() <= self._tags:
             self._tags |= values.keys()
             self._writer.add_custom_scalars(layout_of(self._tags))
 
-    def validation(self, rule: UpdateRule, found: Sequence[Comparison], iteration: int) -> None:
-        """How the rule does on the validation tasks, and its theta."""
-        numbers = {"validation/score": score_of(found)}
-        for c in found:
-            numbers |= {
+    def validation(self, rule: UpdateRule, comparisons: Sequence[Comparison], iteration: int) -> None:
+        """Write the comparisons on validation tasks, and histograms of theta."""
+        values = {"validation/score": score_of(comparisons)}
+        for c in comparisons:
+            values |= {
                 f"validation_score/{c.name}": c.score,
                 f"validation_speed/{c.name}": c.speed,
                 f"learned_over_nominal/{c.name}": c.learned_over_nominal,
             }
-        self.scalars(numbers, iteration)
-        self._writer.add_figure("curves", figure_of(found), iteration)
+        self.scalars(values, iteration)
+        self._writer.add_figure("curves", figure_of(comparisons), iteration)
         for name, p in rule.named_parameters():
             self._writer.add_histogram(f"theta/{name}", p, iteration)
 
     def hparams(self, config: object, scores: Mapping[str, float]) -> None:
-        """The configuration, as far as it is plain, with what came of it."""
-        plain = {f.name: getattr(config, f.name) for f in fields(config)}  # type: ignore[arg-type]
-        shown = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in plain.items()}
-        self._writer.add_hparams(shown, dict(scores), run_name="hparams")
+        """Write the configuration with the final scores."""
+        values = {f.name: getattr(config, f.name) for f in fields(config)}  # type: ignore[arg-type]
+        hparams = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in values.items()}
+        self._writer.add_hparams(hparams, dict(scores), run_name="hparams")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the writer."""
         self._writer.close()
 
 
-def figure_of(found: Sequence[Comparison]) -> Figure:
-    """Loss over steps of every validation task: AdamW, the rule not told the horizon, and told."""
-    from matplotlib.figure import Figure as Made  # noqa: PLC0415 - an extra, slow to import
+def figure_of(comparisons: Sequence[Comparison]) -> Figure:
+    """Loss over steps of every validation task: AdamW, and the rule with the horizon unknown and known."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, slow to import
 
-    columns = min(len(found), 3)
-    rows = -(-len(found) // columns)
-    figure = Made(figsize=(4 * columns, 3 * rows), constrained_layout=True)
+    columns = min(len(comparisons), 3)
+    rows = -(-len(comparisons) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), constrained_layout=True)
     axes: Any = figure.subplots(rows, columns, squeeze=False).flat
-    for axis in axes[len(found) :]:
+    for axis in axes[len(comparisons) :]:
         axis.remove()
-    for axis, c in zip(axes, found, strict=False):
-        for label, curve in (("AdamW, best of four", c.adamw), ("rule", c.untold), ("rule, told horizon", c.told)):
+    for axis, c in zip(axes, comparisons, strict=False):
+        for label, curve in (
+            ("AdamW, best of four", c.adamw),
+            ("rule, horizon unknown", c.horizon_unknown),
+            ("rule, horizon known", c.horizon_known),
+        ):
             width = max(len(curve) // 20, 1)
             axis.plot(range(width, len(curve) + 1), curve.unfold(0, width, 1).mean(1), label=label)
         axis.set(title=c.name, xlabel="step", yscale="log")

@@ -1,4 +1,4 @@
-"""Theta as one vector, and back: what estimators perturb, differentiate and average."""
+"""Theta as one vector, which estimators perturb, differentiate and average, and back."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from torch import Tensor, nn
 
 
 def flatten(rule: nn.Module) -> Tensor:
-    """The parameters of a rule one after the other, `(size,)`, without history."""
+    """The parameters of a rule, flattened and concatenated, `(size,)`; detached."""
     return torch.cat([p.detach().flatten() for p in rule.parameters()])
 
 
-def trained(rule: nn.Module) -> Tensor:
-    """Which of the numbers of `flatten` are trained: 1 or 0 for each, `(size,)`."""
+def trainable_mask(rule: nn.Module) -> Tensor:
+    """1 for every entry of `flatten` that is trained, else 0, `(size,)`."""
     return torch.cat([torch.full_like(p, float(p.requires_grad)).detach().flatten() for p in rule.parameters()])
 
 
 def train_only(rule: nn.Module, prefixes: Sequence[str]) -> None:
-    """Let only the parameters be trained whose names begin with one of some prefixes.
+    """Require gradients only of the parameters whose names start with one of some prefixes.
 
     Raises:
-        ValueError: A prefix that no name begins with.
+        ValueError: No name starts with one of the prefixes.
     """
     names = [name for name, _ in rule.named_parameters()]
     if unknown := [x for x in prefixes if not any(name.startswith(x) for name in names)]:
-        raise ValueError(f"expected beginnings of names of the rule's parameters, {names}, found {unknown}")
+        raise ValueError(f"expected prefixes of the rule's parameter names, {names}, found {unknown}")
     for name, p in rule.named_parameters():
         p.requires_grad_(name.startswith(tuple(prefixes)))
 
 
 def unflatten(rule: nn.Module, rows: Tensor) -> dict[str, Tensor]:
-    """Cut vectors into parameters.
+    """Split vectors into parameters.
 
     Args:
         rule: The rule whose parameters they are.

@@ -1,9 +1,10 @@
-"""Meta-training: the loop, top to bottom.
+"""The meta-training loop.
 
-Inner runs of several tasks stand in *slots*, each at another age and with randomness of its own. An iteration takes the
-next slots, estimates the meta-gradient from a window of each under the current theta, moves theta by their mean, and
-puts the slots back, or starts a new task where the horizon is reached. Several processes share the slots out among
-themselves and see the same theta; a run continues bit for bit from its checkpoint, whatever their number.
+`inner_runs` inner runs of several tasks are in progress at once, each at another age and with its own generator. An
+iteration advances the next `tasks` of them by a window under the current theta, estimates a meta-gradient from each,
+updates theta with their mean, and replaces inner runs that have reached their horizon or diverged. Several processes
+divide the inner runs among themselves and hold the same theta; a run resumes bit for bit from its checkpoint, with any
+number of processes.
 """
 
 from __future__ import annotations
@@ -25,28 +26,41 @@ from torch import Tensor
 
 from meta_train import checkpoint, theta_vector
 from meta_train.config import Config
-from meta_train.distributed import ALONE, Ranks, joined, restarts
+from meta_train.distributed import SINGLE_PROCESS, Ranks, process_group, restart_count
 from meta_train.meta_gradient import Estimate, combine
 from meta_train.summary import Summary
 from meta_train.tasks import Task
-from meta_train.unroll import Carry, restart, start
+from meta_train.unroll import Carry, start, warm_start
 from meta_train.validation import Comparison, score_of
 from nfn_optim import pretrained
 from nfn_optim.rule import RuleConfig, UpdateRule
 
-SAID_PLAINLY = ("power", "share", "growth", "waning", "stack.read_tensors.bias")
-FREE = ("power", "gain", "cooldown", "bend", "fading", "talk_every", "rank", "growth", "waning")
+# Parts of the names of parameters that have no effect where heads are zero: a rule to start from may lack them.
+HIDDEN_PARTS = ("_embedding", "_to_row", "_to_tensor", "_head")
+# Fields of `RuleConfig` in which the rule to start from may differ.
+COMPATIBLE_FIELDS = (
+    "power",
+    "gain",
+    "cooldown",
+    "cooldown_power",
+    "inverse_time_power",
+    "refresh_every",
+    "direction",
+    "rank",
+    "adapt_rate",
+    "adapt_decay",
+)
 THETA, BEST = "theta.safetensors", "best.safetensors"
 MODULES, COUNTERS = ("rule", "average", "optimizer"), ("iteration", "dropped", "seconds", "best", "stale")  # of a `Run`
 
 
 @dataclass
-class Slot:
-    """An inner run under way.
+class InnerRun:
+    """An inner run in progress.
 
     Attributes:
-        task: What is trained.
-        carry: Where it stands.
+        task: The task that is trained.
+        carry: The state of inner training.
         generator: The only source of its randomness.
     """
 
@@ -57,16 +71,16 @@ class Slot:
 
 @dataclass
 class Run:
-    """The state of a run between two iterations.
+    """The state of a meta-training run between two iterations.
 
     Attributes:
-        rule: Theta as it is being trained.
+        rule: The current theta.
         average: Its exponential moving average.
-        optimizer: The outer one.
-        slots: By number, those of this process.
-        iteration: Updates of theta tried so far.
-        dropped: Those of them that had no usable estimate and left theta as it was.
-        seconds: Time spent so far.
+        optimizer: The outer optimizer.
+        inner_runs: By index, those of this process.
+        iteration: Iterations so far.
+        dropped: Iterations without a valid estimate, which left theta unchanged.
+        seconds: Wall-clock time so far.
         best: The lowest validation score so far.
         stale: Validations since then.
     """
@@ -74,7 +88,7 @@ class Run:
     rule: UpdateRule
     average: UpdateRule
     optimizer: torch.optim.Optimizer
-    slots: dict[int, Slot]
+    inner_runs: dict[int, InnerRun]
     iteration: int = 0
     dropped: int = 0
     seconds: float = 0.0
@@ -86,53 +100,56 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
     """Meta-train a rule.
 
     Args:
-        config: What the run is made of.
+        config: The configuration of the run.
         out: Folder for checkpoints, exported theta and TensorBoard events.
         describe: How to make `config` again; stored in the checkpoint.
-        resume: Continue the run in `out` instead of starting one. After a restart by `torchrun` it is continued anyway.
+        resume: Continue the run in `out` instead of starting one; implied after a restart by `torchrun`.
 
     Returns:
-        The rule with the exported theta, also in `out / "theta.safetensors"`; the one with the lowest
-        validation score, if there is validation, is in `out / "best.safetensors"`.
+        The rule with the exported theta, also in `out / "theta.safetensors"`; with validation, the one with the lowest
+        validation score is in `out / "best.safetensors"`.
 
     Raises:
         FileExistsError: `out` holds a run already and `resume` is False.
         FileNotFoundError: `out` holds no run and `resume` is True.
-        ValueError: The slots cannot be shared out among the processes.
-        KeyboardInterrupt: Ctrl-C was pressed; the iteration under way was finished and the checkpoint written.
+        ValueError: The inner runs cannot be divided among the processes, or the checkpoint has another format.
+        KeyboardInterrupt: Ctrl-C was pressed; the iteration was finished and the checkpoint written.
     """
     from tqdm import tqdm  # noqa: PLC0415 - an extra
 
-    with joined(torch.device(config.device)) as ranks, deferred_interrupt() as interrupted:
-        found = bool(checkpoint.paths(out))
-        resume = resume or (found and restarts() > 0)
-        if found and not resume:
+    with process_group(torch.device(config.device)) as ranks, deferred_interrupt() as interrupted:
+        has_checkpoint = bool(checkpoint.paths(out))
+        resume = resume or (has_checkpoint and restart_count() > 0)
+        if has_checkpoint and not resume:
             raise FileExistsError(f"{out} holds a run; continue it with `resume {out}` or choose another folder")
         config.check(ranks.size)
-        ranks.wait()
+        ranks.barrier()
         out.mkdir(parents=True, exist_ok=True)
-        run = restore(config, ranks, checkpoint.load(out)) if resume else begin(config, ranks)
-        summary = Summary(out, run.iteration) if ranks.first else None
+        run = restore(config, ranks, checkpoint.load(out)) if resume else start_run(config, ranks)
+        summary = Summary(out, run.iteration) if ranks.is_main else None
         if not resume:
             if config.validation is not None:
                 validate(run, config, ranks, out, summary)
             save(run, config, ranks, out, describe)
-        progress = tqdm(total=config.last, initial=run.iteration, desc="meta-training", disable=not ranks.first)
-        begun = time.monotonic() - run.seconds
+        last = config.last_iteration
+        progress = tqdm(total=last, initial=run.iteration, desc="meta-training", disable=not ranks.is_main)
+        started = time.monotonic() - run.seconds
         stop = False
         try:
-            while run.iteration < config.last and not stop:
-                report = iterate(run, config, ranks)
-                run.seconds = time.monotonic() - begun
+            while run.iteration < last and not stop:
+                scalars = iterate(run, config, ranks)
+                run.seconds = time.monotonic() - started
                 if summary is not None:
-                    summary.scalars(report, run.iteration)
+                    summary.scalars(scalars, run.iteration)
                 if config.validates(run.iteration):
                     validate(run, config, ranks, out, summary)
-                stop = ranks.any(interrupted.is_set() or is_spent(run, config))
-                if run.iteration % config.checkpoint_every == 0 or stop or run.iteration == config.last:
+                stop = ranks.any(interrupted.is_set() or out_of_budget(run, config))
+                if run.iteration % config.checkpoint_every == 0 or stop or run.iteration == last:
                     save(run, config, ranks, out, describe)
                 progress.update()
-                progress.set_postfix(objective=f"{report['meta/objective']:.3f}", best=f"{run.best:.3f}", refresh=False)
+                progress.set_postfix(
+                    objective=f"{scalars['meta/objective']:.3f}", best=f"{run.best:.3f}", refresh=False
+                )
             if summary is not None:
                 scores = {"final/best_score": run.best} if math.isfinite(run.best) else {}
                 summary.hparams(config, {"final/dropped": float(run.dropped), "final/seconds": run.seconds, **scores})
@@ -142,92 +159,91 @@ def train(config: Config, out: Path, describe: dict[str, Any], *, resume: bool =
                 summary.close()
         if interrupted.is_set():
             raise KeyboardInterrupt
-    return exported(run, config)
+    return exported_rule(run, config)
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Let Ctrl-C set an event instead of stopping an iteration half way; a second one stops at once."""
+    """Let Ctrl-C set an event instead of interrupting an iteration; a second one raises at once."""
     event = threading.Event()
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
+    def handle(_signal: int, _frame: FrameType | None) -> None:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
 
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, note) if main else None
+    previous = signal.signal(signal.SIGINT, handle) if main else None
     try:
         yield event
     finally:
         if main:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, previous)
 
 
-def is_spent(run: Run, config: Config) -> bool:
-    """Whether the time is used up, or validation has not improved for too long."""
+def out_of_budget(run: Run, config: Config) -> bool:
+    """Whether the time is used up, or validation has not improved for `patience` validations."""
     late = config.minutes is not None and run.seconds >= 60 * config.minutes
     return late or (config.patience is not None and run.stale >= config.patience)
 
 
-def iterate(run: Run, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
-    """One iteration: estimate, move theta, put the slots back.
+def iterate(run: Run, config: Config, ranks: Ranks = SINGLE_PROCESS) -> dict[str, float]:
+    """One iteration: estimate the meta-gradient, update theta, replace inner runs that have ended.
 
     Returns:
-        Scalars to watch, by TensorBoard tag.
+        Scalars by TensorBoard tag.
     """
     estimation = config.estimation(run.iteration)
-    places = [(run.iteration * config.tasks + j) % config.slots for j in range(config.tasks)]
-    mine = []
-    for place in ranks.share(places):
-        slot = run.slots[place]
-        if slot.carry.copies != estimation.copies:  # another estimator takes over
-            slot = run.slots[place] = fresh_slot(run, config, slot.generator)
-        mine.append((place, estimation(run.rule, slot.task, slot.carry, slot.generator)))
-    samples = torch.cat(ranks.gather([found.samples.cpu() for _, found in mine]))
-    reports = ranks.gather([reported(run.slots[place].task, found) for place, found in mine])
+    indices = [(run.iteration * config.tasks + j) % config.inner_runs for j in range(config.tasks)]
+    estimates = {}
+    for index in ranks.slice_of(indices):
+        inner = run.inner_runs[index]
+        if inner.carry.copies != estimation.antithetic_copies:  # the estimator has changed
+            inner = run.inner_runs[index] = new_inner_run(run, config, inner.generator)
+        estimates[index] = estimation(run.rule, inner.task, inner.carry, inner.generator)
+    samples = torch.cat(ranks.gather([estimate.samples.cpu() for estimate in estimates.values()]))
+    reports = ranks.gather([window_report(run.inner_runs[index].task, e) for index, e in estimates.items()])
 
     run.iteration += 1
-    bounded = estimation.estimator == "backprop"  # the others' estimates are large, and only their mean says something
-    each, reject = (config.clip, config.reject) if bounded else (math.inf, math.inf)
-    combined = combine(samples, config.clip, each=each, reject=reject)
+    clips = estimation.estimator == "backprop"  # single estimates of evolution strategies are large, their mean is not
+    clip_each, reject = (config.clip, config.reject) if clips else (math.inf, math.inf)
+    combined = combine(samples, config.clip, clip_each=clip_each, reject=reject)
     rate = learning_rate(config, run.iteration)
-    if combined.usable:
-        move(run, config, combined.gradient, rate)
+    if combined.is_valid:
+        update_theta(run, config, combined.gradient, rate)
     else:
         run.dropped += 1
-    for place, found in mine:
-        slot = run.slots[place]
-        slot = replace(slot, carry=found.carry)
-        if not is_sound(found):
-            slot = fresh_slot(run, config, slot.generator)
-        elif found.carry.steps >= found.carry.horizon:
-            slot = next_slot(run, config, slot)
-        run.slots[place] = slot
+    for index, estimate in estimates.items():
+        inner = replace(run.inner_runs[index], carry=estimate.carry)
+        if not is_valid(estimate):
+            inner = new_inner_run(run, config, inner.generator)
+        elif estimate.carry.steps >= estimate.carry.horizon:
+            inner = next_inner_run(run, config, inner)
+        run.inner_runs[index] = inner
     return {
         "meta/objective": sum(r["objective"] for r in reports) / len(reports),
         "meta/gradient_norm": combined.norm,
         "meta/signal_to_noise": combined.signal_to_noise,
         "meta/dropped": combined.dropped,
         "meta/learning_rate": rate,
-        "meta/restarted": float(sum(not r["sound"] for r in reports)),
+        "meta/restarted": float(sum(not r["valid"] for r in reports)),
         "meta/inner_steps": sum(r["steps"] for r in reports) / len(reports),
         **{f"objective/{r['family']}": r["objective"] for r in reports},
     }
 
 
-def reported(task: Task, found: Estimate) -> dict[str, Any]:
-    """What is told of a window: family, mean objective, steps of the inner run, whether it goes on."""
+def window_report(task: Task, estimate: Estimate) -> dict[str, Any]:
+    """Family of the task, mean objective, steps of the inner run, and whether it is valid."""
     return {
         "family": task.name.split("-")[0],
-        "objective": found.objective.nanmean().item(),
-        "steps": float(found.carry.steps),
-        "sound": is_sound(found),
+        "objective": estimate.objective.nanmean().item(),
+        "steps": float(estimate.carry.steps),
+        "valid": is_valid(estimate),
     }
 
 
-def move(run: Run, config: Config, gradient: Tensor, rate: float) -> None:
-    """Move theta along a gradient `(size of theta,)`, and its average behind it."""
+def update_theta(run: Run, config: Config, gradient: Tensor, rate: float) -> None:
+    """One step of the outer optimizer with a gradient `(size of theta,)`, then of the moving average."""
     for name, value in theta_vector.unflatten(run.rule, gradient).items():
         if (p := run.rule.get_parameter(name)).requires_grad:
             p.grad = value.to(p.device, copy=True)
@@ -235,26 +251,25 @@ def move(run: Run, config: Config, gradient: Tensor, rate: float) -> None:
         group["lr"] = rate
     run.optimizer.step()
     with torch.no_grad():
-        for slow, fast in zip(run.average.parameters(), run.rule.parameters(), strict=True):
-            slow.lerp_(fast, 1 - min(config.average, 1 - 1 / run.iteration))
+        for average, p in zip(run.average.parameters(), run.rule.parameters(), strict=True):
+            average.lerp_(p, 1 - min(config.ema_decay, 1 - 1 / run.iteration))
 
 
 def validate(run: Run, config: Config, ranks: Ranks, out: Path, summary: Summary | None) -> list[Comparison]:
-    """Compare the exported theta with AdamW, and keep it if it is the best so far."""
+    """Compare the exported theta with AdamW, and save it if it is the best so far."""
     assert config.validation is not None
-    numbers = ranks.share(range(len(config.validation.distributions)))
-    rule = exported(run, config)
-    mine = [config.validation.compare(rule, number) for number in numbers]
-    found = ranks.gather(mine)
-    score = score_of(found)
+    rule = exported_rule(run, config)
+    indices = ranks.slice_of(range(len(config.validation.distributions)))
+    comparisons = ranks.gather([config.validation.compare(rule, index) for index in indices])
+    score = score_of(comparisons)
     run.stale += 1
     if score < run.best:
         run.best, run.stale = score, 0
-        if ranks.first:
+        if ranks.is_main:
             pretrained.save(rule, out / BEST)
     if summary is not None:
-        summary.validation(rule, found, run.iteration)
-    return found
+        summary.validation(rule, comparisons, run.iteration)
+    return comparisons
 
 
 def learning_rate(config: Config, iteration: int) -> float:
@@ -263,139 +278,141 @@ def learning_rate(config: Config, iteration: int) -> float:
     return config.lr * warm * (0.55 + 0.45 * math.cos(math.pi * min(iteration / config.iterations, 1.0)))
 
 
-def begin(config: Config, ranks: Ranks = ALONE) -> Run:
+def start_run(config: Config, ranks: Ranks = SINGLE_PROCESS) -> Run:
     """A run before its first iteration."""
-    run = blank(config, beginning(config))
-    for place in ranks.share(range(config.slots)):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
-        slot = fresh_slot(run, config, generator)
-        if config.window:  # staggered: not all at once
-            windows = math.ceil(slot.carry.horizon / config.window * (place + 1) / config.slots)
-            slot = replace(slot, carry=replace(slot.carry, horizon=windows * config.window))
-        run.slots[place] = slot
+    run = empty_run(config, initial_rule(config))
+    for index in ranks.slice_of(range(config.inner_runs)):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+        inner = new_inner_run(run, config, generator)
+        if config.window:  # staggered, so that they do not end at the same iteration
+            windows = math.ceil(inner.carry.horizon / config.window * (index + 1) / config.inner_runs)
+            inner = replace(inner, carry=replace(inner.carry, horizon=windows * config.window))
+        run.inner_runs[index] = inner
     return run
 
 
 def new_rule(config: Config) -> UpdateRule:
-    """A rule that has learned nothing."""
+    """A rule with a newly initialised theta."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return UpdateRule(config.rule).to(config.device)
 
 
-def beginning(config: Config) -> UpdateRule:
-    """The rule before the first iteration."""
+def initial_rule(config: Config) -> UpdateRule:
+    """The rule before the first iteration: a new one, or `config.initial`."""
     rule = new_rule(config)
     if config.initial is not None:
-        rule.load_state_dict(rule.state_dict() | started_from(config.initial, config.rule))
+        rule.load_state_dict(rule.state_dict() | load_initial_theta(config.initial, config.rule))
     return rule
 
 
 @torch.no_grad()
-def exported(run: Run, config: Config) -> UpdateRule:
-    """The rule that is handed out: as far from the beginning to the averaged theta as `reach` says."""
-    if config.reach == 1:
+def exported_rule(run: Run, config: Config) -> UpdateRule:
+    """The rule with theta interpolated between the initial theta and the moving average, at `export_fraction`."""
+    if config.export_fraction == 1:
         return run.average
-    rule = beginning(config).requires_grad_(False)
-    for value, goal in zip(rule.parameters(), run.average.parameters(), strict=True):
-        value.lerp_(goal, config.reach)
+    rule = initial_rule(config).requires_grad_(False)
+    for p, average in zip(rule.parameters(), run.average.parameters(), strict=True):
+        p.lerp_(average, config.export_fraction)
     return rule
 
 
-def blank(config: Config, rule: UpdateRule) -> Run:
-    """A run of a rule, without slots."""
-    theta_vector.train_only(rule, config.learn)
+def empty_run(config: Config, rule: UpdateRule) -> Run:
+    """A run of a rule, without inner runs."""
+    theta_vector.train_only(rule, config.trainable)
     average = copy.deepcopy(rule).requires_grad_(False)
     trained = [p for p in rule.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     return Run(rule, average, optimizer, {})
 
 
-def started_from(name: str, config: RuleConfig) -> dict[str, Tensor]:
-    """Load the theta to start from; of a rule whose network is silent, what another network may stand beside.
+def load_initial_theta(name: str, config: RuleConfig) -> dict[str, Tensor]:
+    """Load the theta to start from; from a bypass-only rule, the part that a rule with a hidden channel takes over.
 
-    Numbers that only one of the two configurations has a place for (see `FREE`) are left out, or stay as they begin.
+    Parameters that exist under only one of the two configurations (see `COMPATIBLE_FIELDS`) are left out, or keep their
+    initial values.
 
     Raises:
-        ValueError: It is that of another architecture.
+        ValueError: The rule has another architecture.
     """
-    found = pretrained.load(name)
-    wider = replace(found.config, **{key: getattr(config, key) for key in FREE})
-    with torch.device("meta"):  # nothing is drawn
-        wanted = set(UpdateRule(config).state_dict())
-    theta = {n: v for n, v in found.state_dict().items() if n in wanted}
-    if wider == config:
+    loaded = pretrained.load(name)
+    adapted = replace(loaded.config, **{key: getattr(config, key) for key in COMPATIBLE_FIELDS})
+    with torch.device("meta"):  # no memory, no random numbers
+        names = set(UpdateRule(config).state_dict())
+    theta = {n: v for n, v in loaded.state_dict().items() if n in names}
+    if adapted == config:
         return theta
-    wider = replace(wider, hidden=config.hidden, rounds=config.rounds)
-    if found.learns and wider == config and config.form == "linear" and found.stack.silent:
-        return {n: v for n, v in theta.items() if n in SAID_PLAINLY or ".bypass_" in n}
-    raise ValueError(f"expected a rule to start from of architecture {config}, found {found.config} in {name}")
+    adapted = replace(adapted, hidden=config.hidden, rounds=config.rounds)
+    if loaded.learned and adapted == config and loaded.network.message_passing.bypass_only:
+        return {n: v for n, v in theta.items() if not any(part in n for part in HIDDEN_PARTS)}
+    raise ValueError(f"expected a rule to start from of architecture {config}, found {loaded.config} in {name}")
 
 
-def fresh_slot(run: Run, config: Config, generator: torch.Generator) -> Slot:
-    """Draw a task, its members and a horizon of whole windows."""
+def new_inner_run(run: Run, config: Config, generator: torch.Generator) -> InnerRun:
+    """Draw a task, its members and a horizon."""
     task = config.distribution.sample(generator)
     task.to(config.device)
-    horizon = drawn_horizon(run, config, generator)
-    copies = config.estimation(run.iteration).copies
-    return Slot(task, start(run.rule, task, config.members, horizon, generator, copies=copies), generator)
+    horizon = draw_horizon(run, config, generator)
+    copies = config.estimation(run.iteration).antithetic_copies
+    return InnerRun(task, start(run.rule, task, config.members, horizon, generator, copies=copies), generator)
 
 
-def next_slot(run: Run, config: Config, slot: Slot) -> Slot:
-    """What follows an inner run that has reached its horizon: another task, or the same networks once more."""
-    if torch.rand((), generator=slot.generator, dtype=torch.float64) >= config.restart:
-        return fresh_slot(run, config, slot.generator)
-    horizon = drawn_horizon(run, config, slot.generator)
-    return replace(slot, carry=restart(run.rule, slot.task, slot.carry, horizon, slot.generator))
+def next_inner_run(run: Run, config: Config, inner: InnerRun) -> InnerRun:
+    """The successor of an inner run that has reached its horizon: a new one, or a warm start of the same networks."""
+    if torch.rand((), generator=inner.generator, dtype=torch.float64) >= config.warm_start:
+        return new_inner_run(run, config, inner.generator)
+    horizon = draw_horizon(run, config, inner.generator)
+    return replace(inner, carry=warm_start(run.rule, inner.task, inner.carry, horizon, inner.generator))
 
 
-def drawn_horizon(run: Run, config: Config, generator: torch.Generator) -> int:
-    """The number of steps of an inner run: whole windows, if there are any."""
+def draw_horizon(run: Run, config: Config, generator: torch.Generator) -> int:
+    """Draw the number of steps of an inner run, a multiple of the window."""
     low, high = config.horizon_at(run.iteration)
     steps = low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()
     return math.ceil(steps / config.window) * config.window if config.window else round(steps)
 
 
-def is_sound(found: Estimate) -> bool:
-    """Whether an inner run is worth continuing: at least half of its members have not diverged."""
-    return bool(found.carry.alive.float().mean() >= 0.5)  # noqa: PLR2004
+def is_valid(estimate: Estimate) -> bool:
+    """Whether the inner run can continue: at least half of its members have not diverged."""
+    return bool(estimate.carry.alive.float().mean() >= 0.5)  # noqa: PLR2004
 
 
 def save(run: Run, config: Config, ranks: Ranks, out: Path, describe: dict[str, Any]) -> None:
     """Write a checkpoint, and the exported theta as a rule file."""
-    mine = [
-        {
-            "task": config.distribution.describe(slot.task),
-            "carry": vars(slot.carry),
-            "generator": slot.generator.get_state(),
-        }
-        for slot in run.slots.values()
-    ]
-    slots = ranks.gather(mine)
-    if not ranks.first:
+    inner_runs = ranks.gather(
+        [
+            {
+                "task": config.distribution.describe(inner.task),
+                "carry": vars(inner.carry),
+                "generator": inner.generator.get_state(),
+            }
+            for inner in run.inner_runs.values()
+        ]
+    )
+    if not ranks.is_main:
         return
     content = {
         "describe": describe,
-        "slots": slots,
+        "inner_runs": inner_runs,
         **{name: getattr(run, name).state_dict() for name in MODULES},
         **{name: getattr(run, name) for name in COUNTERS},
     }
     checkpoint.save(out, run.iteration, content)
-    pretrained.save(exported(run, config), out / THETA)
+    pretrained.save(exported_rule(run, config), out / THETA)
 
 
 def restore(config: Config, ranks: Ranks, content: dict[str, Any]) -> Run:
-    """The run that a checkpoint holds, with this process's share of the slots."""
-    run = blank(config, new_rule(config))
+    """The run of a checkpoint, with this process's slice of the inner runs."""
+    run = empty_run(config, new_rule(config))
     for name in MODULES:
         getattr(run, name).load_state_dict(content[name])
     for name in COUNTERS:
         setattr(run, name, content[name])
-    for place in ranks.share(range(config.slots)):
-        slot = content["slots"][place]
+    for index in ranks.slice_of(range(config.inner_runs)):
+        saved = content["inner_runs"][index]
         generator = torch.Generator()
-        generator.set_state(slot["generator"])
-        task = config.distribution.rebuild(slot["task"])
+        generator.set_state(saved["generator"])
+        task = config.distribution.rebuild(saved["task"])
         task.to(config.device)
-        run.slots[place] = Slot(task, Carry(**slot["carry"]), generator)
+        run.inner_runs[index] = InnerRun(task, Carry(**saved["carry"]), generator)
     return run

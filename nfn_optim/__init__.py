@@ -1,4 +1,4 @@
-"""A learned optimizer for PyTorch: a neural functional network in the place of Adam."""
+"""A learned optimizer for PyTorch: a neural functional network in place of Adam."""
 
 from nfn_optim.monitor import watch
 from nfn_optim.optimizer import NFNOptimizer

@@ -1,20 +1,34 @@
-"""What has to be so before any test is imported, and what tests of several modules need."""
+"""Settings that precede the import of any test, and fixtures of several test files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torchvision_ops
+import zoo
 
 from nfn_optim.engine import inductor
 
 torchvision_ops.declare()
+# They have no doctests, and looking for some would import all of them.
+collect_ignore = [p.name for p in Path(__file__).parent.glob("*.py") if not p.name.startswith("test_")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is repeated over the zoo is slow, except for a few of its networks."""
+    slow = {f"{name}{more}" for name in zoo.BY_NAME.keys() - zoo.FEW for more in ("", ", NP")}
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if slow & {name for value in given if isinstance(name := getattr(value, "name", value), str)}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
-def afresh() -> Iterator[None]:
-    """Nothing is compiled yet, and what is compiled will be forgotten."""
-    inductor.forget()
+def empty_cache() -> Iterator[None]:
+    """No graph is compiled before the test, and those of the test are dropped."""
+    inductor.clear()
     yield
-    inductor.forget()
+    inductor.clear()

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, a small network that learns them in a few steps, and how to see that it does."""
+"""scikit-learn's handwritten digits, and a small network that learns them in a few steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,6 +21,8 @@ SYMMETRY = {"0.weight": ("a0", "a1"), "0.bias": ("a0",), "2.weight": ("a2", "a0"
 @cache
 def digits() -> tuple[Tensor, Tensor]:
     """Images `(1797, 64)`, from -1 to 1, and classes `(1797,)`."""
+    from sklearn.datasets import load_digits
+
     images, classes = load_digits(return_X_y=True)
     return torch.tensor(images, dtype=torch.float32) / 8 - 1, torch.tensor(classes)
 
@@ -40,19 +41,19 @@ def loader(steps: int) -> DataLoader[tuple[Tensor, ...]]:
 
 
 def axes_of(optimizer: NFNOptimizer) -> dict[str, tuple[str, ...]]:
-    """What was found out about the parameters of an optimizer, axes renamed in order; empty if no axis is free."""
+    """The symmetry that an optimizer found, with canonical axes; empty if no axis is free."""
     assert optimizer.symmetry is not None
     return dict(optimizer.symmetry.canonical().dims) if optimizer.symmetry.free else {}
 
 
 def network(hidden: int = HIDDEN) -> nn.Sequential:
-    """One hidden layer, always with the same weights."""
+    """A network with one hidden layer, always with the same weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
-    """One step a batch; returns the loss before each."""
+    """Take one step per batch; returns the loss before each."""
     losses = []
     for images, classes in data:
         loss = F.cross_entropy(model(images), classes)
@@ -64,5 +65,5 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Sequence[tup
 
 
 def falls(losses: Sequence[float]) -> bool:
-    """Whether the last three losses are, in the mean, a tenth below the first."""
+    """Whether the mean of the last three losses is a tenth below the first."""
     return sum(losses[-3:]) / 3 < 0.9 * losses[0]

@@ -8,41 +8,49 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torch.testing._internal.common_optimizers import (
-    ErrorOptimizerInput,
-    OptimizerInfo,
-    OptimizerInput,
-    get_error_inputs_for_all_optims,
-    optim_db,
-)
 
 from nfn_optim.optimizer import NFNOptimizer
+
+if TYPE_CHECKING:  # importing it takes seconds, so it is not done before a test runs
+    from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, OptimizerInput
 
 Schedulers = list[Callable[[torch.optim.Optimizer], Any]]
 
 
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "adamw": {"rule": "adamw"},
+    "lr": {"lr": 0.01},
+    "tensor lr": {"lr": torch.tensor(0.001)},
+    "weight decay": {"weight_decay": 0.1},
+    "maximize": {"maximize": True},
+    "maximize, weight decay": {"weight_decay": 0.1, "maximize": True},
+    "horizon": {"total_steps": 50},
+}
+"""What an NFNOptimizer may be constructed with besides parameters."""
+
+
 def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
-    """What an NFNOptimizer may be constructed with besides parameters; the argument `dtype` is torch's."""
-    kwargs: dict[str, dict[str, Any]] = {
-        "default": {},
-        "adamw": {"rule": "adamw"},
-        "lr": {"lr": 0.01},
-        "tensor lr": {"lr": torch.tensor(0.001)},
-        "weight decay": {"weight_decay": 0.1},
-        "maximize": {"maximize": True},
-        "maximize, weight decay": {"weight_decay": 0.1, "maximize": True},
-        "horizon": {"total_steps": 50},
-    }
-    return [OptimizerInput(params=None, kwargs=value, desc=name) for name, value in kwargs.items()]
+    """`ARGUMENTS` in torch's form; so are the arguments."""
+    from torch.testing._internal.common_optimizers import OptimizerInput
+
+    return [OptimizerInput(params=None, kwargs=value, desc=name) for name, value in ARGUMENTS.items()]
 
 
 def error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
     """What must be refused."""
+    from torch.testing._internal.common_optimizers import (
+        ErrorOptimizerInput,
+        OptimizerInput,
+        get_error_inputs_for_all_optims,
+    )
+
     p = nn.Parameter(torch.randn(2, device=device, dtype=dtype))
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"lr": -1.0}, ValueError, "expected lr >= 0"),
@@ -56,23 +64,26 @@ def error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
     ]
 
 
-INFO = OptimizerInfo(
-    NFNOptimizer,
-    optim_inputs_func=inputs,
-    optim_error_inputs_func=error_inputs,
-    scheduler_inputs=(
-        [lambda o: lr_scheduler.StepLR(o, gamma=0.9, step_size=10)],
-        [lambda o: lr_scheduler.StepLR(o, gamma=0.9, step_size=10), lr_scheduler.ReduceLROnPlateau],
-        [lambda o: lr_scheduler.LinearLR(o, start_factor=0.4, end_factor=0.6, total_iters=4)],
-        [lambda o: lr_scheduler.PolynomialLR(o, power=0.9, total_iters=30)],
-    ),
-    supported_impls=(),
-    not_og_supported_flags=("maximize", "total_steps", "skipped_steps", "steps_taken"),
-)
-INFOS: dict[str, OptimizerInfo] = {
-    "NFNOptimizer": INFO,
-    "AdamW": next(info for info in optim_db if info.optim_cls is torch.optim.AdamW),
-}
+@cache
+def infos() -> dict[str, OptimizerInfo]:
+    """What torch wants to know of ours, and knows of its own."""
+    from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
+
+    ours = OptimizerInfo(
+        NFNOptimizer,
+        optim_inputs_func=inputs,
+        optim_error_inputs_func=error_inputs,
+        scheduler_inputs=(
+            [lambda o: lr_scheduler.StepLR(o, gamma=0.9, step_size=10)],
+            [lambda o: lr_scheduler.StepLR(o, gamma=0.9, step_size=10), lr_scheduler.ReduceLROnPlateau],
+            [lambda o: lr_scheduler.LinearLR(o, start_factor=0.4, end_factor=0.6, total_iters=4)],
+            [lambda o: lr_scheduler.PolynomialLR(o, power=0.9, total_iters=30)],
+        ),
+        supported_impls=(),
+        not_og_supported_flags=("maximize", "total_steps", "skipped_steps", "steps_taken"),
+    )
+    theirs = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
+    return {"NFNOptimizer": ours, "AdamW": theirs}
 
 
 class Linear:

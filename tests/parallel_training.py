@@ -1,4 +1,4 @@
-"""What each rank does in the tests of distributed training: train on its share of digits and tell what came out."""
+"""The work of each rank in the tests of distributed training: train on its slice of digits and return the results."""
 
 from __future__ import annotations
 
@@ -10,32 +10,21 @@ import torch
 import torch.distributed as dist
 from digits import axes_of, batches, network
 from ranks import WORLD
+from rules import random_rule
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfn_optim import NFNOptimizer
 from nfn_optim.engine.moments import MOMENTS
-from nfn_optim.rule import RuleConfig, UpdateRule
 
 STEPS = 20
 Outcome = dict[str, Any]
 
 
-class Wire(TorchDispatchMode):
-    """Notes how many numbers each collective call sends."""
+class CollectiveCounter(TorchDispatchMode):
+    """Counts how many numbers each collective call sends."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -48,17 +37,17 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def share(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """This rank's part of a batch."""
+def slice_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """This rank's slice of a batch."""
     images, classes = (part[dist.get_rank() :: WORLD] for part in batch)
     return images, classes
 
 
 def train(model: nn.Module, optimizer: Any, first: int = 0, last: int = STEPS, divide: bool = True) -> list[float]:
-    """One step for each batch, this rank's share of it or all; returns the mean loss over ranks before each."""
+    """One step per batch, on this rank's slice or on all of it; returns the mean loss over ranks before each step."""
     losses = []
     for batch in batches(STEPS)[first:last]:
-        images, classes = share(batch) if divide else batch
+        images, classes = slice_of(batch) if divide else batch
         loss = F.cross_entropy(model(images), classes)
         optimizer.zero_grad()
         loss.backward()
@@ -71,11 +60,13 @@ def train(model: nn.Module, optimizer: Any, first: int = 0, last: int = STEPS, d
 
 def whole(tensor: Tensor) -> Tensor:
     """A parameter as a plain tensor."""
+    from torch.distributed.tensor import DTensor
+
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def outcome(model: nn.Module, optimizer: NFNOptimizer, losses: list[float]) -> Outcome:
-    """What the tests look at."""
+    """The results for the tests."""
     return {
         "losses": losses,
         "params": [whole(p) for p in model.parameters()],
@@ -86,21 +77,13 @@ def outcome(model: nn.Module, optimizer: NFNOptimizer, losses: list[float]) -> O
 
 def sharded(hidden: int, **options: Any) -> nn.Sequential:
     """The network in FSDP2, each layer a unit of its own."""
+    from torch.distributed.fsdp import fully_shard
+
     model = network(hidden)
     for layer in (model[0], model[2]):
         fully_shard(layer, **options)
     fully_shard(model, **options)
     return model
-
-
-def full_rule(**config: Any) -> UpdateRule:
-    """A rule of which no part is zero."""
-    torch.manual_seed(0)
-    rule = UpdateRule(RuleConfig(**config))
-    with torch.no_grad():
-        for value in rule.parameters():
-            value.add_(0.1 * torch.randn_like(value))
-    return rule
 
 
 # ------------------------------------------------------------------------------------------------- run by every rank
@@ -114,24 +97,26 @@ def data_parallel() -> Outcome:
 
 
 def fully_sharded(hidden: int, **config: Any) -> Outcome:
-    """FSDP2, and what a step of the optimizer sends."""
+    """FSDP2, and the numbers that an optimizer step sends."""
     model = sharded(hidden)
-    optimizer = NFNOptimizer(model.parameters(), rule=full_rule(**config) if config else "default")
+    optimizer = NFNOptimizer(model.parameters(), rule=random_rule(0.1, **config) if config else "default")
     found = outcome(model, optimizer, train(model, optimizer))
-    with Wire() as wire:
+    with CollectiveCounter() as counter:
         optimizer.step()
-    return {**found, "sent": wire.sent}
+    return {**found, "sent": counter.sent}
 
 
 def mixed_precision() -> Outcome:
     """FSDP2 that computes in bfloat16: parameters and state are float32, inputs of the modules are not."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     model = sharded(8, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = NFNOptimizer(model.parameters())
     return outcome(model, optimizer, train(model, optimizer))
 
 
 def flattened(use_orig_params: bool) -> Outcome:
-    """FSDP1, which cuts parameters into flat shards, and what is said about it."""
+    """FSDP1, which divides parameters into flat shards, and the warnings about it."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
@@ -144,6 +129,9 @@ def flattened(use_orig_params: bool) -> Outcome:
 
 def tensor_parallel() -> Outcome:
     """Rows of the first layer and columns of the second divided; every rank sees the whole batch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
     model, mesh = network(8), init_device_mesh("cpu", (WORLD,))
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     optimizer = NFNOptimizer(model.parameters())
@@ -152,6 +140,8 @@ def tensor_parallel() -> Outcome:
 
 def given_gradients(how: str) -> dict[str, Tensor]:
     """Moments in bfloat16 after some steps on gradients that are the same everywhere; FSDP2, DDP or neither."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     model: nn.Module = sharded(7) if how == "FSDP2" else network(7)
     model = nn.parallel.DistributedDataParallel(model) if how == "DDP" else model
     optimizer = NFNOptimizer(model.parameters(), state_dtype=torch.bfloat16)
@@ -165,13 +155,15 @@ def given_gradients(how: str) -> dict[str, Tensor]:
 
 
 def gradients(step: int) -> list[Tensor]:
-    """Random ones for `network(7)`."""
+    """Random gradients for `network(7)`."""
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(p.shape, generator=generator) for p in network(7).parameters()]
 
 
 def poisoned() -> Outcome:
     """FSDP2, with a gradient that is not finite on one rank only."""
+    from torch.distributed.tensor import DTensor
+
     model = sharded(8)
     optimizer = NFNOptimizer(model.parameters())
     train(model, optimizer, last=2)
@@ -181,12 +173,20 @@ def poisoned() -> Outcome:
     if dist.get_rank() == 1:
         grad.to_local()[0, 0] = torch.nan
     optimizer.step()
-    kept = all(torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True))
-    return {"skipped": optimizer.skipped_steps, "kept": kept}
+    unchanged = all(torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True))
+    return {"skipped": optimizer.skipped_steps, "kept": unchanged}
 
 
 def sharded_checkpoint() -> Outcome:
     """FSDP2, saved whole and loaded into new shards by torch.distributed.checkpoint."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
     options = StateDictOptions(full_state_dict=True)
 
     def start() -> tuple[nn.Module, NFNOptimizer]:
@@ -206,7 +206,7 @@ def sharded_checkpoint() -> Outcome:
 
 
 def zero_redundancy() -> Outcome:
-    """ZeroRedundancyOptimizer: each rank steps some of the parameters; saved and resumed."""
+    """ZeroRedundancyOptimizer, which steps a part of the parameters on each rank; saved and resumed."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     def start() -> tuple[nn.Module, ZeroRedundancyOptimizer]:

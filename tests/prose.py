@@ -8,12 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import transformers
 
 TOKENS = 32
 
@@ -35,11 +33,14 @@ class Prose(Dataset[dict[str, Tensor]]):
         return {"input_ids": windows()[index], "labels": windows()[index]}
 
 
-def language_model() -> transformers.GPT2LMHeadModel:
+def language_model() -> nn.Module:
     """GPT-2 over bytes with one layer, always with the same weights."""
+    import transformers  # seconds, so not before it is needed
+
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=256, n_positions=TOKENS, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
-    return transformers.GPT2LMHeadModel(config)
+    model: nn.Module = transformers.GPT2LMHeadModel(config)
+    return model

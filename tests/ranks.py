@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 WORLD = 2
-PATIENCE = 60.0  # seconds that a function may take
+COMPILE_AFTER = 60.0  # seconds that a function may take
 
 
 class Ranks:
@@ -76,7 +76,7 @@ class Ranks:
 
     def _receive(self, missing: list[int]) -> dict[int, Any]:
         """Whatever answers come first, by rank: of two ranks one raises and the other hangs."""
-        ready = wait([self._ends[rank] for rank in missing], PATIENCE)
+        ready = wait([self._ends[rank] for rank in missing], COMPILE_AFTER)
         if not ready:
             raise TimeoutError(f"ranks {missing} hang")
         answers = {}
@@ -94,7 +94,7 @@ def _serve(rank: int, rendezvous: str, end: Connection) -> None:
     warnings.simplefilter("error")
     # torch's own: ZeroRedundancyOptimizer's package compiles TorchScript when it is imported
     warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
-    timeout = datetime.timedelta(seconds=PATIENCE / 2)
+    timeout = datetime.timedelta(seconds=COMPILE_AFTER / 2)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD, timeout=timeout)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A model that people train, with a batch for it."""
+"""A model of another package, with a batch to train on."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Inputs = Callable[[], Tensor | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class RealModel:
-    """A model, a batch for it, and what is minimized.
+    """A model, a batch and a loss.
 
     Args:
         name: Package and model, for test ids and tables.
-        build: Makes the module.
-        inputs: Makes one batch: a tensor is given by position, a mapping by keyword.
-        loss: Output of the module -> scalar.
+        build: Returns a new module.
+        inputs: Returns a batch: a tensor is passed by position, a mapping by keyword.
+        loss: Output of the module -> scalar loss.
     """
 
     name: str
@@ -31,12 +31,12 @@ class RealModel:
     loss: Callable[[Any], Tensor]
 
     def module(self) -> nn.Module:
-        """A module with reproducible weights, in training mode."""
+        """A new module with reproducible weights, in training mode."""
         torch.manual_seed(0)
         return self.build().train()
 
     def batch(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """The same batch at every call: arguments by position, and by keyword."""
+        """Positional and keyword arguments of the module; the same batch at every call."""
         torch.manual_seed(1)
         inputs = self.inputs()
         return ((inputs,), {}) if isinstance(inputs, Tensor) else ((), dict(inputs))

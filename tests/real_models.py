@@ -1,7 +1,4 @@
-"""Models that people train, from the packages that they come from.
-
-The code is the packages' own; only widths, depths and images are small.
-"""
+"""Small configurations of widely used models, built by their own packages (timm, transformers, torch)."""
 
 from timm_models import TIMM
 from torch_models import TORCH

@@ -1,11 +1,14 @@
-"""`python -m nfn_optim`, as a user calls it."""
+"""The command `python -m nfn_optim`, run in a subprocess."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import command
 import pytest
 
 MODELS = """
@@ -31,15 +34,23 @@ wrong = 3
 """
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "my_models.py").write_text(MODELS)
-    command = [sys.executable, "-m", "nfn_optim", "symmetry", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return command.run("nfn_optim", "symmetry", *arguments, folder=folder)
 
 
-@pytest.mark.parametrize("name", ["make", "pair"])
-def test_prints_and_certifies(tmp_path: Path, name: str) -> None:
-    done = run(tmp_path, f"my_models:{name}", "--search")
+def run_in_a_shell(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in a process of its own."""
+    (folder / "my_models.py").write_text(MODELS)
+    typed = [sys.executable, "-m", "nfn_optim", "symmetry", *arguments]
+    return subprocess.run(typed, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [pytest.param("make", run_in_a_shell, marks=pytest.mark.slow), ("make", run), ("pair", run)]
+)
+def test_prints_and_certifies(tmp_path: Path, name: str, how: Callable[..., Any]) -> None:
+    done = how(tmp_path, f"my_models:{name}", "--search")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:4] == ["0.weight  h0 in0", "0.bias    h0", "2.weight  out0 h0", "2.bias    out0"]
@@ -50,21 +61,21 @@ def test_takes_keyword_inputs(tmp_path: Path) -> None:
     assert "weight  out0 in0 in1" in run(tmp_path, "my_models:keywords").stdout
 
 
-def test_says_what_it_does_not_know(tmp_path: Path) -> None:
+def test_warns_about_ops_without_a_rule(tmp_path: Path) -> None:
     assert "warning: no rule for the op aten::_fft" in run(tmp_path, "my_models:opaque").stdout
 
 
 @pytest.mark.parametrize(
-    ("target", "says"),
+    ("target", "message"),
     [
         ("my_models", "expected module:function"),
         ("my_models:nothing", "expected a function 'nothing'"),
         ("no_such_module:make", "expected a function 'make' in a module 'no_such_module'"),
-        ("my_models:wrong", "to give (network, inputs), found int"),
+        ("my_models:wrong", "to return (network, inputs), found int"),
     ],
 )
-def test_wrong_targets_end_with_one_line(tmp_path: Path, target: str, says: str) -> None:
+def test_invalid_targets_end_with_a_one_line_error(tmp_path: Path, target: str, message: str) -> None:
     done = run(tmp_path, target)
     assert done.returncode == 1
-    assert says in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The module is found whoever constructs the optimizer, and nothing is left behind."""
+"""The module is found however the optimizer is constructed, and nothing is left behind."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from rules import random_rule
 from torch import Tensor, nn
 
 from nfn_optim.optimizer import NFNOptimizer
@@ -52,16 +53,6 @@ def batches(shape: tuple[int, ...], steps: int, dtype: torch.dtype = torch.float
     ]
 
 
-def random_rule(seed: int = 0, rank: int = 0) -> UpdateRule:
-    """A rule of which nothing is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    rule = UpdateRule(RuleConfig(rank=rank, growth=rank / 4))
-    with torch.no_grad():
-        for value in rule.parameters():
-            value.add_(0.2 * torch.randn(value.shape, generator=generator))
-    return rule
-
-
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Batches) -> list[dict[str, Tensor]]:
     """Train and return the gradients of every step by name."""
     grads = []
@@ -96,7 +87,7 @@ def test_equals_adamw_without_a_learned_part(name: str, rule: str, dtype: torch.
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("config", [{}, {"form": "network"}, {"rank": 4, "talk_every": 2}, {"rank": 32}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"rank": 4, "refresh_every": 2}, {"rank": 32}], ids=str)
 def test_renamed_neurons_are_trained_the_same(name: str, config: dict[str, Any]) -> None:
     make, shape = NETWORKS[name]
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""`python -m meta_train evaluate`: tasks that can be trained, optimizers as claimed, runs that are kept."""
+"""`python -m meta_train evaluate`: trainable tasks, optimizers with the documented settings, cached runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,38 +15,39 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from inline import Pool
 from torch import nn
 
 from meta_train.evaluate import Folders, evaluate, labels_of
 from meta_train.evaluation import losses, tiny
 from meta_train.evaluation.cache import Cache, Run
-from meta_train.evaluation.definition import definition_of
 from meta_train.evaluation.loop import scores_of, train
 from meta_train.evaluation.networks import CharacterTransformer, mlp
 from meta_train.evaluation.optimizers import (
     DEFAULTS,
-    OTHERS,
+    PRIOR_ENTRIES,
     TUNED,
-    Entry,
+    Contender,
     Learned,
     Setting,
     adam,
     adamw,
-    entries_of,
+    contenders_of,
     fingerprint,
     muon,
     schedule_free,
     sgd,
 )
+from meta_train.evaluation.source_text import source_text
 from meta_train.evaluation.splits import SPLITS
-from meta_train.evaluation.study import Job, Study, stamp_of
+from meta_train.evaluation.study import Job, Study, cache_key_of
 from nfn_optim import NFNOptimizer, UpdateRule, pretrained
 
 ROOT = Path(__file__).parent.parent
 INF = math.inf
 
 
-# --------------------------------------------------------------------------------------------------- definitions
+# --------------------------------------------------------------------------------------------------- source texts
 
 SOURCE = '''
 """A module."""
@@ -55,7 +55,7 @@ RATE = 3
 OTHER = 4
 
 def inner(x):
-    """What it says."""
+    """A docstring."""
     return x * RATE
 
 class Network:
@@ -98,24 +98,24 @@ def module_of(tmp_path: Path) -> Callable[[str], ModuleType]:
         ("Network(), data", "Network(), None", False),
         ("OTHER = 4", "OTHER = 5", True),
         ("return OTHER", "return -OTHER", True),
-        ("What it says.", "In other words.", True),
+        ("A docstring.", "Another one.", True),
         ("return x * RATE", "# why\n    return (x *\n            RATE)", True),
     ],
 )
-def test_a_definition_is_all_that_is_used_and_nothing_else(
+def test_a_source_text_has_all_dependencies_and_nothing_else(
     module_of: Callable[[str], ModuleType], old: str, new: str, same: bool
 ) -> None:
-    before = definition_of(module_of(SOURCE).task)
+    before = source_text(module_of(SOURCE).task)
     assert SOURCE.count(old) == 1
-    assert (definition_of(module_of(SOURCE.replace(old, new)).task) == before) is same
+    assert (source_text(module_of(SOURCE.replace(old, new)).task) == before) is same
 
 
-# ----------------------------------------------------------------------------------------------- what is trained
+# ----------------------------------------------------------------------------------------------- tasks
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with noise in the shape of the real files."""
+    """A data folder of random files with the shapes of the real ones."""
     made = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
 
@@ -154,15 +154,15 @@ def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_there_are_as_many_tasks_as_are_promised() -> None:
+def test_the_number_of_tasks_is_as_documented() -> None:
     assert len(SPLITS["development"].tasks) == 14
     assert len(SPLITS["test"].tasks) >= 16
-    assert len(EVERY_TASK) == sum(len(split.tasks) for split in SPLITS.values()), "a name is taken twice"
+    assert len(EVERY_TASK) == sum(len(split.tasks) for split in SPLITS.values()), "two tasks have the same name"
     assert sum(task.steps == 5000 for task in SPLITS["test"].tasks) == 2
-    assert {task.name for task in SPLITS["published"].tasks} == set(SPLITS["published"].known)
+    assert {task.name for task in SPLITS["published"].tasks} == set(SPLITS["published"].published)
 
 
-def test_no_recipe_reads_what_benchmarks_read() -> None:
+def test_recipes_and_benchmarks_share_no_data() -> None:
     benchmark = {"fashion", "cifar", "load_sample_image", "autompg", "make_classification", "scipy", "sympy", "getdoc"}
     recipes = {
         "mnist.npz",
@@ -215,12 +215,12 @@ def test_schedules(setting: Setting, factors: dict[int, float]) -> None:
 
 
 @pytest.mark.parametrize("setting", [Setting(make, 0.02) for make in (adamw, sgd, muon, schedule_free)], ids=str)
-def test_baselines_learn_and_own_every_parameter_once(setting: Setting) -> None:
+def test_baselines_learn_and_have_every_parameter_once(setting: Setting) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(5, 8), nn.Flatten(), mlp(24, 16, 1))
     optimizers = setting.optimizers(model, 80)
-    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    ids = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
     x = torch.randint(5, (32, 3))
     found = []
     for _ in range(80):
@@ -234,7 +234,7 @@ def test_baselines_learn_and_own_every_parameter_once(setting: Setting) -> None:
     assert found[-1] < 0.3 * found[0]
 
 
-def test_muon_has_the_matrices_but_no_embedding() -> None:
+def test_muon_has_the_matrices_except_embeddings() -> None:
     model = CharacterTransformer(10, 4, 8, 1, tied=True)
     matrices, others = muon(model, 1e-3, None)
     assert isinstance(matrices, torch.optim.Muon)
@@ -244,11 +244,11 @@ def test_muon_has_the_matrices_but_no_embedding() -> None:
     assert len(others.param_groups[0]["params"]) == len(names) - len(held)
 
 
-def test_grids_are_as_wide_as_is_claimed() -> None:
-    def shape(entry: Entry) -> tuple[int, int]:
-        return len({s.lr for s in entry.grid}), len({(s.cosine, s.warmup) for s in entry.grid})
+def test_grids_have_the_documented_size() -> None:
+    def shape(contender: Contender) -> tuple[int, int]:
+        return len({s.lr for s in contender.grid}), len({(s.cosine, s.warmup) for s in contender.grid})
 
-    assert {entry.name: shape(entry) for entry in (TUNED, DEFAULTS, *OTHERS)} == {
+    assert {contender.name: shape(contender) for contender in (TUNED, DEFAULTS, *PRIOR_ENTRIES)} == {
         "AdamW tuned": (8, 4),
         "AdamW defaults": (1, 1),
         "SGD momentum tuned": (6, 4),
@@ -256,22 +256,22 @@ def test_grids_are_as_wide_as_is_claimed() -> None:
         "schedule-free tuned": (6, 2),
         "nominal rule": (1, 1),
     }
-    quick, all_of = (entries_of("x", "x", thorough=thorough) for thorough in (False, True))
-    assert [entry.grid[0].told for entry in quick] == [False, True]
-    assert all_of[:2] == quick
-    assert len(all_of[2].grid) == 3
+    quick, complete = (contenders_of("x", "x", thorough=thorough) for thorough in (False, True))
+    assert [contender.grid[0].horizon_known for contender in quick] == [False, True]
+    assert complete[:2] == quick
+    assert len(complete[2].grid) == 3
 
 
-def test_tensors_apart_share_no_axis() -> None:
+def test_without_symmetry_no_axis_is_shared() -> None:
     model = mlp(3, 4, 2)
-    (apart,) = Learned("default", apart=True)(model, 1e-3, 7)
-    assert isinstance(apart, NFNOptimizer)
-    assert apart.symmetry is not None
-    assert len(apart.symmetry.axes) == 2 + 1 + 2 + 1  # a matrix has two, a bias one
-    assert apart.param_groups[0]["total_steps"] == 7
+    (optimizer,) = Learned("default", without_symmetry=True)(model, 1e-3, 7)
+    assert isinstance(optimizer, NFNOptimizer)
+    assert optimizer.symmetry is not None
+    assert len(optimizer.symmetry.axes) == 2 + 1 + 2 + 1  # a matrix has two, a bias one
+    assert optimizer.param_groups[0]["total_steps"] == 7
 
 
-def test_a_fingerprint_is_that_of_theta_and_behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_depends_on_theta_and_behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_rng_state()
     known = fingerprint("default")
     assert torch.equal(before, torch.get_rng_state())
@@ -286,32 +286,32 @@ def test_a_fingerprint_is_that_of_theta_and_behaviour(tmp_path: Path, monkeypatc
     wider.load_state_dict(rule.state_dict())
     pretrained.save(wider, tmp_path / "wider.safetensors")
     assert fingerprint(str(tmp_path / "wider.safetensors")) != fingerprint(str(tmp_path / "other.safetensors"))
-    forward = UpdateRule.forward
+    step_ = UpdateRule.step_
 
     def changed(*args: object, lr: float, **kwargs: object) -> object:
-        return forward(*args, lr=1.1 * lr, **kwargs)  # type: ignore[arg-type]
+        return step_(*args, lr=1.1 * lr, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(UpdateRule, "forward", changed)
+    monkeypatch.setattr(UpdateRule, "step_", changed)
     assert fingerprint("default") != known
 
 
 # --------------------------------------------------------------------------------------------------------- cache
 
 
-def test_runs_come_back_and_what_is_torn_does_not(tmp_path: Path) -> None:
+def test_runs_are_restored_and_damaged_files_are_ignored(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    stamp, run = {"seed": 1}, Run([1.0, INF], [(1, {"loss": 0.1 + 0.2})], 0.5, 1, 2)
-    assert cache.get(stamp) is None
-    cache.put(stamp, run)
-    assert cache.get(stamp) == run
+    key, run = {"seed": 1}, Run([1.0, INF], [(1, {"loss": 0.1 + 0.2})], 0.5, 1, 2)
+    assert cache.get(key) is None
+    cache.put(key, run)
+    assert cache.get(key) == run
     assert cache.get({"seed": 2}) is None
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".json"]
-    path = cache.path(stamp)
+    path = cache.path(key)
     path.write_text(path.read_text()[:-20])
-    assert cache.get(stamp) is None
+    assert cache.get(key) is None
 
 
-def test_a_stamp_changes_with_all_that_a_run_depends_on(tmp_path: Path) -> None:
+def test_a_cache_key_changes_with_everything_that_a_run_depends_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"one")
     other = tmp_path / "elsewhere"
     other.mkdir()
@@ -326,36 +326,36 @@ def test_a_stamp_changes_with_all_that_a_run_depends_on(tmp_path: Path) -> None:
         (job._replace(task=replace(task, begin=tiny.quadrants)), tmp_path),
         (job._replace(task=replace(task, packages=("torch",))), tmp_path),
         *((job._replace(setting=Setting(make)), tmp_path) for make in (sgd, Learned("default"), Learned("adamw"))),
-        (job._replace(setting=Setting(Learned("default", apart=True))), tmp_path),
+        (job._replace(setting=Setting(Learned("default", without_symmetry=True))), tmp_path),
         *(
             (job._replace(setting=replace(job.setting, **{flag: True})), tmp_path)
-            for flag in ("cosine", "warmup", "told")
+            for flag in ("cosine", "warmup", "horizon_known")
         ),
         (job._replace(setting=Setting(adamw, 2e-3)), tmp_path),
     ]
-    stamps = [json.dumps(stamp_of(*variant), sort_keys=True) for variant in variants]
-    assert len(set(stamps)) == len(variants)
+    keys = [json.dumps(cache_key_of(*variant), sort_keys=True) for variant in variants]
+    assert len(set(keys)) == len(variants)
     renamed = replace(task, name="another name", kind="of another kind")
-    assert stamp_of(job._replace(task=renamed), tmp_path) == stamp_of(job, tmp_path)
+    assert cache_key_of(job._replace(task=renamed), tmp_path) == cache_key_of(job, tmp_path)
 
 
-def test_what_is_kept_is_not_made_again_and_the_best_setting_is_chosen(
+def test_cached_runs_are_not_repeated_and_the_best_setting_is_selected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = tiny.TASKS[0]
-    entry = Entry("tuned", (Setting(adamw, 1e-4), Setting(adamw, 3e-2), Setting(adamw, 1e-3)))
-    study = Study((task,), (entry,), 2, tmp_path, tmp_path / "cache")
-    for setting, seed in [*((setting, 0) for setting in entry.grid), (entry.grid[1], 1)]:
-        stamp = stamp_of(Job(task, setting, seed), tmp_path)
-        Cache(study.cache).put(stamp, train(task, setting, seed, tmp_path))
-    monkeypatch.setattr("meta_train.evaluation.study.ProcessPoolExecutor", None)  # nothing is left to be run
+    contender = Contender("tuned", (Setting(adamw, 1e-4), Setting(adamw, 3e-2), Setting(adamw, 1e-3)))
+    study = Study((task,), (contender,), 2, tmp_path, tmp_path / "cache")
+    for setting, seed in [*((setting, 0) for setting in contender.grid), (contender.grid[1], 1)]:
+        key = cache_key_of(Job(task, setting, seed), tmp_path)
+        Cache(study.cache).put(key, train(task, setting, seed, tmp_path))
+    monkeypatch.setattr("meta_train.evaluation.study.ProcessPoolExecutor", None)  # no run is missing
     (result,) = study.run(1)
-    assert result.setting == entry.grid[1]
+    assert result.setting == contender.grid[1]
     assert len(result.runs) == 2
     assert result.runs[0].losses != result.runs[1].losses
 
 
-def test_training_breaks_off_where_a_loss_is_not_finite(tmp_path: Path) -> None:
+def test_training_breaks_off_at_a_non_finite_loss(tmp_path: Path) -> None:
     run = train(tiny.TASKS[0], Setting(sgd, 1e20), 0, tmp_path)
     assert len(run.losses) == tiny.TASKS[0].steps
     assert math.isfinite(run.losses[0])
@@ -374,35 +374,18 @@ def test_training_breaks_off_where_a_loss_is_not_finite(tmp_path: Path) -> None:
         (("theta.safetensors",), ["theta.safetensors"]),
     ],
 )
-def test_labels_tell_rules_apart(rules: tuple[str, ...], labels: list[str]) -> None:
+def test_labels_are_unique(rules: tuple[str, ...], labels: list[str]) -> None:
     assert labels_of(rules) == dict(zip(labels, rules, strict=True))
 
 
-class Inline:
-    """A pool that does the work itself."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, work: Callable[..., float], *args: object) -> Future[float]:
-        future: Future[float] = Future()
-        future.set_result(work(*args))
-        return future
-
-
-def test_the_published_protocol_stands_beside_what_was_published(
+@pytest.mark.slow
+def test_the_published_protocol_is_compared_with_published_results(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     split = SPLITS["published"]
     short = replace(split, tasks=tuple(replace(task, steps=6, checks=3) for task in split.tasks))
     monkeypatch.setitem(SPLITS, "published", short)
-    monkeypatch.setattr("meta_train.evaluation.study.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("meta_train.evaluation.study.ProcessPoolExecutor", Pool)
     evaluate("published", ("adamw", "default"), seeds=1, folders=Folders(folder, tmp_path / "cache", tmp_path / "out"))
     content = json.loads((tmp_path / "out" / "published.json").read_text())
     assert [row["settings"] for row in content["summary"]] == [20, 1, 1, 1, 1, 1]
@@ -412,10 +395,8 @@ def test_the_published_protocol_stands_beside_what_was_published(
         row for row in content["rows"] if row["task"].startswith("CIFAR10") and "Adam tuned" in row["optimizer"]
     )
     runs = [json.loads(path.read_text()) for path in (tmp_path / "cache").rglob("*.json")]
-    begin = stamp_of(Job(short.tasks[1], Setting(adam), 0), folder)["task"]
-    grid = [
-        r["run"] for r in runs if r["stamp"]["task"] == begin and "torch.optim.Adam(" in str(r["stamp"]["optimizer"])
-    ]
+    begin = cache_key_of(Job(short.tasks[1], Setting(adam), 0), folder)["task"]
+    grid = [r["run"] for r in runs if r["key"]["task"] == begin and "torch.optim.Adam(" in str(r["key"]["optimizer"])]
     assert len(grid) == 20
     assert tuned["loss"] == [min(scores["loss"] for run in grid for _, scores in run["held_out"])]
 

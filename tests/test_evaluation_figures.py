@@ -1,4 +1,4 @@
-"""The figures of an evaluation, with known answers."""
+"""The statistics of an evaluation, on examples with known results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import trim_mean
 
 from meta_train.evaluation import plots, report, tiny
 from meta_train.evaluation.cache import Run
@@ -17,7 +16,7 @@ from meta_train.evaluation.figures import rows_of, summaries_of
 from meta_train.evaluation.interquartile import estimate, interquartile_mean
 from meta_train.evaluation.optimizers import (
     DEFAULTS,
-    Entry,
+    Contender,
     Setting,
     adamw,
     sgd,
@@ -45,7 +44,7 @@ def test_the_running_mean_is_that_of_the_last_batches() -> None:
     [
         ([10.0] * 20 + [1.0] * 180, [10.0] * 100 + [1.0] * 100, 200 / 50),  # 30 batches of 1 after the first 20
         ([10.0] * 100 + [1.0] * 100, [0.5] * 200, 0.0),
-        ([3.0] * 100, [3.0] * 100, 100.0),  # there from the first step
+        ([3.0] * 100, [3.0] * 100, 100.0),  # reached at the first step
         ([1.0] * 50 + [INF] * 50, [1.0] * 100, 100.0),
         ([INF] * 100, [1.0] * 100, 0.0),
         ([5.0] * 99 + [1.0], [2.0] * 99 + [INF], 100.0),  # of a reference that broke off
@@ -76,7 +75,7 @@ def test_step_reductions_to_the_best_held_out_loss(scores: list[tuple[int, float
         ([1.0] * 50 + [2.1] * 50, True),
         ([1.0] * 99 + [INF], True),
         ([1.0] * 99 + [math.nan], True),
-        ([1.0, 500.0] + [0.1] * 98, False),  # an early bump is none
+        ([1.0, 500.0] + [0.1] * 98, False),  # an early peak is not divergence
     ],
 )
 def test_divergence(curve: list[float], expected: bool) -> None:
@@ -88,21 +87,27 @@ def test_divergence(curve: list[float], expected: bool) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 22])
 def test_the_interquartile_mean_is_the_trimmed_mean(n: int) -> None:
+    from scipy.stats import trim_mean
+
     values = np.random.default_rng(n).normal(size=(5, n))
     assert interquartile_mean(values) == pytest.approx(trim_mean(values, 0.25, axis=1))
 
 
-def test_outliers_do_not_move_it() -> None:
+def test_outliers_do_not_change_the_interquartile_mean() -> None:
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     assert interquartile_mean(values) == 4.5
     assert interquartile_mean(np.where(values == 8, 1e9, values)) == 4.5
 
 
 def test_the_interval_of_two_tasks_is_known() -> None:
-    assert estimate(np.array([[0.0], [1.0]])) == (0.5, 0.0, 1.0)  # drawn: 0, 1/2 and 1 with 1/4, 1/2 and 1/4
+    assert estimate(np.array([[0.0], [1.0]])) == (
+        0.5,
+        0.0,
+        1.0,
+    )  # resampled means: 0, 1/2 and 1 with probability 1/4, 1/2 and 1/4
 
 
-def test_the_interval_has_the_width_that_theory_says() -> None:
+def test_the_interval_has_the_theoretical_width() -> None:
     scores = np.random.default_rng(1).uniform(size=(400, 1))
     found = estimate(scores)
     middle = np.sort(scores[:, 0])[100:300]
@@ -124,16 +129,18 @@ def test_more_seeds_narrow_the_interval_and_equal_scores_close_it() -> None:
 
 def results_of(curves: dict[str, list[list[float]]], split: Split) -> list[Result]:
     """Optimizer -> a curve for each seed, the same on every task of a split."""
-    entries = {name: Entry(name, (Setting(adamw if name == "AdamW tuned" else sgd),)) for name in curves}
-    entries |= {split.reference.name: split.reference, DEFAULTS.name: DEFAULTS}
+    contenders = {name: Contender(name, (Setting(adamw if name == "AdamW tuned" else sgd),)) for name in curves}
+    contenders |= {split.reference.name: split.reference, DEFAULTS.name: DEFAULTS}
     return [
-        Result(task, entries[name], entries[name].grid[0], [Run(c, [(len(c), {"loss": c[-1]})], 1.0) for c in seeds])
+        Result(
+            task, contenders[name], contenders[name].grid[0], [Run(c, [(len(c), {"loss": c[-1]})], 1.0) for c in seeds]
+        )
         for task in split.tasks
         for name, seeds in curves.items()
     ]
 
 
-def test_rows_and_summaries_with_known_answers() -> None:
+def test_rows_and_summaries_of_known_curves() -> None:
     split = Split((Task("one", "kind", tiny.wave, 100), Task("two", "kind", tiny.quadrants, 100)))
     slow, fast = [4.0] * 60 + [1.0] * 40, [4.0] * 10 + [1.0] * 90
     results = results_of(
@@ -163,7 +170,7 @@ def test_rows_and_summaries_with_known_answers() -> None:
     assert [(s.diverged, s.runs) for s in found.values()] == [(0, 4), (0, 4), (0, 4), (2, 4)]
 
 
-def test_pictures_and_pages_stand_what_diverged(tmp_path: Path) -> None:
+def test_plots_and_pages_of_diverged_runs(tmp_path: Path) -> None:
     split = Split((Task("one", "kind", tiny.wave, 4),))
     curves = {"AdamW tuned": [3.0, 2.0, 1.0, 1.0], "AdamW defaults": [3.0, 9.0, INF, INF], "broken": [INF] * 4}
     results = results_of({name: [curve, curve] for name, curve in curves.items()}, split)
@@ -173,6 +180,6 @@ def test_pictures_and_pages_stand_what_diverged(tmp_path: Path) -> None:
     summaries = summaries_of(split, rows, dict.fromkeys(curves, 1))
     text = report.page(split, rows, summaries, ["broken"], "About.")
     assert "| one | 1.75 (lr 0.0005) | diverged · never |" in text
-    report.write(tmp_path, "name", (text, report.long_table(rows)), report.described(rows, summaries))
+    report.write(tmp_path, "name", (text, report.long_table(rows)), report.json_of(rows, summaries))
     assert [row["loss"] for row in json.loads((tmp_path / "name.json").read_text())["rows"]][1:] == [[None, None]] * 2
     assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("curves", "profile"))

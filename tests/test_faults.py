@@ -60,7 +60,7 @@ for name, poison in POISON.items():
     fault(name, SKIPPED, SKIPPED_KEPT)(gradient_fault(poison))
 
 
-@fault("NaN at every step", SKIPPED, SKIPPED_KEPT + "; nothing is ever taken")
+@fault("NaN at every step", SKIPPED, SKIPPED_KEPT + "; no step is taken")
 def nan_for_ever(_: Path) -> None:
     model, optimizer = made()
     before = snapshot(optimizer)
@@ -154,7 +154,7 @@ def sparse(_: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- parameters
 
 
-@fault("a parameter is overwritten behind its back", "the next step starts from what is there", "its state")
+@fault("a parameter is overwritten between steps", "the next step starts from the new values", "its state")
 def overwritten(_: Path) -> None:
     model, optimizer = made()
     train(model, optimizer)
@@ -167,7 +167,7 @@ def overwritten(_: Path) -> None:
 
 
 @fault(
-    "a parameter becomes NaN behind its back",
+    "a parameter becomes NaN between steps",
     "gradients are NaN: steps are skipped until it is repaired",
     "all other parameters, all state",
 )
@@ -189,7 +189,7 @@ def nan_parameter(_: Path) -> None:
 @fault(
     "a parameter is NaN, its gradients are not",
     "its own update falls back to the nominal one",
-    "all other parameters are trained as ever",
+    "all other parameters train as usual",
 )
 def nan_parameter_alone(_: Path) -> None:
     model, optimizer = made()
@@ -215,7 +215,7 @@ def cast(_: Path) -> None:
 
 @fault(
     "a parameter changes its shape",
-    "one warning; its state starts afresh, and the network is traced again",
+    "one warning; its state is reset, and the network is traced again",
     "the state of all others",
 )
 def reshaped(_: Path) -> None:
@@ -240,7 +240,9 @@ def reshaped(_: Path) -> None:
         assert sizes == ([8] if given is None else [])
 
 
-@fault("the model is replaced after construction", "nothing: as with AdamW, its gradients are nobody's", "everything")
+@fault(
+    "the model is replaced after construction", "nothing: as with AdamW, new parameters are not optimized", "everything"
+)
 def replaced(_: Path) -> None:
     _model, optimizer = made()
     other = net(seed=1)
@@ -256,7 +258,7 @@ def replaced(_: Path) -> None:
     assert not torch.equal(next(other.parameters()), theirs[0])
 
 
-@fault("the state is cleared", "every parameter starts afresh", "parameters, symmetry")
+@fault("the state is cleared", "the state of every parameter is reset", "parameters, symmetry")
 def cleared(_: Path) -> None:
     model, optimizer = made()
     train(model, optimizer)
@@ -310,7 +312,7 @@ for name, call in {
     fault(name, FOUND, "")(first_forward(call))
 
 
-@fault("a forward pass that raises", "it is not heard; the next one is", "")
+@fault("a forward pass that raises", "it is ignored; the next one is traced", "")
 def raising(_: Path) -> None:
     model, optimizer = made()
     with pytest.raises(RuntimeError, match="shapes"):
@@ -341,7 +343,7 @@ def early(_: Path) -> None:
 
 @fault(
     "a step inside a compiled function",
-    "the graph breaks there, and the step is taken as ever",
+    "the graph breaks there, and the step is taken as usual",
     "equality, bit for bit",
 )
 def compiled(_: Path) -> None:
@@ -352,7 +354,7 @@ def compiled(_: Path) -> None:
         inside[1].step()
 
     train(*plain, steps=1)
-    iteration()  # the forward pass is heard outside of a graph only
+    iteration()  # forward passes are observed outside of a graph only
     graphs = 0
 
     def count(graph: Callable[..., object], _: list[Tensor]) -> Callable[..., object]:

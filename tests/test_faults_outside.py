@@ -92,7 +92,7 @@ def shared(_: Path) -> None:
 # -------------------------------------------------------------------------------------------------- files and machines
 
 
-@fault("the disk is full while a rule is saved", "OSError", "the file that was there; no litter")
+@fault("the disk is full while a rule is saved", "OSError", "the previous file; no partial file is left")
 def full_disk(path: Path) -> None:
     """A limit on the size of files does to a write what a full disk does."""
     target = path / "rule.safetensors"
@@ -177,7 +177,7 @@ assert optimizer.symmetry is not None
 
 
 def _run(script: str, package: Path = ROOT, folder: str = "None") -> None:
-    """Run a script in another process, that finds the package where it is said to be."""
+    """Run a script in another process, that imports the package from a given folder."""
     done = subprocess.run(
         [sys.executable, "-B", "-c", script.format(folder=folder) if script is USE else script],
         capture_output=True,
@@ -250,7 +250,14 @@ def other_theta(_: Path) -> None:
         rule.load_state_dict(kept)
 
 
-@pytest.mark.parametrize("what", FAULTS)
+PROCESSES = (full_disk, full_disk_for_a_state, read_only, no_network)
+"""They start another process."""
+
+
+EACH = [pytest.param(what, marks=[pytest.mark.slow] if row.run in PROCESSES else []) for what, row in FAULTS.items()]
+
+
+@pytest.mark.parametrize("what", EACH)
 def test_fault(what: str, tmp_path: Path) -> None:
     FAULTS[what].run(tmp_path)
 

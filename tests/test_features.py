@@ -1,4 +1,4 @@
-"""What the rule sees: nothing that depends on units, everything defined at zero."""
+"""The features of the rule: independent of units, defined at zero."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from nfn_optim.engine import passes
 from nfn_optim.engine.blocks import layouts_of
-from nfn_optim.engine.moments import CHANNELS, ROW_CHANNELS, corrections_of, init_state
+from nfn_optim.engine.moments import bias_corrections, init_moments, update_moments
+from nfn_optim.engine.weight_features import FEATURES, STATISTICS, Statistics, WeightFeatures, features_of, products_of
 from nfn_optim.layers import Incidence
-from nfn_optim.rule import features
+from nfn_optim.rule import UpdateRule, features
 from nfn_optim.symmetry import Symmetry
 
 SYMMETRY = Symmetry(
@@ -27,31 +28,32 @@ def draw(seed: int, batch: tuple[int, ...] = ()) -> dict[str, Tensor]:
     return {n: torch.randn((*batch, *SYMMETRY.shape_of(n)), dtype=torch.float64) for n in NAMES}
 
 
-def see(params: dict[str, Tensor], history: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+def features_after(params: dict[str, Tensor], history: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
     """Features of every tensor, and the tensor features, after a list of gradients."""
     steps = torch.full((len(NAMES),), float(len(history)), dtype=torch.float64)
-    corrections = corrections_of(steps)[:1]
+    corrections = bias_corrections(steps)[:1]
     raw, whole = {}, []
     for n, p in params.items():
-        moments = list(init_state({n: p.reshape(len(p) if p.dim() else 1, -1)}, 0, learned=True)[n].values())[:3]
+        array = p.reshape(len(p) if p.dim() else 1, -1)
+        moments = list(init_moments(array, slow=True, dtype=p.dtype).values())
         for grads in history:
-            moments = passes.advance(grads[n].reshape(moments[0].shape), moments)
-        array, g = p.reshape(moments[0].shape), history[-1][n].reshape(moments[0].shape)
-        raw[n] = [x.reshape(p.shape) for x in passes.see(array, g, moments, corrections)]
-        whole.append(torch.stack([x.mean() for x in passes.products_of(raw[n])]))
+            moments = update_moments(grads[n].reshape(moments[0].shape), moments)
+        g = history[-1][n].reshape(array.shape)
+        raw[n] = WeightFeatures(*(x.reshape(p.shape) for x in features_of(array, g, moments, corrections)))
+        whole.append(torch.stack([x.mean() for x in products_of(raw[n])]))
     incidence, means = Incidence(SYMMETRY), torch.stack(whole)
-    scale, rms = features.scales_of(means[:, 3], incidence)
-    units = features.units_of(means, scale)
+    scale, rms = features.scales_of(Statistics.unpack(means).weight, incidence)
+    units = torch.stack(features.units_of(Statistics.unpack(means), scale), -1)
     seen = {n: torch.stack([x * u for x, u in zip(raw[n], units[i], strict=True)]) for i, n in enumerate(NAMES)}
     time = features.time_features(steps, None)
-    return seen, features.tensor_features(features.describe(means, units), scale, rms, time, incidence)
+    return seen, features.tensor_features(features.log_statistics(means, units), scale, rms, time, incidence)
 
 
 @pytest.mark.parametrize("factor", [1e-2, 1e3])
 def test_the_unit_of_the_loss_does_not_matter(factor: float) -> None:
     params, history = draw(0), [draw(1), draw(2), draw(3)]
-    seen, tensors = see(params, history)
-    again, tensors_again = see(params, [{n: factor * g for n, g in grads.items()} for grads in history])
+    seen, tensors = features_after(params, history)
+    again, tensors_again = features_after(params, [{n: factor * g for n, g in grads.items()} for grads in history])
     for n in NAMES:
         torch.testing.assert_close(again[n], seen[n], rtol=1e-4, atol=1e-5)  # Adam's epsilon
     torch.testing.assert_close(tensors_again, tensors, rtol=1e-4, atol=1e-5)
@@ -61,24 +63,24 @@ def test_the_unit_of_the_loss_does_not_matter(factor: float) -> None:
 def test_the_unit_of_a_matrix_does_not_matter(name: str) -> None:
     """P = c w has gradients g / c; vectors without a scale of their own see their neighbours', so b is left out."""
     params, history = draw(0), [draw(1), draw(2), draw(3)]
-    seen, _ = see(params, history)
+    seen, _ = features_after(params, history)
     changed = params | {name: 7 * params[name]}
-    again, _ = see(changed, [grads | {name: grads[name] / 7} for grads in history])
+    again, _ = features_after(changed, [grads | {name: grads[name] / 7} for grads in history])
     for n in ("k", "w"):
         torch.testing.assert_close(again[n], seen[n], rtol=1e-4, atol=1e-5)
 
 
-def test_channel_zero_is_adam() -> None:
+def test_the_first_feature_is_adams_direction() -> None:
     history = [draw(1), draw(2), draw(3)]
-    seen, _ = see(draw(0), history)
+    seen, _ = features_after(draw(0), history)
     for n in NAMES:
         expected = oracle.adam_direction([grads[n] for grads in history])
         torch.testing.assert_close(seen[n][0], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_is_seen_where_nothing_happens() -> None:
+def test_features_are_zero_without_gradients() -> None:
     zero = {n: torch.zeros_like(p) for n, p in draw(0).items()}
-    seen, tensors = see(draw(0), [zero, zero])
+    seen, tensors = features_after(draw(0), [zero, zero])
     assert all(not f.abs().max() > 1e-12 for f in seen.values())
     assert torch.isfinite(tensors).all()
 
@@ -87,7 +89,7 @@ def test_gradients_of_features_are_finite_at_zero() -> None:
     """Second derivatives of the loss go through the features; dead units give exact zeros."""
     params = {n: p.requires_grad_() for n, p in draw(0).items()}
     grads = {n: torch.zeros_like(p).requires_grad_() for n, p in params.items()}
-    seen, tensors = see(params, [grads])
+    seen, tensors = features_after(params, [grads])
     total = sum((f.sum() for f in seen.values()), tensors.sum())
     found = torch.autograd.grad(total, [*params.values(), *grads.values()])
     assert all(torch.isfinite(g).all() for g in found)
@@ -98,11 +100,11 @@ def test_gradients_of_features_are_finite_at_zero() -> None:
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
 def test_the_state_is_precise_and_small(dtype: torch.dtype, expected: torch.dtype) -> None:
-    params = {"w": torch.ones(2, 3, 4, dtype=dtype)}
-    state = init_state(params, 1, learned=True)["w"]
+    params = {"w": torch.ones(2, 40, 50, dtype=dtype)}
+    state = UpdateRule().init(params, 1)["w"]
     assert {value.dtype for value in state.values()} == {expected}
     assert state["step"].shape == (2,)
-    assert sum(value[0].numel() for value in state.values() if value.dim() == 3) <= 4 * 12  # floats a parameter
+    assert sum(value[0].numel() for value in state.values()) <= 4 * 40 * 50  # floats per parameter, neurons included
 
 
 def test_scales() -> None:
@@ -122,7 +124,7 @@ def test_scales() -> None:
     mean_squares = torch.stack([p.square().mean() for p in params.values()])
     scale, rms = features.scales_of(mean_squares, Incidence(symmetry))
     found = dict(zip(params, scale.tolist(), strict=True))
-    expected = {"w": 0.1, "b": 0.2, "u": 0.4, "gain": 1.0, "lonely": features.NO_SCALE, "zero": 0.02}
+    expected = {"w": 0.1, "b": 0.2, "u": 0.4, "gain": 1.0, "lonely": features.DEFAULT_SCALE, "zero": 0.02}
     assert found == pytest.approx(expected, rel=1e-5)
     assert rms[0].item() == pytest.approx(0.1)
 
@@ -144,27 +146,28 @@ def test_rows_are_pooled_over_all_other_dimensions(order: tuple[int, ...]) -> No
     """However the dimensions lie in memory."""
     p, g = (torch.rand(3, 2, 4, dtype=torch.float64).permute(order).contiguous().permute(order) for _ in range(2))
     moments = [torch.zeros_like(p) for _ in range(3)]
-    corrections = corrections_of(torch.ones(1, 1, dtype=torch.float64))
+    corrections = bias_corrections(torch.ones(1, 1, dtype=torch.float64))
     (layout,) = layouts_of([p], 0)
     arrays = [layout.fold([x]) for x in (p, g, *moments)]
-    _, raw = passes.take(arrays[0], arrays[1], arrays[2:], corrections[0])
+    _, raw = passes.moments_and_features(arrays[0], arrays[1], arrays[2:], corrections[0])
     by_dim, whole = layout.means(*passes.sums_of(raw))[0]
-    raw = [layout.unfold(x)[0] for x in raw]
-    assert [tuple(rows.shape) for rows in by_dim] == [(n, ROW_CHANNELS) for n in p.shape]
-    torch.testing.assert_close(by_dim[1][1, 1], raw[1][:, 1].square().mean())
-    torch.testing.assert_close(by_dim[0][2, -1], (raw[1][2] * raw[2][2]).mean())
+    raw = WeightFeatures(*(layout.unfold(x)[0] for x in raw))
+    assert [tuple(rows.shape) for rows in by_dim] == [(n, STATISTICS) for n in p.shape]
+    torch.testing.assert_close(by_dim[1][1, 1], raw.slow[:, 1].square().mean())
+    torch.testing.assert_close(by_dim[0][2, -1], (raw.slow[2] * raw.gradient[2]).mean())
     torch.testing.assert_close(by_dim[2][3, 3], p[:, :, 3].square().mean())
-    torch.testing.assert_close(whole[0], raw[0].square().mean())
+    torch.testing.assert_close(whole[0], raw.adam.square().mean())
 
 
-def test_a_description_is_that_of_channels() -> None:
-    """Statistics of channels follow from those of raw ones and the units: those of relative weights and of momentum."""
-    raw = [torch.rand(3, 4, dtype=torch.float64) + 0.5 for _ in range(CHANNELS)]
-    products = torch.stack(passes.products_of(raw), -1)
-    units = features.units_of(products.mean((0, 1)), torch.tensor(0.1, dtype=torch.float64))
-    found = features.describe(products.mean(1), units)
+def test_statistics_are_in_the_units_of_features() -> None:
+    """They follow from those of the raw features and the units of weight and momentum."""
+    raw = WeightFeatures(*(torch.rand(3, 4, dtype=torch.float64) + 0.5 for _ in range(FEATURES)))
+    products = torch.stack(products_of(raw), -1)
+    means = Statistics.unpack(products.mean((0, 1)))
+    units = torch.stack(features.units_of(means, torch.tensor(0.1, dtype=torch.float64)), -1)
+    found = features.log_statistics(products.mean(1), units)
     rms = [x.square().mean().sqrt() for x in raw]
-    for k, channel in ((0, raw[0]), (3, raw[3] * rms[0] / 0.1), (4, raw[4] / rms[4])):
-        torch.testing.assert_close(found[:, k], torch.log(channel.square().mean(1).sqrt() + features.FLOOR))
-    broken = features.describe(torch.full((ROW_CHANNELS,), torch.nan), units)
+    for k, feature in ((0, raw.adam), (3, raw.weight * rms[0] / 0.1), (4, raw.momentum / rms[4])):
+        torch.testing.assert_close(found[:, k], torch.log(feature.square().mean(1).sqrt() + features.LOG_EPS))
+    broken = features.log_statistics(torch.full((STATISTICS,), torch.nan), units)
     assert torch.isfinite(broken).all()

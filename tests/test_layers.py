@@ -1,45 +1,17 @@
-"""NF-layers: the maps between rows, neurons and tensors, and the tied stack on them."""
+"""NF-layers: the maps between rows, neurons and tensors, and message passing on them."""
 
 from __future__ import annotations
 
 import oracle
 import pytest
 import torch
+from rules import perturbed
+from symmetries import SYMMETRIES
 from torch import Tensor
 
-from nfn_optim.engine.moments import ROW_CHANNELS
-from nfn_optim.layers import Incidence, TiedStack
-from nfn_optim.rule.features import TENSOR_CHANNELS
+from nfn_optim.layers import Incidence, MessagePassing
+from nfn_optim.rule.features import ROW_CHANNELS, TENSOR_CHANNELS
 from nfn_optim.symmetry import Symmetry
-
-SYMMETRIES = {
-    "mlp": Symmetry(
-        {"w0": ("h", "in"), "b0": ("h",), "w1": ("out", "h"), "b1": ("out",)},
-        {"h": 4, "in": 3, "out": 2},
-        frozenset({"in", "out"}),
-    ),
-    "conv, flatten, scalar": Symmetry(
-        {"k": ("c", "in", "ky", "kx"), "w": ("h", "(c y x)"), "v": ("out", "h"), "scalar": ()},
-        {"c": 3, "in": 2, "ky": 2, "kx": 2, "h": 4, "y": 2, "x": 1, "out": 2},
-        frozenset({"in", "ky", "kx", "y", "x", "out"}),
-    ),
-    "reused, squared": Symmetry(
-        {"w": ("h", "h"), "b": ("h",), "u": ("(h h)", "in"), "v": ("out", "h")},
-        {"h": 3, "in": 2, "out": 2},
-        frozenset({"in", "out"}),
-    ),
-    "heads, groups, sums": Symmetry(
-        {
-            "qkv": ("((h > d) + (h > d) + (h > e))", "(a + b)"),
-            "out": ("(a + b)", "(h > e)"),
-            "kernel": ("(h > o)", "d"),
-            "v": ("(3 (a + b))",),
-        },
-        {"h": 2, "d": 3, "e": 2, "a": 2, "b": 1, "o": 2, "3": 3},
-        frozenset({"3"}),
-        {"d": ("h",)},
-    ),
-}
 
 
 @pytest.fixture(params=SYMMETRIES)
@@ -47,13 +19,9 @@ def symmetry(request: pytest.FixtureRequest) -> Symmetry:
     return SYMMETRIES[request.param]
 
 
-def stack(rounds: int = 2) -> TiedStack:
+def message_passing(rounds: int = 2) -> MessagePassing:
     torch.manual_seed(0)
-    made = TiedStack(ROW_CHANNELS, TENSOR_CHANNELS, 5, 3, rounds).double()
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return made
+    return perturbed(MessagePassing(ROW_CHANNELS, TENSOR_CHANNELS, 5, 3, rounds).double(), 0.3)
 
 
 def inputs(incidence: Incidence, *batch: int) -> tuple[Tensor, Tensor]:
@@ -69,16 +37,16 @@ def moved(symmetry: Symmetry, incidence: Incidence, permutations: dict[str, Tens
         for s in incidence.segments[t]:
             if only in ("", name):
                 order = torch.arange(s.length)
-                if not s.mute:
+                if not s.masked:
                     order = symmetry.index_of(symmetry.dims[name][s.dim], permutations)
                 index[s.start : s.start + s.length] = s.start + order
     return index
 
 
-def spoken(incidence: Incidence, rows: Tensor) -> Tensor:
-    """Let all rows of a mute dimension say the same."""
+def with_masked_rows(incidence: Incidence, rows: Tensor) -> Tensor:
+    """Give all rows of a masked dimension the same values."""
     rows = rows.clone()
-    for s in (s for segments in incidence.segments for s in segments if s.mute):
+    for s in (s for segments in incidence.segments for s in segments if s.masked):
         rows[..., s.start : s.start + s.length, :] = rows[..., s.start : s.start + 1, :]
     return rows
 
@@ -116,13 +84,13 @@ def test_every_row_belongs_to_its_dimension(symmetry: Symmetry) -> None:
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 3])
-def test_the_stack_is_equivariant(symmetry: Symmetry, rounds: int) -> None:
-    """Under every axis, fixed ones too: the stack gives no entry a meaning of its own."""
-    incidence, made = Incidence(symmetry), stack(rounds)
+def test_message_passing_is_equivariant(symmetry: Symmetry, rounds: int) -> None:
+    """Under every axis, fixed ones too: no entry has a meaning of its own."""
+    incidence, made = Incidence(symmetry), message_passing(rounds)
     rows, tensors = inputs(incidence)
     symmetry = Symmetry(symmetry.dims, symmetry.sizes, nested=symmetry.nested)
     permutations = symmetry.random_permutations()
-    rows = spoken(incidence, rows)
+    rows = with_masked_rows(incidence, rows)
     index = moved(symmetry, incidence, permutations)
     by_row, by_tensor = made(rows, tensors, incidence)
     permuted_by_row, permuted_by_tensor = made(rows[index], tensors, incidence)
@@ -131,10 +99,10 @@ def test_the_stack_is_equivariant(symmetry: Symmetry, rounds: int) -> None:
 
 
 @pytest.mark.parametrize(("rounds", "notices"), [(2, True), (0, False)])
-def test_the_stack_notices_what_moves_in_one_tensor_only(rounds: int, notices: bool) -> None:
-    """An MLP's first matrix permuted without its bias is another network; with no rounds nobody hears of it."""
+def test_an_output_depends_on_permutations_of_one_tensor_only_with_messages(rounds: int, notices: bool) -> None:
+    """An MLP's first matrix permuted without its bias is another network; with no rounds no output depends on it."""
     symmetry = SYMMETRIES["mlp"]
-    incidence, made = Incidence(symmetry), stack(rounds)
+    incidence, made = Incidence(symmetry), message_passing(rounds)
     rows, tensors = inputs(incidence)
     index = moved(symmetry, incidence, {"h": torch.tensor([1, 2, 3, 0])}, only="w0")
     by_row, _ = made(rows, tensors, incidence)
@@ -143,7 +111,7 @@ def test_the_stack_notices_what_moves_in_one_tensor_only(rounds: int, notices: b
 
 
 def test_a_batch_is_its_members(symmetry: Symmetry) -> None:
-    incidence, made = Incidence(symmetry), stack()
+    incidence, made = Incidence(symmetry), message_passing()
     rows, tensors = inputs(incidence, 2, 3)
     by_row, by_tensor = made(rows, tensors, incidence)
     for i in range(2):
@@ -153,7 +121,7 @@ def test_a_batch_is_its_members(symmetry: Symmetry) -> None:
             torch.testing.assert_close(one_tensor, by_tensor[i, j])
 
 
-def test_a_new_stack_says_nothing(symmetry: Symmetry) -> None:
+def test_outputs_start_at_zero(symmetry: Symmetry) -> None:
     incidence = Incidence(symmetry)
-    made = TiedStack(ROW_CHANNELS, TENSOR_CHANNELS, 5, 3, 2).double()
-    assert all(not said.any() for said in made(*inputs(incidence), incidence))
+    made = MessagePassing(ROW_CHANNELS, TENSOR_CHANNELS, 5, 3, 2).double()
+    assert all(not output.any() for output in made(*inputs(incidence), incidence))

@@ -1,4 +1,4 @@
-"""Meta-gradients: exact where they claim to be, unbiased where they claim to be, the same for members side by side."""
+"""Meta-gradients: backpropagation is exact, persistent evolution strategies unbiased, members are independent."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rules import random_rule
 from torch import Tensor, nn
 
 from meta_train.imitation import Expert, disagreement, orthogonal
@@ -17,7 +18,7 @@ from meta_train.tasks import MLPTask, Params, Task, Tensors, digits
 from meta_train.tasks.mlp import Augment, MLPShape
 from meta_train.theta_vector import flatten, train_only, unflatten
 from meta_train.unroll import LR, Carry, Unrolling, start, unroll
-from nfn_optim import RuleConfig, UpdateRule
+from nfn_optim import UpdateRule
 from nfn_optim.engine.moments import State
 from nfn_optim.symmetry import Symmetry
 
@@ -43,16 +44,11 @@ def task() -> DoubleTask:
     return DoubleTask(SHAPE, digits(), Augment())
 
 
-def rule(form: str = "linear") -> UpdateRule:
-    torch.manual_seed(0)
-    made = UpdateRule(RuleConfig(hidden=4, form=form, power=1.0)).double()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return made
+def rule(direction: str = "adam") -> UpdateRule:
+    return random_rule(0.1, hidden=4, direction=direction, power=1.0).double()
 
 
-def carried(members: int = 2) -> Carry:
+def aged_carry(members: int = 2) -> Carry:
     """An inner run three steps old."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -61,20 +57,20 @@ def carried(members: int = 2) -> Carry:
 
 CASES = {
     "log": Estimation(window=3),
-    "network": Estimation(window=3),
+    "orthogonal": Estimation(window=3),
     "mean": Estimation(window=3, objective=Objective("mean")),
     "last": Estimation(window=3, objective=Objective("last")),
-    "averaged": Estimation(window=3, objective=Objective(averaged=0.5)),
-    "held out": Estimation(window=3, objective=Objective(averaged=0.5, held_out=True)),
+    "averaged": Estimation(window=3, objective=Objective(averaged_fraction=0.5)),
+    "held out": Estimation(window=3, objective=Objective(averaged_fraction=0.5, held_out=True)),
     "segments": Estimation(window=3, unrolling=Unrolling(segment=2)),
-    "tail": Estimation(window=3, objective=Objective(tail=0.5)),
+    "tail": Estimation(window=3, objective=Objective(tail_fraction=0.5)),
     "imitation": Estimation(window=1, unrolling=Unrolling(expert=Expert("muon")), imitation=0.7),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_backprop_equals_finite_differences(name: str) -> None:
-    learned, carry = rule("network" if name == "network" else "linear"), carried()
+    learned, carry = rule("orthogonal" if name == "orthogonal" else "adam"), aged_carry()
 
     def estimate() -> Estimate:
         return CASES[name](learned, task(), carry, torch.Generator().manual_seed(2))
@@ -98,46 +94,46 @@ def set_theta(learned: nn.Module, flat: Tensor) -> None:
             learned.get_parameter(name).copy_(value)
 
 
-def test_theta_is_one_vector_and_back() -> None:
+def test_flatten_and_unflatten_are_inverse() -> None:
     learned = rule()
     found = unflatten(learned, torch.stack([flatten(learned), 2 * flatten(learned)]))
     for name, p in learned.named_parameters():
         assert torch.equal(found[name], torch.stack([p, 2 * p]))
 
 
-PARTS = ("power", "stack.read_tensors.bias")
+PARTS = ("network.power", "network.message_passing.tensor_bias")
 
 
 @pytest.mark.parametrize("estimator", ["backprop", "es"])
-def test_only_what_is_trained_has_a_gradient(estimator: str) -> None:
+def test_only_trainable_parameters_have_a_gradient(estimator: str) -> None:
     learned = rule()
     train_only(learned, PARTS)
     estimation = Estimation(estimator, window=2)  # type: ignore[arg-type]
-    carry = start(learned, task(), 4, 40, torch.Generator().manual_seed(0), copies=estimation.copies)
+    carry = start(learned, task(), 4, 40, torch.Generator().manual_seed(0), copies=estimation.antithetic_copies)
     found = unflatten(learned, estimation(learned, task(), carry, torch.Generator()).samples[0])
     for name, gradient in found.items():
         assert bool(gradient.any()) == name.startswith(PARTS), name
 
 
-def test_what_nobody_can_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected beginnings of names"):
+def test_unknown_prefixes_and_frozen_rules_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected prefixes"):
         train_only(rule(), ("power", "stak"))
-    with pytest.raises(ValueError, match="of which something is trained"):
-        Estimation()(rule().requires_grad_(False), task(), carried(), torch.Generator())
+    with pytest.raises(ValueError, match="with trainable parameters"):
+        Estimation()(rule().requires_grad_(False), task(), aged_carry(), torch.Generator())
 
 
-def test_the_tail_of_a_window_may_count_alone() -> None:
+def test_the_tail_fraction_selects_the_last_steps() -> None:
     losses = torch.tensor([[4.0], [3.0], [2.0], [1.0]])
-    assert Objective("mean", tail=0.5)(losses, torch.tensor([1.0])).item() == pytest.approx(1.5, rel=1e-2)
-    assert Objective("mean", tail=0.01)(losses, torch.tensor([1.0])).item() == pytest.approx(1.0, rel=1e-2)
-    with pytest.raises(ValueError, match="tail"):
-        Objective(tail=0.0)
+    assert Objective("mean", tail_fraction=0.5)(losses, torch.tensor([1.0])).item() == pytest.approx(1.5, rel=1e-2)
+    assert Objective("mean", tail_fraction=0.01)(losses, torch.tensor([1.0])).item() == pytest.approx(1.0, rel=1e-2)
+    with pytest.raises(ValueError, match="tail_fraction"):
+        Objective(tail_fraction=0.0)
 
 
-def test_segments_change_memory_only() -> None:
+def test_segments_do_not_change_the_result() -> None:
     found = [
-        Estimation(window=5, unrolling=Unrolling(segment=s), objective=Objective(averaged=0.3))(
-            rule(), task(), carried(), torch.Generator().manual_seed(2)
+        Estimation(window=5, unrolling=Unrolling(segment=s), objective=Objective(averaged_fraction=0.3))(
+            rule(), task(), aged_carry(), torch.Generator().manual_seed(2)
         )
         for s in (0, 2)
     ]
@@ -146,28 +142,28 @@ def test_segments_change_memory_only() -> None:
 
 
 def test_segments_save_memory() -> None:
-    """What backpropagation keeps, in bytes, counted by a hook on saved tensors."""
+    """Bytes saved for backpropagation, counted by a hook on saved tensors."""
 
-    def kept(segment: int) -> int:
-        seen: dict[int, int] = {}
+    def saved_bytes(segment: int) -> int:
+        storages: dict[int, int] = {}
 
         def pack(value: Tensor) -> Tensor:
-            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
             return value
 
         theta = {n: p.detach().clone().requires_grad_() for n, p in rule().named_parameters()}
-        carry, how = carried(), Unrolling(segment=segment)
+        carry, unrolling = aged_carry(), Unrolling(segment=segment)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-            unroll(rule(), task(), carry, 8, torch.Generator().manual_seed(2), theta=theta, how=how)
-        return sum(seen.values())
+            unroll(rule(), task(), carry, 8, torch.Generator().manual_seed(2), theta=theta, unrolling=unrolling)
+        return sum(storages.values())
 
-    assert kept(2) < 0.7 * kept(0)
+    assert saved_bytes(2) < 0.7 * saved_bytes(0)
 
 
 def test_first_order_gradients_differ_and_the_unroll_does_not() -> None:
     found = {
         second: Estimation(window=4, unrolling=Unrolling(second_order=second))(
-            rule(), task(), carried(), torch.Generator().manual_seed(2)
+            rule(), task(), aged_carry(), torch.Generator().manual_seed(2)
         )
         for second in (True, False)
     }
@@ -176,7 +172,7 @@ def test_first_order_gradients_differ_and_the_unroll_does_not() -> None:
 
 
 class Fixed(DoubleTask):
-    """Takes the batches of three members, for some of them only."""
+    """Draws the batches of three members and returns those of some of them."""
 
     only = slice(0, 3)
 
@@ -194,37 +190,37 @@ def part_of(carry: Carry, part: slice) -> Carry:
     )
 
 
-def test_members_are_trained_as_if_alone() -> None:
+def test_members_are_independent() -> None:
     """Losses, parameters and meta-gradients of a member are those of an unroll of it alone, on the same batches."""
-    estimation, carry = Estimation(window=4), carried(3)
-    together = estimation(rule(), Fixed(SHAPE, digits(), Augment()), carry, torch.Generator().manual_seed(5))
+    estimation, carry = Estimation(window=4), aged_carry(3)
+    batched = estimation(rule(), Fixed(SHAPE, digits(), Augment()), carry, torch.Generator().manual_seed(5))
     for only in range(3):
         one = Fixed(SHAPE, digits(), Augment())
         one.only = part = slice(only, only + 1)
-        alone = estimation(rule(), one, part_of(carry, part), torch.Generator().manual_seed(5))
-        torch.testing.assert_close(alone.losses, together.losses[:, part], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(alone.samples, together.samples[part], rtol=1e-9, atol=1e-12)
-        for name, p in alone.carry.params.items():
-            torch.testing.assert_close(p, together.carry.params[name][part], rtol=1e-10, atol=1e-12)
+        single = estimation(rule(), one, part_of(carry, part), torch.Generator().manual_seed(5))
+        torch.testing.assert_close(single.losses, batched.losses[:, part], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(single.samples, batched.samples[part], rtol=1e-9, atol=1e-12)
+        for name, p in single.carry.params.items():
+            torch.testing.assert_close(p, batched.carry.params[name][part], rtol=1e-10, atol=1e-12)
 
 
-def test_members_may_have_rules_of_their_own() -> None:
-    carry, learned = carried(3), rule("network")
+def test_members_may_have_a_theta_each() -> None:
+    carry, learned = aged_carry(3), rule("orthogonal")
     rows = flatten(learned) + 0.05 * torch.randn(3, len(flatten(learned)), dtype=torch.float64)
     with torch.no_grad():
-        together = unroll(
+        batched = unroll(
             learned, Fixed(SHAPE, digits(), Augment()), carry, 4, torch.Generator(), theta=unflatten(learned, rows)
         )
         for only in range(3):
             one = Fixed(SHAPE, digits(), Augment())
             one.only = part = slice(only, only + 1)
             theta = unflatten(learned, rows[only])
-            alone = unroll(learned, one, part_of(carry, part), 4, torch.Generator(), theta=theta)
-            torch.testing.assert_close(alone.losses, together.losses[:, part], rtol=1e-9, atol=1e-12)
+            single = unroll(learned, one, part_of(carry, part), 4, torch.Generator(), theta=theta)
+            torch.testing.assert_close(single.losses, batched.losses[:, part], rtol=1e-9, atol=1e-12)
 
 
-def test_a_member_that_diverged_is_left_out_and_stays_out() -> None:
-    carry = carried(3)
+def test_a_diverged_member_is_excluded_from_then_on() -> None:
+    carry = aged_carry(3)
     broken = {n: torch.cat([p[:1] * torch.nan, p[1:]]) for n, p in carry.params.items()}
     found = Estimation(window=3)(rule(), task(), replace(carry, params=broken), torch.Generator().manual_seed(0))
     assert found.carry.alive.tolist() == [False, True, True]
@@ -237,13 +233,13 @@ def test_a_member_that_diverged_is_left_out_and_stays_out() -> None:
 
 
 class Toy(nn.Module):
-    """What an estimator needs of a rule: theta, `init`, and an update of parameters `p` `(members, size)`."""
+    """The interface of a rule for an estimator: theta, `init`, and an update of parameters `p` `(members, size)`."""
 
     def __init__(self, theta: float) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
 
-    def talks(self, taken: int) -> bool:
+    def refreshes(self, taken: int) -> bool:
         return True
 
     def init(self, params: Params, batch_dims: int = 0) -> State:
@@ -268,8 +264,8 @@ class Descent(Toy):
 class Influence(Toy):
     """Influence balancing (Tallec and Ollivier, 2017; Vicol et al., 2021, Sec. 5.1): p <- A p + theta s.
 
-    Theta pushes the first ten entries up and the other thirteen down, and what is seen of it reaches the first entry
-    from its neighbours: at first theta seems to raise it, in the long run it lowers it.
+    Theta pushes the first ten entries up and the other thirteen down, and each entry propagates to the one before it:
+    in the short run theta raises the first entry, in the long run it lowers it.
     """
 
     def change(self, p: Tensor, g: Tensor, theta: Tensor) -> Tensor:
@@ -280,25 +276,25 @@ class Influence(Toy):
 
 @dataclass(frozen=True)
 class Scaled(Objective):
-    """The mean loss, magnified."""
+    """The mean loss times a factor."""
 
-    times: float = 1.0
+    factor: float = 1.0
 
     def __call__(self, losses: Tensor, first_loss: Tensor) -> Tensor:
-        return self.times * losses.mean(0)
+        return self.factor * losses.mean(0)
 
 
 class ToyTask(Task):
-    """A loss of one vector, without data."""
+    """A function of one vector, without data."""
 
     name = "toy"
 
-    def __init__(self, loss: Callable[[Tensor], Tensor], size: int, first: float) -> None:
+    def __init__(self, loss: Callable[[Tensor], Tensor], size: int, initial: float) -> None:
         self.symmetry = Symmetry.separate({"p": (size,)})
-        self._loss, self._size, self._first = loss, size, first
+        self._loss, self._size, self._initial = loss, size, initial
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
-        return {"p": torch.full((count, self._size), self._first, dtype=torch.float64)}, {}
+        return {"p": torch.full((count, self._size), self._initial, dtype=torch.float64)}, {}
 
     def batch(self, count: int, generator: torch.Generator, *, held_out: bool = False) -> Tensors:
         return {}
@@ -311,10 +307,10 @@ QUADRATIC = ToyTask(lambda p: 0.5 * p.square().sum(), 1, 1.0)
 BALANCED = ToyTask(lambda p: 0.5 * (p[0] - 1).square(), 23, 0.0)
 
 
-def total(learned: Toy, one: ToyTask, estimation: Estimation, horizon: int, members: int) -> tuple[float, float]:
+def run_estimate(learned: Toy, one: ToyTask, estimation: Estimation, horizon: int, members: int) -> tuple[float, float]:
     """Mean over the windows of an inner run of the estimate, and its standard error."""
     generator = torch.Generator().manual_seed(0)
-    carry = start(learned, one, members, horizon, generator, copies=estimation.copies)  # type: ignore[arg-type]
+    carry = start(learned, one, members, horizon, generator, copies=estimation.antithetic_copies)  # type: ignore[arg-type]
     samples = []
     for _ in range(horizon // estimation.window):
         found = estimation(learned, one, carry, generator)  # type: ignore[arg-type]
@@ -335,34 +331,34 @@ def test_evolution_is_unbiased_on_a_quadratic(estimator: str) -> None:
     known = (0.5 * -2 * k * (1 - lr) ** (2 * k - 1) * lr / (0.5 + 1e-3)).mean().item()
     estimation = replace(MEAN, window=horizon, estimator=estimator)  # type: ignore[arg-type]
     learned = Descent(torch.tensor(lr).log().item())
-    mean, error = total(learned, QUADRATIC, estimation, horizon, 2 * 4000)
+    mean, error = run_estimate(learned, QUADRATIC, estimation, horizon, 2 * 4000)
     assert error < 0.03 * abs(known)
     assert abs(mean - known) < 4 * error
     exact = replace(MEAN, window=horizon)
-    assert total(Descent(torch.tensor(lr).log().item()), QUADRATIC, exact, horizon, 2)[0] == pytest.approx(
+    assert run_estimate(Descent(torch.tensor(lr).log().item()), QUADRATIC, exact, horizon, 2)[0] == pytest.approx(
         known, rel=1e-5
     )
 
 
-def test_persistence_removes_the_bias_of_truncation() -> None:
-    """On influence balancing the truncated gradients of backprop and es have the wrong sign; that of pes is right."""
+def test_pes_removes_the_truncation_bias() -> None:
+    """On influence balancing truncated backprop and es estimate the wrong sign, and pes the right one."""
     horizon, learned = 60, Influence(0.1)
-    whole, _ = total(learned, BALANCED, replace(MEAN, window=horizon), horizon, 2)
-    truncated, _ = total(learned, BALANCED, replace(MEAN, window=1), horizon, 2)
-    es, es_error = total(learned, BALANCED, replace(MEAN, window=1, estimator="es"), horizon, 2 * 2000)
-    pes, pes_error = total(learned, BALANCED, replace(MEAN, window=1, estimator="pes"), horizon, 2 * 20000)
+    whole, _ = run_estimate(learned, BALANCED, replace(MEAN, window=horizon), horizon, 2)
+    truncated, _ = run_estimate(learned, BALANCED, replace(MEAN, window=1), horizon, 2)
+    es, es_error = run_estimate(learned, BALANCED, replace(MEAN, window=1, estimator="es"), horizon, 2 * 2000)
+    pes, pes_error = run_estimate(learned, BALANCED, replace(MEAN, window=1, estimator="pes"), horizon, 2 * 20000)
     assert whole * truncated < 0
     assert abs(es - truncated) < 5 * es_error + 0.02 * abs(truncated)
     assert pes_error < 0.1 * abs(whole)
     assert abs(pes - whole) < 4 * pes_error
 
 
-def test_standardised_differences_do_not_depend_on_how_much_the_loss_moves() -> None:
-    """A task whose objective moves ten times as much gives the same estimates."""
+def test_standardised_differences_do_not_depend_on_the_scale_of_the_loss() -> None:
+    """A task with ten times the objective gives the same estimates."""
 
-    def samples(times: float) -> Tensor:
+    def samples(factor: float) -> Tensor:
         one = ToyTask(lambda p: 0.5 * p.square().sum(), 1, 1.0)
-        estimation = Estimation("es", window=4, objective=Scaled(times=times), standardised=True)
+        estimation = Estimation("es", window=4, objective=Scaled(factor=factor), standardised=True)
         carry = start(Descent(-1.0), one, 6, 4, torch.Generator().manual_seed(0), copies=2)  # type: ignore[arg-type]
         return estimation(Descent(-1.0), one, carry, torch.Generator().manual_seed(0)).samples  # type: ignore[arg-type]
 
@@ -370,13 +366,13 @@ def test_standardised_differences_do_not_depend_on_how_much_the_loss_moves() -> 
     torch.testing.assert_close(samples(10.0), samples(1.0))
 
 
-def test_a_window_may_be_the_whole_run() -> None:
-    found = Estimation(window=0)(rule(), task(), carried(), torch.Generator().manual_seed(0))
+def test_a_window_of_zero_is_the_whole_run() -> None:
+    found = Estimation(window=0)(rule(), task(), aged_carry(), torch.Generator().manual_seed(0))
     assert len(found.losses) == 40 - 3
     assert found.carry.steps == found.carry.horizon == 40
 
 
-def test_antithetic_runs_share_everything_but_theta() -> None:
+def test_antithetic_copies_differ_in_theta_only() -> None:
     estimation = Estimation(estimator="pes", window=4, sigma=1e-9)
     carry = start(rule(), task(), 6, 40, torch.Generator().manual_seed(0), copies=2)
     found = estimation(rule(), task(), carry, torch.Generator().manual_seed(0))
@@ -385,8 +381,8 @@ def test_antithetic_runs_share_everything_but_theta() -> None:
 
 
 def test_a_carry_of_another_estimator_is_refused() -> None:
-    with pytest.raises(ValueError, match="begin it with start"):
-        Estimation(estimator="pes")(rule(), task(), carried(), torch.Generator())
+    with pytest.raises(ValueError, match="start it with start"):
+        Estimation(estimator="pes")(rule(), task(), aged_carry(), torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -396,12 +392,12 @@ def test_a_carry_of_another_estimator_is_refused() -> None:
         lambda: Estimation(window=-1),
         lambda: Estimation(sigma=0.0),
         lambda: Objective("median"),  # type: ignore[arg-type]
-        lambda: Objective(averaged=1.5),
+        lambda: Objective(averaged_fraction=1.5),
         lambda: Expert("sgd"),  # type: ignore[arg-type]
         lambda: start(rule(), task(), 3, 10, torch.Generator(), copies=2),
     ],
 )
-def test_bad_configurations_say_what_was_expected(make: Callable[[], object]) -> None:
+def test_invalid_configurations_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"expected .*, found"):
         make()
 
@@ -409,16 +405,16 @@ def test_bad_configurations_say_what_was_expected(make: Callable[[], object]) ->
 # --------------------------------------------------------------------------------------------- combination, imitation
 
 
-def test_estimates_are_clipped_left_out_and_averaged() -> None:
+def test_estimates_are_clipped_rejected_and_averaged() -> None:
     samples = torch.tensor([[3.0, 4.0], [0.0, 0.5], [torch.nan, 0.0], [300.0, 0.0]])
-    found = combine(samples, 10.0, each=1.0, reject=100.0)
+    found = combine(samples, 10.0, clip_each=1.0, reject=100.0)
     torch.testing.assert_close(found.gradient, (torch.tensor([0.6, 0.8]) + torch.tensor([0.0, 0.5])) / 2)
     assert found.dropped == 0.5
     assert found.norm == pytest.approx(torch.tensor([1.5, 2.25]).norm().item())
     assert combine(samples, 0.1).gradient.norm().item() == pytest.approx(0.1)
-    nothing = combine(samples * torch.nan, 1.0)
-    assert not nothing.usable
-    assert torch.equal(nothing.gradient, torch.zeros(2))
+    rejected = combine(samples * torch.nan, 1.0)
+    assert not rejected.is_valid
+    assert torch.equal(rejected.gradient, torch.zeros(2))
 
 
 def test_signal_to_noise_is_estimated() -> None:
@@ -430,7 +426,7 @@ def test_signal_to_noise_is_estimated() -> None:
 def test_the_expert_is_torch_adamw_and_agrees_with_itself() -> None:
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(4, 3))
-    learned, adamw = UpdateRule.nominal(), torch.optim.AdamW([p], lr=2 * LR, weight_decay=0.0)
+    learned, adamw = UpdateRule.adamw(), torch.optim.AdamW([p], lr=2 * LR, weight_decay=0.0)
     params = {"p": p.detach().clone().unsqueeze(0)}
     state = learned.init(params, batch_dims=1)
     symmetry = Symmetry.separate({"p": (4, 3)})
@@ -439,8 +435,8 @@ def test_the_expert_is_torch_adamw_and_agrees_with_itself() -> None:
         update, state = learned(params, {"p": p.grad.unsqueeze(0)}, state, symmetry, lr=LR, batch_dims=1)
         before = p.detach().clone()
         adamw.step()
-        wanted = Expert("adamw", boost=2.0).update(state, LR)
-        torch.testing.assert_close(wanted["p"][0], p.detach() - before, rtol=1e-4, atol=1e-7)
+        target = Expert("adamw", boost=2.0).update(state, LR)
+        torch.testing.assert_close(target["p"][0], p.detach() - before, rtol=1e-4, atol=1e-7)
     assert disagreement(Expert("adamw", boost=1.0), update, state, LR).item() == pytest.approx(0.0, abs=1e-5)
     assert disagreement(Expert("adamw", boost=torch.e), update, state, LR).item() == pytest.approx(0.3, abs=1e-4)
 

@@ -1,4 +1,4 @@
-"""The layers around NFLinear: equivariant or invariant on everything that a symmetry can say."""
+"""NF-layers other than NFLinear: equivariant or invariant under every kind of symmetry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
-from nf_networks import FEWER, SMALL, ZOO_HNP, Features, assert_close, features_of, permuted
+from nf_symmetries import SHRUNK, SMALL, ZOO_HNP, Features, assert_close, features_of, permuted
+from rules import perturbed
 from torch import nn
 
 from nfn_optim.layers import (
@@ -32,8 +33,8 @@ from nfn_optim.layers import (
 from nfn_optim.symmetry import Symmetry
 
 
-class FromLatents(nn.Module):
-    """To latents and back."""
+class LatentAutoencoder(nn.Module):
+    """Encode to latents and decode."""
 
     def __init__(self, symmetry: Symmetry, channels: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ EQUIVARIANT: dict[str, Callable[[Symmetry], nn.Module]] = {
     "PositionEncoding": PositionEncoding,
     "LearnedEncoding": lambda s: LearnedEncoding(s, 2),
     "WeightAttention": lambda s: WeightAttention(s, 2, 2),
-    "LatentDecoder": lambda s: FromLatents(s, 2),
+    "LatentDecoder": lambda s: LatentAutoencoder(s, 2),
     "Residual": lambda s: Residual(
         NFLinear(s, 2, 2), Entrywise(nn.ReLU()), ChannelNorm(s, 2, positions=True), ChannelDropout(0.3)
     ),
@@ -66,62 +67,55 @@ INVARIANT: dict[str, Callable[[Symmetry], nn.Module]] = {
     "Statistics": lambda s: Statistics(s, 2),
     "LatentEncoder": lambda s: LatentEncoder(s, 2, 3),
 }
-SOME = {**SMALL, **ZOO_HNP}
+SYMMETRIES = {**SMALL, **ZOO_HNP}
+SMALL_AND_SHRUNK = {**SMALL, **SHRUNK}
 
 
-def shaken(module: nn.Module) -> nn.Module:
-    """The module with no coefficient at its start, in float64."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return module.double()
-
-
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", SYMMETRIES)
 @pytest.mark.parametrize("layer", EQUIVARIANT)
 def test_equivariant(name: str, layer: str) -> None:
     torch.manual_seed(0)
-    symmetry, features = SOME[name], features_of(SOME[name], 2, 2)
-    made = shaken(EQUIVARIANT[layer](symmetry))
+    symmetry, features = SYMMETRIES[name], features_of(SYMMETRIES[name], 2, 2)
+    module = perturbed(EQUIVARIANT[layer](symmetry), 0.3).double()
     permutations = symmetry.random_permutations(torch.Generator().manual_seed(1))
     torch.manual_seed(1)
-    found = made(permuted(symmetry, features, permutations))
-    torch.manual_seed(1)
-    assert_close(found, permuted(symmetry, made(features), permutations))
+    actual = module(permuted(symmetry, features, permutations))
+    torch.manual_seed(1)  # the same dropout
+    assert_close(actual, permuted(symmetry, module(features), permutations))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", SYMMETRIES)
 @pytest.mark.parametrize("layer", INVARIANT)
 def test_invariant(name: str, layer: str) -> None:
     torch.manual_seed(0)
-    symmetry, features = SOME[name], features_of(SOME[name], 2, 2)
-    made = shaken(INVARIANT[layer](symmetry))
+    symmetry, features = SYMMETRIES[name], features_of(SYMMETRIES[name], 2, 2)
+    module = perturbed(INVARIANT[layer](symmetry), 0.3).double()
     permutations = symmetry.random_permutations(torch.Generator().manual_seed(1))
-    found = made(permuted(symmetry, features, permutations))
-    torch.testing.assert_close(found, made(features), rtol=1e-10, atol=1e-10)
-    assert found.std() > 0
+    actual = module(permuted(symmetry, features, permutations))
+    torch.testing.assert_close(actual, module(features), rtol=1e-10, atol=1e-10)
+    assert actual.std() > 0
 
 
-@pytest.mark.parametrize("name", {**SMALL, **FEWER})
+@pytest.mark.parametrize("name", SMALL_AND_SHRUNK)
 def test_pooling_is_complete(name: str) -> None:
-    """As many independent numbers as there are orbits of entries."""
-    symmetry = {**SMALL, **FEWER}[name]
+    """As many linearly independent outputs as orbits of entries."""
+    symmetry = SMALL_AND_SHRUNK[name]
     count = len(oracle.orbits_of(symmetry).unique())
     pooled = InvariantPool(symmetry, 1).double()(features_of(symmetry, 1, count + 2))
     assert int(torch.linalg.matrix_rank(pooled)) == count
 
 
-def test_an_invariant_network_tells_unlike_weights_apart() -> None:
-    """Permuting one tensor alone changes what an invariant network answers, though not what pooling alone says."""
+def test_an_invariant_network_is_sensitive_to_permuting_one_tensor_only() -> None:
+    """A permutation of one tensor is no symmetry; NFLinear and pooling detect it, pooling by itself does not."""
     torch.manual_seed(0)
     symmetry = free_ends(ZOO_HNP["deep_mlp"])
     features = features_of(symmetry, 1, 2)
     pool = InvariantPool(symmetry, 3)
     network = nn.Sequential(NFLinear(symmetry, 1, 3), Entrywise(nn.Tanh()), pool).double()
-    moved = {**features, "0.weight": features["0.weight"].roll(1, 1)}
-    assert (network(moved) - network(features)).abs().max() > 1e-4
-    alone = InvariantPool(symmetry, 1)
-    torch.testing.assert_close(alone(moved), alone(features))
+    changed = {**features, "0.weight": features["0.weight"].roll(1, 1)}
+    assert (network(changed) - network(features)).abs().max() > 1e-4
+    pool_only = InvariantPool(symmetry, 1)
+    torch.testing.assert_close(pool_only(changed), pool_only(features))
 
 
 def test_norms_normalise() -> None:
@@ -149,34 +143,34 @@ def test_dropout_drops_whole_channels_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["deep_mlp", "attention", "group_norm", "experts", "lstm"])
-def test_attention_is_sensitive_to_permuting_one_tensor_alone(name: str) -> None:
+def test_attention_is_sensitive_to_permuting_one_tensor_only(name: str) -> None:
     torch.manual_seed(0)
     symmetry, features = ZOO_HNP[name], features_of(ZOO_HNP[name], 4, 1)
     layer = WeightAttention(symmetry, 4, 2).double()
     for axis in symmetry.free:
         carriers = [n for n in symmetry.dims if axis in symmetry.axes_of(n)]
-        outer = [symmetry.sizes[parent] for parent in symmetry.nested.get(axis, ())]
-        turn = {axis: torch.arange(symmetry.sizes[axis]).roll(1).expand(*outer, -1)}
-        expected = permuted(symmetry, layer(features), turn)
-        found = layer({**permuted(symmetry, features, turn), carriers[0]: features[carriers[0]]})
-        assert max(float((found[n] - expected[n]).detach().abs().max()) for n in carriers[1:]) > 1e-6
+        parents = [symmetry.sizes[parent] for parent in symmetry.nested.get(axis, ())]
+        shift = {axis: torch.arange(symmetry.sizes[axis]).roll(1).expand(*parents, -1)}
+        expected = permuted(symmetry, layer(features), shift)
+        actual = layer({**permuted(symmetry, features, shift), carriers[0]: features[carriers[0]]})
+        assert max(float((actual[n] - expected[n]).detach().abs().max()) for n in carriers[1:]) > 1e-6
 
 
-def test_encodings_tell_the_places_of_fixed_axes_apart() -> None:
-    """What is equivariant under the ends alone is no longer so once the places are encoded."""
+def test_encodings_distinguish_positions_on_fixed_axes() -> None:
+    """With encoded positions, features are no longer equivariant to permutations of the inputs."""
     symmetry = ZOO_HNP["mlp"]
     features = features_of(symmetry, 2, 1)
-    ends = free_ends(symmetry)
-    turn = {"in": torch.arange(symmetry.sizes["in"]).roll(1)}
+    np_symmetry = free_ends(symmetry)
+    shift = {"in": torch.arange(symmetry.sizes["in"]).roll(1)}
     for encode in (PositionEncoding(symmetry), LearnedEncoding(symmetry, 2)):
-        one, other = encode(permuted(ends, features, turn)), permuted(ends, encode(features), turn)
+        one, other = encode(permuted(np_symmetry, features, shift)), permuted(np_symmetry, encode(features), shift)
         assert (one["0.weight"] - other["0.weight"]).abs().max() > 1e-3
         torch.testing.assert_close(one["0.bias"], other["0.bias"])
-    with pytest.raises(ValueError, match=r"found \['h'\]: neurons have no place"):
+    with pytest.raises(ValueError, match=r"only these have positions.*found \['h'\]"):
         PositionEncoding(symmetry, ["h"])
 
 
-def test_heads_divide_the_channels() -> None:
+def test_heads_must_divide_the_channels() -> None:
     for build in (lambda s: WeightAttention(s, 3, 2), lambda s: LatentEncoder(s, 3, 1, 2)):
         with pytest.raises(ValueError, match="divides 3 channels, found 2"):
             build(ZOO_HNP["mlp"])

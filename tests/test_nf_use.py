@@ -1,4 +1,4 @@
-"""NF-layers in use: the tutorial, modules in and out, compiled, vmapped, in half precision, stored."""
+"""NF-layers in use: tutorial, conversion of modules, vmap and autograd, compilation, autocast, state dicts."""
 
 from __future__ import annotations
 
@@ -8,46 +8,51 @@ from typing import Any
 
 import pytest
 import torch
-from nf_networks import SMALL, ZOO_HNP, assert_close, features_of
+from nf_symmetries import SMALL, ZOO_HNP, assert_close, features_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 
 from nfn_optim.layers import (
+    DeepSets,
     Entrywise,
     InvariantPool,
+    LearnedEncoding,
     NFLinear,
+    Scale,
+    TensorNorm,
     WeightAttention,
     free_ends,
     state_dicts_of,
     weight_features,
 )
+from nfn_optim.symmetry import Symmetry
 
 PAGE = Path(__file__).parent.parent / "docs" / "layers.md"
-SOME = ("cnn_batch_norm", "reused", "fused_qkv", "dense_with_gate", "experts")
+NETWORKS = ("cnn_batch_norm", "reused", "fused_qkv", "dense_with_gate", "experts")
 
 
 def test_the_tutorial_runs() -> None:
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert [len([line for line in block.splitlines() if line]) <= 12 for block in blocks] == [True] * 3
-    told: dict[str, Any] = {}
+    namespace: dict[str, Any] = {}
     for block in blocks:
-        exec(block, told)
-    assert told["accuracy"].shape == (4, 1)
-    symmetry, models = told["symmetry"], told["models"]
+        exec(block, namespace)
+    assert namespace["accuracy"].shape == (4, 1)
+    symmetry, models = namespace["symmetry"], namespace["models"]
     permutations = symmetry.random_permutations(torch.Generator().manual_seed(0))
-    renamed = [symmetry.permute(dict(model.named_parameters()), permutations) for model in models]
-    expected = told["predictor"](weight_features(models, symmetry))
-    torch.testing.assert_close(told["predictor"](weight_features(renamed, symmetry)), expected)
+    permuted = [symmetry.permute(dict(model.named_parameters()), permutations) for model in models]
+    expected = namespace["predictor"](weight_features(models, symmetry))
+    torch.testing.assert_close(namespace["predictor"](weight_features(permuted, symmetry)), expected)
 
 
 def test_modules_become_features_and_back() -> None:
     models = [nn.Linear(2, 3) for _ in range(4)]
     features = weight_features(models)
     assert {name: x.shape for name, x in features.items()} == {"weight": (4, 3, 2, 1), "bias": (4, 3, 1)}
-    for model, found in zip(models, state_dicts_of(features), strict=True):
-        assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
+    for model, state in zip(models, state_dicts_of(features), strict=True):
+        assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
     features["bias"].sum().backward()
     assert models[3].bias.grad is not None
     assert_close(weight_features([dict(m.named_parameters()) for m in models]), features)
@@ -58,21 +63,29 @@ def test_modules_become_features_and_back() -> None:
     ("models", "message"),
     [
         ([], "at least one model"),
-        ([nn.Linear(2, 3), nn.Linear(2, 3, bias=False)], r"to have \['bias'\], number 1"),
+        ([nn.Linear(2, 3), nn.Linear(2, 3, bias=False)], r"to have \['bias'\], model 1"),
         ([nn.Linear(2, 3), nn.Linear(3, 3)], "expected 'weight' of shape"),
     ],
 )
-def test_unlike_models_are_refused(models: list[nn.Module], message: str) -> None:
+def test_models_of_different_architectures_are_refused(models: list[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         weight_features(models)
 
 
-def test_several_channels_are_no_weights() -> None:
+def test_parameters_may_be_named_like_attributes_of_module_containers() -> None:
+    symmetry = Symmetry({"values": ("h",), "type": ("h", "keys")}, {"h": 3, "keys": 2}, frozenset({"keys"}))
+    network = nn.Sequential(
+        DeepSets(symmetry, 1, 2), TensorNorm(symmetry, 2), Scale(symmetry), LearnedEncoding(symmetry, 2)
+    )
+    assert network.double()(features_of(symmetry, 1, 1))["type"].shape == (1, 3, 2, 2)
+
+
+def test_several_channels_cannot_be_converted_to_weights() -> None:
     with pytest.raises(ValueError, match="expected one channel"):
         state_dicts_of({"w": torch.zeros(1, 2, 3)})
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_vmapped_over_networks_and_over_layers(name: str) -> None:
     symmetry, features = ZOO_HNP[name], features_of(ZOO_HNP[name], 2, 3)
     layers = [NFLinear(symmetry, 2, 2).double() for _ in range(2)]
@@ -83,20 +96,20 @@ def test_vmapped_over_networks_and_over_layers(name: str) -> None:
         assert_close({n: x[number] for n, x in both.items()}, layer(features))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_vmapped_over_one_tensor(name: str) -> None:
-    """The others are the same for all."""
+    """The other tensors have no batch dimension."""
     symmetry, features = ZOO_HNP[name], features_of(ZOO_HNP[name], 2, 1)
     layer = NFLinear(symmetry, 2, 2).double()
-    for one in symmetry.dims:
-        many = torch.stack([features[one], 2 * features[one]])
-        found = vmap(lambda x, one=one: layer({**features, one: x}))(many)
-        assert_close({n: x[1] for n, x in found.items()}, layer({**features, one: many[1]}))
+    for batched in symmetry.dims:
+        values = torch.stack([features[batched], 2 * features[batched]])
+        actual = vmap(lambda x, batched=batched: layer({**features, batched: x}))(values)
+        assert_close({n: x[1] for n, x in actual.items()}, layer({**features, batched: values[1]}))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_per_network(name: str) -> None:
-    """Vmap of grad equals backward, network by network; and gradients are those of finite differences, twice."""
+    """The sum of gradients per network by vmap of grad equals the gradient of backward."""
     symmetry, features = ZOO_HNP[name], features_of(ZOO_HNP[name], 2, 2)
     layer = NFLinear(symmetry, 2, 1).double()
     theta = dict(layer.named_parameters())
@@ -104,13 +117,13 @@ def test_gradients_per_network(name: str) -> None:
     def loss(theta: dict[str, torch.Tensor], x: dict[str, torch.Tensor]) -> torch.Tensor:
         return sum(y.square().sum() for y in functional_call(layer, theta, (x,)).values())  # type: ignore[return-value]
 
-    each = vmap(grad(loss), in_dims=(None, 0))(theta, features)
+    per_network = vmap(grad(loss), in_dims=(None, 0))(theta, features)
     loss(theta, features).backward()
     for n, p in theta.items():
-        torch.testing.assert_close(each[n].sum(0), p.grad)
+        torch.testing.assert_close(per_network[n].sum(0), p.grad)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_first_and_second_derivatives_agree_with_finite_differences() -> None:
     for name in ("reused", "experts"):
         symmetry = free_ends(ZOO_HNP[name])
         features = {n: x.requires_grad_() for n, x in features_of(symmetry, 1, 1).items()}
@@ -123,9 +136,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
         torch.autograd.gradgradcheck(function, tuple(features.values()), fast_mode=True)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from within torch
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # raised in torch
 def test_jacobians_agree() -> None:
-    """Forward and reverse mode, and many output gradients at once, though only pooled weights are heard of."""
+    """Forward mode, reverse mode and batched gradients, for an output that depends on pooled weights only."""
     symmetry = free_ends(ZOO_HNP["deep_mlp"])
     layer, features = NFLinear(symmetry, 1, 1).double(), features_of(symmetry, 1, 1)
 
@@ -161,7 +174,7 @@ def test_compiled() -> None:
         torch.testing.assert_close(p.grad, expected[n])
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_autocast(name: str) -> None:
     torch.manual_seed(0)
     symmetry = ZOO_HNP[name]
@@ -170,14 +183,14 @@ def test_autocast(name: str) -> None:
     features = {n: x.float() for n, x in features_of(symmetry, 2, 2).items()}
     expected = network(features)
     with torch.autocast("cpu", torch.bfloat16):
-        found = network(features)
-    found.float().sum().backward()
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.05)
+        actual = network(features)
+    actual.float().sum().backward()
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.05)
 
 
-@pytest.mark.parametrize("name", [*SOME, *SMALL])
-def test_stored_and_loaded(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*NETWORKS, *SMALL])
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     symmetry = {**ZOO_HNP, **SMALL}[name]
     first, second = NFLinear(symmetry, 1, 2), NFLinear(symmetry, 1, 2)
     save_file(first.state_dict(), tmp_path / "layer.safetensors")

@@ -12,12 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nfn_optim import RuleConfig, UpdateRule, pretrained
+from nfn_optim.pretrained import format_1
 
 
 @pytest.fixture
 def rule() -> UpdateRule:
     torch.manual_seed(0)
-    return UpdateRule(RuleConfig(hidden=4, form="network", power=1.0))
+    return UpdateRule(RuleConfig(hidden=4, power=1.0))
 
 
 def test_a_rule_comes_back_bit_for_bit(rule: UpdateRule, tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def rewritten(path: Path, change: Callable[[dict[str, str]], None]) -> None:
 
 def other_config(metadata: dict[str, str]) -> None:
     stated = json.loads(metadata[pretrained.FORMAT])
-    config = json.loads(stated["config"]) | {"weight_hidden": 9}
+    config = json.loads(stated["config"]) | {"rank": 9}
     metadata[pretrained.FORMAT] = json.dumps(stated | {"config": json.dumps(config)})
 
 
@@ -63,12 +64,12 @@ def forged(config: object, theta: dict[str, torch.Tensor] | None = None) -> Call
     return write
 
 
-def said(text: str) -> Callable[[Path], None]:
+def metadata(text: str) -> Callable[[Path], None]:
     """Replace what the metadata say."""
     return lambda path: rewritten(path, lambda metadata: metadata.update({pretrained.FORMAT: text}))
 
 
-CONFIG = {"hidden": 4, "rounds": 2, "form": "linear", "weight_hidden": 8, "power": 0.0, "gain": 1.0, "cooldown": 0.0}
+CONFIG = {"hidden": 4, "rounds": 2, "direction": "adam", "power": 0.0, "gain": 1.0, "cooldown": 0.0}
 BROKEN = {name: torch.full_like(p, torch.nan) for name, p in UpdateRule(RuleConfig(hidden=4)).state_dict().items()}
 UNREADABLE = "not a rule that this version can read"
 
@@ -79,9 +80,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped bit": (flipped, "was changed after it was written"),
     "other config": (lambda path: rewritten(path, other_config), "was changed after it was written"),
     "other tensors": (lambda path: rewritten(path, lambda metadata: metadata.clear()), "expected .* to be a rule"),
-    "no JSON": (said("{"), UNREADABLE),
-    "nothing said": (said("{}"), UNREADABLE),
-    "a list": (said("[1]"), UNREADABLE),
+    "no JSON": (metadata("{"), UNREADABLE),
+    "no entries": (metadata("{}"), UNREADABLE),
+    "a list": (metadata("[1]"), UNREADABLE),
     "an entry of the future": (forged(CONFIG | {"attention": True}), UNREADABLE),
     "a word for a number": (forged(CONFIG | {"hidden": "many"}), UNREADABLE),
     "out of range": (forged(CONFIG | {"hidden": -1}), UNREADABLE),
@@ -130,7 +131,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(
 @pytest.mark.parametrize("name", pretrained.names()[1:])
 def test_shipped_rules_load_and_their_cards_name_them(name: str) -> None:
     rule = pretrained.load(name)
-    assert rule.learns
+    assert rule.learned
     folder = Path(pretrained.__file__).parent
     with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
         digest = json.loads(file.metadata()[pretrained.FORMAT])["sha256"]
@@ -138,8 +139,26 @@ def test_shipped_rules_load_and_their_cards_name_them(name: str) -> None:
     assert sum(p.numel() for p in rule.parameters()) < 10_000
 
 
+def test_a_file_of_format_1_is_converted() -> None:
+    """The shipped rule as it was written before names changed; 82 of its 137 numbers had no effect and are dropped."""
+    old = pretrained.load(Path(__file__).parent / "data" / "rule_format_1.safetensors")
+    assert pretrained.digest(old) == pretrained.digest(pretrained.load("default"))
+    assert sum(p.numel() for p in old.parameters()) == 55
+
+
+def test_format_1_keeps_hidden_channels_in_use_and_refuses_what_it_cannot_run() -> None:
+    config = {"hidden": 4, "rounds": 1, "form": "linear", "weight_hidden": 8, "talk_every": 2, "rank": 0, "growth": 0.0}
+    theta = {"stack.read_tensors.weight": torch.ones(6, 4), "stack.hear_tensors.0.weight": torch.ones(4, 4)}
+    entries, renamed = format_1.convert(config, theta)
+    assert RuleConfig(**entries) == RuleConfig(hidden=4, rounds=1, refresh_every=2)
+    head, message = (f"network.message_passing.{name}.weight" for name in ("tensor_head", "tensor_to_row.0"))
+    assert renamed.keys() == {head, message}
+    with pytest.raises(ValueError, match="form is 'network'"):
+        format_1.convert(config | {"form": "network"}, theta)
+
+
 def test_adamw_needs_no_file() -> None:
-    assert not pretrained.load("adamw").learns
+    assert not pretrained.load("adamw").learned
 
 
 def test_loading_draws_no_random_numbers() -> None:

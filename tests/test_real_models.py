@@ -1,9 +1,10 @@
-"""Models from timm, transformers and torch: nothing is unknown, every axis is certified, and they train."""
+"""Models from timm, transformers and torch: traced without warnings, certified, and trained with NFNOptimizer."""
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,20 @@ from nfn_optim.symmetry import Symmetry, certify, symmetry_of
 STEPS = 10
 
 
+def each(models: tuple[RealModel, ...]) -> Any:
+    """Every model; those of one package by one process, which imports it and keeps what was traced."""
+
+    def marks(package: str) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.xdist_group(package), *([] if package == "torch" else [pytest.mark.slow])]
+
+    packages = [(model, model.name.partition(".")[0]) for model in models]
+    params = [pytest.param(model, id=model.name, marks=marks(package)) for model, package in packages]
+    return pytest.mark.parametrize("model", params)
+
+
 @cache
 def traced(model: RealModel) -> tuple[Symmetry, tuple[str, ...]]:
-    """The symmetry of a model on its batch, and what tracing warned about."""
+    """The symmetry of a model on its batch, and the warnings of tracing."""
     args, kwargs = model.batch()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -27,12 +39,12 @@ def traced(model: RealModel) -> tuple[Symmetry, tuple[str, ...]]:
 
 
 def losses_of(model: RealModel) -> list[float]:
-    """The loss on one batch before every step and after the last."""
+    """The losses on one batch before every step and after the last."""
     module, (args, kwargs) = model.module(), model.batch()
     optimizer = NFNOptimizer(module)
     losses = []
     for _ in range(STEPS + 1):
-        torch.manual_seed(2)  # the same dropout at every step, so that losses can be compared
+        torch.manual_seed(2)  # the same dropout mask at every step, so that losses are comparable
         loss = model.loss(module(*args, **kwargs))
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -42,14 +54,14 @@ def losses_of(model: RealModel) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("model", REAL_MODELS, ids=lambda model: model.name)
-def test_nothing_is_unknown(model: RealModel) -> None:
-    symmetry, warned = traced(model)
-    assert not warned
+@each(REAL_MODELS)
+def test_traces_without_warnings(model: RealModel) -> None:
+    symmetry, messages = traced(model)
+    assert not messages
     assert symmetry.free, str(symmetry)
 
 
-@pytest.mark.parametrize("model", REAL_MODELS, ids=lambda model: model.name)
+@each(REAL_MODELS)
 def test_every_axis_is_certified(model: RealModel) -> None:
     args, kwargs = model.batch()
     symmetry, _ = traced(model)
@@ -58,14 +70,14 @@ def test_every_axis_is_certified(model: RealModel) -> None:
     assert certificate.errors
 
 
-@pytest.mark.parametrize("model", REAL_MODELS, ids=lambda model: model.name)
+@each(REAL_MODELS)
 def test_trains(model: RealModel) -> None:
     losses = losses_of(model)
     assert losses[-1] < losses[0], losses
 
 
-@pytest.mark.parametrize("model", UNTRACED, ids=lambda model: model.name)
-def test_what_cannot_be_traced_trains_all_the_same(model: RealModel) -> None:
+@each(UNTRACED)
+def test_untraceable_models_train(model: RealModel) -> None:
     with pytest.warns(UserWarning, match="could not be traced"):
         losses = losses_of(model)
     assert losses[-1] < losses[0], losses

@@ -11,14 +11,11 @@ import digits
 import higher
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from test_monitor import Notes
+from scalar_recorder import ScalarRecorder
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from trained_net import RULE, X, backward, net, same, snapshot, through_file, train
 
 from nfn_optim import NFNOptimizer, Symmetry, UpdateRule, watch
-from nfn_optim.engine.executor import Kernel
 from nfn_optim.engine.moments import MOMENTS
 from nfn_optim.optimizer.differentiable import register
 
@@ -214,6 +211,9 @@ def test_a_state_of_adamw_is_taken_over() -> None:
 
 
 def test_resume_from_a_distributed_checkpoint(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
     straight, resumed = net(), net(seed=1)
     one, other = short(straight), short(resumed)
     train(straight, one)
@@ -230,7 +230,7 @@ def test_resume_from_a_distributed_checkpoint(tmp_path: Path) -> None:
     assert same(snapshot(one), snapshot(other))
 
 
-def test_a_parameter_of_another_shape_starts_afresh_in_short() -> None:
+def test_a_parameter_of_another_shape_is_reset_in_bfloat16() -> None:
     model = net()
     optimizer = short(model)
     train(model, optimizer)
@@ -250,9 +250,9 @@ def test_the_pure_form_takes_short_moments_and_returns_full_ones() -> None:
     """That of the rule itself, where a step may be differentiated: what rounding would do to it is not part of it."""
     params = {"w": torch.randn(5, 4, generator=torch.Generator().manual_seed(0))}
     separate, rule = Symmetry.separate({"w": (5, 4)}), UpdateRule()
-    state = rule.init(params, kept_in=SHORT)
+    state = rule.init(params, state_dtype=SHORT)
     with torch.no_grad():
-        rule({n: p.clone() for n, p in params.items()}, params, state, separate, lr=0.1, kernel=Kernel())
+        rule.step_({n: p.clone() for n, p in params.items()}, params, state, separate, lr=0.1)
     wide = {"w": {key: value.float() for key, value in state["w"].items()}}
     update, new = rule(params, params, state, separate, lr=0.1)
     expected, precise = rule(params, params, wide, separate, lr=0.1)
@@ -291,11 +291,11 @@ def test_inside_of_higher() -> None:
 def test_the_monitor_sums_in_full_precision() -> None:
     """The norm of 250,000 small numbers, which a sum in bfloat16 would not reach."""
     model = nn.Linear(500, 500, bias=False)
-    optimizer, writer = short(model, rule="adamw"), Notes()
+    optimizer, writer = short(model, rule="adamw"), ScalarRecorder()
     watching = watch(optimizer, writer, every=1)
     model.weight.grad = torch.randn(500, 500, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     watching.close()
     norm = optimizer.state[model.weight]["exp_avg_sq"].double().sum().sqrt().item()
-    (found,) = {entries[-1][1] for tag, entries in writer.found.items() if "second_moment_norm" in tag}
+    (found,) = {entries[-1][1] for tag, entries in writer.scalars.items() if "second_moment_norm" in tag}
     assert found == pytest.approx(norm, rel=1e-4)

@@ -1,4 +1,4 @@
-"""The symmetry value: what it says, how it is written, how it acts, what it refuses."""
+"""The Symmetry value: properties, text form, action on tensors, errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import zoo
 
 from nfn_optim.symmetry import Symmetry
-from nfn_optim.symmetry import expression as dimension
+from nfn_optim.symmetry.expression import format_dim, parse_dim
 
 DIMS = {"0.weight": "h in", "0.bias": "h", "2.weight": "out (h y x)", "gain": ""}
 TENSORS = {
@@ -28,12 +28,12 @@ def _symmetry() -> Symmetry:
 
 
 @pytest.mark.parametrize("network", zoo.ZOO, ids=lambda network: network.name)
-@pytest.mark.parametrize("holds", properties.VALUE, ids=lambda holds: holds.__name__)
-def test_property(holds: Callable[[zoo.Network], None], network: zoo.Network) -> None:
-    holds(network)
+@pytest.mark.parametrize("check", properties.VALUE, ids=lambda check: check.__name__)
+def test_property(check: Callable[[zoo.Network], None], network: zoo.Network) -> None:
+    check(network)
 
 
-def test_says_what_it_is() -> None:
+def test_properties_of_a_symmetry() -> None:
     symmetry = _symmetry()
     assert symmetry.axes == ("h", "in", "out", "y", "x")
     assert symmetry.free == ("h",)
@@ -63,7 +63,7 @@ def test_parse_takes_comments_and_any_spacing() -> None:
 
 
 @pytest.mark.parametrize("name", ["free", "fixed"])
-def test_parameters_may_be_called_like_the_sections(name: str) -> None:
+def test_parameters_may_be_named_like_the_sections(name: str) -> None:
     symmetry = Symmetry({name: ("h",)}, {"h": 3})
     assert Symmetry.parse(str(symmetry)) == symmetry
 
@@ -75,19 +75,19 @@ def test_survives_json() -> None:
 @pytest.mark.parametrize(
     "text", ["h", "(c y x)", "(h > d)", "((h > d) + (h > d) + e)", "(h > (d + e))", "(x (a + b) y)"]
 )
-def test_dimensions_are_read_and_written(text: str) -> None:
-    expression, nested = dimension.parse(text)
-    assert dimension.write(expression, nested) == text
-    assert dimension.parse(f" {text.replace(' ', '  ')} ")[0] == expression
+def test_dimensions_are_parsed_and_formatted(text: str) -> None:
+    expression, nested = parse_dim(text)
+    assert format_dim(expression, nested) == text
+    assert parse_dim(f" {text.replace(' ', '  ')} ")[0] == expression
 
 
-def test_brackets_that_say_nothing_go() -> None:
-    assert dimension.parse("(c)")[0] == "c"
-    assert dimension.parse("(a (b c))")[0] == dimension.parse("(a b c)")[0]
-    assert dimension.parse("(a + (b + c))")[0] == dimension.parse("(a + b + c)")[0]
+def test_redundant_brackets_are_removed() -> None:
+    assert parse_dim("(c)")[0] == "c"
+    assert parse_dim("(a (b c))")[0] == parse_dim("(a b c)")[0]
+    assert parse_dim("(a + (b + c))")[0] == parse_dim("(a + b + c)")[0]
 
 
-def test_canonical_forgets_names_only() -> None:
+def test_canonical_depends_on_everything_but_axis_names() -> None:
     renamed = {name: dims.replace("h", "neurons").replace("out", "o") for name, dims in DIMS.items()}
     other = Symmetry.spec(renamed, TENSORS, ("in", "o", "y", "x"), {"y": 2})
     assert other != _symmetry()
@@ -123,7 +123,7 @@ def test_permutes_both_sides_of_a_square() -> None:
     assert torch.equal(symmetry.permute({"w": value}, {"h": order})["w"], value[order][:, order])
 
 
-def test_permutes_behind_batch_dimensions() -> None:
+def test_permutes_after_batch_dimensions() -> None:
     order = torch.tensor([2, 0, 1])
     batch = {name: torch.stack([t, -t]) for name, t in TENSORS.items()}
     permuted = _symmetry().permute(batch, {"h": order}, batch_dims=1)
@@ -139,7 +139,7 @@ def _heads() -> Symmetry:
     return Symmetry.spec(HEADS, tensors, ["in"], {"d": 2})
 
 
-def test_nested_axes_are_listed_with_what_they_are_nested_in() -> None:
+def test_nested_axes_are_listed_with_their_parents() -> None:
     assert str(_heads()).splitlines()[-2:] == ["free   h=2 d[h]=2 e[h]=3", "fixed  in=3"]
     assert dict(_heads().nested) == {"d": ("h",), "e": ("h",)}
     assert Symmetry.parse(str(_heads())) == _heads()
@@ -147,20 +147,20 @@ def test_nested_axes_are_listed_with_what_they_are_nested_in() -> None:
     assert _heads().canonical().dims["out"] == ("a3", "(a0 > a2)")
 
 
-def test_every_head_has_its_own_permutation() -> None:
+def test_each_head_has_its_own_permutation() -> None:
     symmetry, params = _heads(), {"out": torch.arange(18.0).reshape(3, 6), "slope": torch.arange(2.0)}
-    own = torch.tensor([[1, 0, 2], [2, 1, 0]])  # of e, in each head
-    permuted = symmetry.permute(params, {"h": torch.tensor([1, 0]), "e": own})
+    per_head = torch.tensor([[1, 0, 2], [2, 1, 0]])  # (head, e)
+    permuted = symmetry.permute(params, {"h": torch.tensor([1, 0]), "e": per_head})
     blocks = params["out"].reshape(3, 2, 3)
-    expected = torch.stack([blocks[:, 1][:, own[0]], blocks[:, 0][:, own[1]]], 1)
+    expected = torch.stack([blocks[:, 1][:, per_head[0]], blocks[:, 0][:, per_head[1]]], 1)
     assert torch.equal(permuted["out"].reshape(3, 2, 3), expected)
     assert permuted["slope"].tolist() == [1, 0]
 
 
 def test_an_axis_may_be_nested_in_one_of_another_dimension() -> None:
-    """The kernel of a grouped convolution: the inputs of a group are numbered group by group."""
+    """The kernel of a grouped convolution: each group has its own input channels."""
     symmetry = Symmetry({"w": ("(g > o)", "i"), "b": ("(g > o)",), "v": ("(g > i)",)}, {"g": 2, "o": 1, "i": 3})
-    assert symmetry.across == {"w"}
+    assert symmetry.nested_across_dims == {"w"}
     params = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.arange(2.0), "v": torch.arange(6.0)}
     permuted = symmetry.permute(params, {"i": torch.tensor([[0, 1, 2], [2, 0, 1]]), "g": torch.tensor([1, 0])})
     assert permuted["w"].tolist() == [[3, 4, 5], [2, 0, 1]]
@@ -174,26 +174,32 @@ def test_an_axis_may_be_nested_in_one_of_another_dimension() -> None:
 
 def test_index_of_a_product_varies_its_last_factor_fastest() -> None:
     symmetry = Symmetry({"w": ("(a b)",)}, {"a": 2, "b": 3})
-    found = symmetry.index_of("(a b)", {"a": torch.tensor([1, 0]), "b": torch.tensor([2, 0, 1])})
-    assert found.tolist() == [5, 3, 4, 2, 0, 1]
+    index = symmetry.index_of("(a b)", {"a": torch.tensor([1, 0]), "b": torch.tensor([2, 0, 1])})
+    assert index.tolist() == [5, 3, 4, 2, 0, 1]
 
 
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "no_size": (lambda: Symmetry({"w": ("h",)}, {}), "expected a size for every axis"),
     "negative": (lambda: Symmetry({"w": ("h",)}, {"h": -1}), "expected sizes of at least 0"),
     "unused_fixed": (lambda: Symmetry({"w": ("h",)}, {"h": 1}, frozenset({"i"})), "do not; known"),
-    "bad_name": (lambda: dimension.parse("a b"), "expected one dimension"),
-    "empty_product": (lambda: dimension.parse("()"), "expected dimensions, an axis name"),
-    "mixed": (lambda: dimension.parse("(a b + c)"), "expected dimensions"),
-    "circle": (lambda: Symmetry({"w": ("(a > b)",)}, {"a": 1, "b": 1}, nested={"a": ("b",)}), "nested in itself"),
+    "bad_name": (lambda: parse_dim("a b"), "expected one dimension"),
+    "empty_product": (lambda: parse_dim("()"), "expected dimensions, an axis name"),
+    "mixed_operators": (lambda: parse_dim("(a b + c)"), "expected dimensions"),
+    "cycle": (lambda: Symmetry({"w": ("(a > b)",)}, {"a": 1, "b": 1}, nested={"a": ("b",)}), "nested in itself"),
     "unknown_nested": (lambda: Symmetry({"w": ("a",)}, {"a": 1}, nested={"a": ("b",)}), "do not; known"),
     "one_copy": (lambda: _heads().permute({}, {"d": torch.arange(2)}), r"of shape \(2, 2\)"),
-    "apart": (lambda: _heads().index_of("d", {"d": torch.zeros(2, 2).long()}), "nested in, beside it"),
+    "no_parent": (lambda: _heads().index_of("d", {"d": torch.zeros(2, 2).long()}), "in which 'd' is nested"),
     "bad_brackets": (lambda: Symmetry.spec({"w": "(h"}, {"w": torch.ones(2)}), "expected dimensions, an axis name"),
     "rank": (lambda: Symmetry.spec({"w": "h i"}, {"w": torch.ones(2)}), "expected 2 dimensions"),
-    "disagree": (lambda: Symmetry.spec({"w": "h h"}, {"w": torch.ones(2, 3)}), "has 2 entries elsewhere, found 3"),
-    "unknown_sizes": (lambda: Symmetry.spec({"w": "(a b)"}, {"w": torch.ones(6)}), "cannot tell the sizes"),
-    "not_divisible": (lambda: Symmetry.spec({"w": "a (a b)"}, {"w": torch.ones(2, 5)}), "has 4 entries elsewhere"),
+    "disagree": (
+        lambda: Symmetry.spec({"w": "h h"}, {"w": torch.ones(2, 3)}),
+        "expected 2 entries in h of 'w', as elsewhere, found 3",
+    ),
+    "unknown_sizes": (lambda: Symmetry.spec({"w": "(a b)"}, {"w": torch.ones(6)}), "cannot infer the sizes"),
+    "not_divisible": (
+        lambda: Symmetry.spec({"w": "a (a b)"}, {"w": torch.ones(2, 5)}),
+        r"expected 4 entries in \(a b\) of",
+    ),
     "bad_size": (lambda: Symmetry.parse("w h\nfree h=many"), "expected 'free axis=size"),
     "missing": (lambda: _symmetry().check({}), "missing"),
     "shape": (lambda: _symmetry().check({**TENSORS, "0.bias": torch.ones(4)}), "expected '0.bias' of shape"),
@@ -203,7 +209,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_refuses(name: str) -> None:
+def test_raises(name: str) -> None:
     call, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
         call()

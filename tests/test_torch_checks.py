@@ -18,10 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_case import INFO, INFOS, Case, Linear, equal, run_with, without_names
+from optimizer_case import ARGUMENTS, Case, Linear, equal, infos, run_with, without_names
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 pytestmark = pytest.mark.filterwarnings("ignore:no forward pass")  # torch gives bare tensors and calls no module
 
@@ -35,8 +34,8 @@ SKIPPED = {
     "test_fused_matches_forloop": "no argument fused",
     "test_fused_large_tensor": "no argument fused",
     "test_fused_cpu_matches_cuda": "no argument fused",
-    "test_fused_does_not_step_if_foundinf": "no argument fused; test_mixed_precision.py has GradScaler",
-    "test_grad_scaling_autocast_fused_optimizers": "no argument fused; test_mixed_precision.py has GradScaler",
+    "test_fused_does_not_step_if_foundinf": "no argument fused; test_training_loops.py has GradScaler",
+    "test_grad_scaling_autocast_fused_optimizers": "no argument fused; test_training_loops.py has GradScaler",
     "test_cpu_load_state_dict": "about the argument fused on several devices",
     "test_fused_error_on_params_on_meta": "no argument fused",
     "test_forloop_goes_right_direction_multigpu": "needs several GPUs",
@@ -60,6 +59,8 @@ EXEMPT = {
 
 
 def errors(case: Case) -> None:
+    from torch.testing._internal.common_optimizers import OptimizerErrorEnum
+
     for error in case.info.optim_error_inputs_func(device="cpu", dtype=torch.float32):
         given = error.optimizer_error_input
         assert error.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR
@@ -395,29 +396,42 @@ CHECKS: dict[Callable[[Case], None], tuple[str, ...]] = {
 
 
 def cases() -> Iterator[Any]:
-    """Every check for every optimizer and every set of arguments; what all of these share is checked once."""
-    for name, info in INFOS.items():
-        for k, given in enumerate(info.optim_inputs_func(device="cpu")):
-            for check, torch_names in CHECKS.items():
-                learns = info is INFO and given.kwargs.get("rule") != "adamw"
-                if not (check is errors and k) and not (learns and torch_names[0] in EXEMPT):
-                    yield pytest.param(name, k, check, id=f"{check.__name__}-{name}-{given.desc}")
+    """Every check for every set of arguments; what all of these share is checked once."""
+    for k, (name, kwargs) in enumerate(ARGUMENTS.items()):
+        for check, torch_names in CHECKS.items():
+            learns = kwargs.get("rule") != "adamw"
+            if not (check is errors and k) and not (learns and torch_names[0] in EXEMPT):
+                marks = [] if name == "default" and check is not tensor_lr else [pytest.mark.slow]
+                yield pytest.param(k, check, id=f"{check.__name__}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "k", "check"), [*cases()])
-def test_check(name: str, k: int, check: Callable[[Case], None]) -> None:
+@pytest.mark.parametrize(("k", "check"), [*cases()])
+def test_check(k: int, check: Callable[[Case], None]) -> None:
     torch.manual_seed(0)
-    info = INFOS[name]
+    info = infos()["NFNOptimizer"]
     check(Case(info, info.optim_inputs_func(device="cpu")[k]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_adamw_passes_the_check(check: Callable[[Case], None]) -> None:
+    """With every set of arguments that torch has for it."""
+    info = infos()["AdamW"]
+    given = info.optim_inputs_func(device="cpu")
+    for each in given[:1] if check is errors else given:
+        torch.manual_seed(0)
+        check(Case(info, each))
 
 
 def test_the_inputs_leave_out_what_torch_adds_itself() -> None:
     """As test_optim_infos_do_not_specify_global_cliquey_kwargs."""
     cliquey = {"foreach", "fused", "differentiable"}
-    assert not any(cliquey & given.kwargs.keys() for given in INFO.optim_inputs_func(device="cpu"))
+    assert not any(cliquey & given.kwargs.keys() for given in infos()["NFNOptimizer"].optim_inputs_func(device="cpu"))
 
 
 def test_every_check_is_run_or_has_a_reason() -> None:
+    from torch.testing._internal.common_optimizers import optim_db
+
     run = [name for names in CHECKS.values() for name in names]
     assert len(set(run)) == len(run)
     assert not set(run) & SKIPPED.keys()

@@ -1,4 +1,4 @@
-"""Tracing: properties x zoo, then ops one by one, then everything that can go wrong."""
+"""Tracing: properties of every network of the zoo, single ops, inputs and modules of all kinds, certificates."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nfn_optim.symmetry import Symmetry, certify, symmetry_of
-from nfn_optim.symmetry import expression as dimension
+from nfn_optim.symmetry.expression import axes_of
 
 
 @pytest.mark.parametrize("network", zoo.ZOO, ids=lambda network: network.name)
-@pytest.mark.parametrize("holds", properties.TRACED, ids=lambda holds: holds.__name__)
-def test_property(holds: Callable[[zoo.Network], None], network: zoo.Network) -> None:
-    holds(network)
+@pytest.mark.parametrize("check", properties.TRACED, ids=lambda check: check.__name__)
+def test_property(check: Callable[[zoo.Network], None], network: zoo.Network) -> None:
+    check(network)
 
 
-# ------------------------------------------------------------------------------------------------------- ops one by one
+# ----------------------------------------------------------------------------------------------------------- single ops
 
 
 class Between(nn.Module):
-    """Hidden neurons, then an op, then weights that tell its outputs apart."""
+    """A linear layer, then an op, then a scale that is different for every entry of its output."""
 
     def __init__(self, op: Callable[[Tensor], Tensor], image: bool) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class Between(nn.Module):
         return (self.op(self.first(x)) * self.scale).sum()
 
 
-def _written(target: Tensor, where: Any, value: Any) -> Tensor:
+def _assigned(target: Tensor, index: Any, value: Any) -> Tensor:
     target = target.clone()
-    target[where] = value
+    target[index] = value
     return target
 
 
@@ -53,7 +53,7 @@ def _padded(t: Tensor, *shape: int) -> Tensor:
     return out
 
 
-def _attend(t: Tensor) -> Tensor:
+def _causal_attention(t: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(t, t, t, is_causal=True)
 
 
@@ -69,13 +69,13 @@ FREE: dict[str, Callable[[Tensor], Tensor]] = {  # tokens (batch 4, token 5, h 6
     "layer_norm": lambda t: F.layer_norm(t, (5, 6)) + F.rms_norm(t, (6,)),
     "mean": lambda t: t.mean(-1) + t.sum(2) + t.amax(-1) + t.logsumexp(-1) + t.norm(dim=-1) + t.prod(-1),
     "variance": lambda t: t.var((0, 2)) + t.std((0, -1)) + torch.var_mean(t, (0, 2))[1],
-    "everything": lambda t: t.sum() + t.max() + t.mean() + t.norm(),
+    "full_reductions": lambda t: t.sum() + t.max() + t.mean() + t.norm(),
     "max_values": lambda t: t.max(-1).values,
     "cumsum_over_tokens": lambda t: t.cumsum(1).flip(1).roll(1, 1),
     "sort_tokens": lambda t: t.sort(1).values + t.topk(5, 1).values,
     "views": lambda t: t.reshape(20, 6).view(2, 10, 6).flatten(1),
     "factors": lambda t: t.view(4, 5, 2, 3).sum(2),
-    "moves": lambda t: t.transpose(0, 2).permute(1, 0, 2).mT[None].squeeze(0).movedim(0, 2).contiguous(),
+    "reordered_dims": lambda t: t.transpose(0, 2).permute(1, 0, 2).mT[None].squeeze(0).movedim(0, 2).contiguous(),
     "expand": lambda t: t[:, :, None].expand(4, 5, 3, 6) + t[:, :1].expand_as(t)[:, :, None],
     "repeat": lambda t: t.repeat(2, 1, 3),
     "repeat_interleave": lambda t: t.repeat_interleave(3, -1),
@@ -85,8 +85,8 @@ FREE: dict[str, Callable[[Tensor], Tensor]] = {  # tokens (batch 4, token 5, h 6
     "index_tokens": lambda t: t[:, [0, 2]] + t.index_select(1, torch.tensor([1, 1])) + t[:, 3:, :],
     "index_many": lambda t: t[[0, 1], [1, 2]],
     "gather_tokens": lambda t: t.gather(1, torch.zeros(4, 2, 6, dtype=torch.int64)),
-    "write_tokens": lambda t: _written(t, (slice(None), 0), 1.0),
-    "write_mask": lambda t: _written(t, t > 0, 0.0),
+    "write_tokens": lambda t: _assigned(t, (slice(None), 0), 1.0),
+    "write_mask": lambda t: _assigned(t, t > 0, 0.0),
     "write_padded": lambda t: _padded(t, 4, 8, 6),
     "pad_tokens": lambda t: F.pad(t, (0, 0, 1, 2)),
     "gram": lambda t: t @ t.mT,
@@ -96,8 +96,8 @@ FREE: dict[str, Callable[[Tensor], Tensor]] = {  # tokens (batch 4, token 5, h 6
     "distances": lambda t: (t[:, :, None] - t[:, None]).square().sum(-1).sqrt(),
     "glu": F.glu,
     "bilinear": lambda t: F.bilinear(t, t, torch.ones(3, 6, 6)),
-    "attention": _attend,
-    "heads": lambda t: _attend(t.view(4, 5, 2, 3).transpose(1, 2)).transpose(1, 2),
+    "attention": _causal_attention,
+    "heads": lambda t: _causal_attention(t.view(4, 5, 2, 3).transpose(1, 2)).transpose(1, 2),
     "constants": lambda t: t + torch.ones(6) * torch.zeros_like(t) + torch.full((6,), 2.0),
     "positions": lambda t: t * torch.arange(5.0)[:, None] + torch.rand(5, 1) * 0,
     "loss": lambda t: F.mse_loss(t, t.exp()) + F.smooth_l1_loss(t, t * 2, reduction="none").mean(0),
@@ -125,16 +125,16 @@ FREE_IMAGE: dict[str, Callable[[Tensor], Tensor]] = {  # images (batch 4, h 6, 5
     "flatten": lambda t: t.flatten(1),
     "shuffle": lambda t: t.view(4, 2, 3, 5, 7).transpose(1, 2).reshape(4, 6, 5, 7),
 }
-PARTS: dict[str, Callable[[Tensor], Tensor]] = {  # what is left of an axis that is taken apart
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {  # an axis that is sliced or padded: some factors stay free
     "slice": lambda t: t[..., :3],
     "stride": lambda t: t[..., ::2],
     "uneven_split": lambda t: torch.split(t, [2, 4], -1)[1],
     "cat": lambda t: torch.cat([t, t], -1),
     "pad": lambda t: F.pad(t, (0, 1)),
-    "write": lambda t: _written(t, (..., 0), 1.0),
+    "write": lambda t: _assigned(t, (..., 0), 1.0),
     "write_padded": lambda t: _padded(t, 4, 5, 12),
     "select": lambda t: t[..., 2],
-    "write_view": lambda t: t.clone().transpose(0, 2).select(0, 1).fill_(3.0).sum() * 0 + _written(t, (..., 1), 3.0),
+    "write_view": lambda t: t.clone().transpose(0, 2).select(0, 1).fill_(3.0).sum() * 0 + _assigned(t, (..., 1), 3.0),
     "channel_shuffle": lambda t: torch.cat([t, t.exp()], -1).view(4, 5, 2, 6).mT.flatten(2),
     "halves_swapped": lambda t: torch.cat([-t[..., 3:], t[..., :3]], -1) + t,
     "interleaved": lambda t: torch.stack([-t[..., 1::2], t[..., ::2]], -1).flatten(-2) + t,
@@ -147,7 +147,7 @@ FIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda t: t.roll(1, -1),
     "sort": lambda t: t.sort(-1).values,
     "topk": lambda t: t.topk(3).values,
-    "kth": lambda t: t.kthvalue(2, -1).values,
+    "kthvalue": lambda t: t.kthvalue(2, -1).values,
     "argmax": lambda t: t.argmax(-1),
     "max_indices": lambda t: t.max(-1).indices * 1.0,
     "unbind": lambda t: t.unbind(-1)[0],
@@ -156,13 +156,13 @@ FIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "index_select": lambda t: t.index_select(2, torch.tensor([1, 1])),
     "gather": lambda t: t.gather(2, torch.zeros(4, 5, 2, dtype=torch.int64)),
     "scatter": lambda t: t.scatter(2, torch.zeros(4, 5, 2, dtype=torch.int64), 1.0),
-    "write_index": lambda t: _written(t, (slice(None), slice(None), [0, 1]), 1.0),
+    "write_index": lambda t: _assigned(t, (slice(None), slice(None), [0, 1]), 1.0),
     "eye": lambda t: t @ torch.eye(6),
     "arange": lambda t: t * torch.arange(6),
     "noise": lambda t: t * torch.linspace(0, 1, 6),
     "literal": lambda t: t * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
     "misaligned": lambda t: t.reshape(4, 3, 10),
-    "causal_over_neurons": lambda t: _attend(t.mT),
+    "causal_over_neurons": lambda t: _causal_attention(t.mT),
     "cross_entropy": lambda t: F.cross_entropy(t.transpose(1, 2), torch.zeros(4, 5, dtype=torch.int64)),
 }
 UNKNOWN: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -171,43 +171,43 @@ UNKNOWN: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def _symmetry_between(op: Callable[[Tensor], Tensor], image: bool = False) -> tuple[nn.Module, Symmetry, Tensor]:
+def _traced_between(op: Callable[[Tensor], Tensor], image: bool = False) -> tuple[nn.Module, Symmetry, Tensor]:
     torch.manual_seed(0)
     module = Between(op, image)
     x = torch.randn(4, 2, 5, 7) if image else torch.randn(4, 5, 2)
     return module, symmetry_of(module, x), x
 
 
-def _free_factors(symmetry: Symmetry) -> bool:
+def _has_free_axis(symmetry: Symmetry) -> bool:
     return any(axis in symmetry.free for axis in symmetry.axes_of("first.bias"))
 
 
 @pytest.mark.parametrize("name", [*FREE, *PARTS, *FREE_IMAGE])
 def test_op_keeps_axis_free(name: str) -> None:
-    module, symmetry, x = _symmetry_between({**FREE, **PARTS, **FREE_IMAGE}[name], image=name in FREE_IMAGE)
-    assert _free_factors(symmetry), str(symmetry)
+    module, symmetry, x = _traced_between({**FREE, **PARTS, **FREE_IMAGE}[name], image=name in FREE_IMAGE)
+    assert _has_free_axis(symmetry), str(symmetry)
     certificate = certify(module, symmetry, x)
     assert certificate.ok, f"{certificate}\n{symmetry}"
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_op_fixes_axis(name: str) -> None:
-    module, symmetry, x = _symmetry_between(FIXED[name])
+    module, symmetry, x = _traced_between(FIXED[name])
     assert certify(module, symmetry, x).ok
-    assert not _free_factors(symmetry), str(symmetry)
+    assert not _has_free_axis(symmetry), str(symmetry)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_op_without_rule_is_named_once(name: str) -> None:
+def test_op_without_rule_is_reported_once(name: str) -> None:
     op, function = UNKNOWN[name]
     with pytest.warns(UserWarning, match="no rule for the op") as caught:
-        module, symmetry, x = _symmetry_between(function)
+        module, symmetry, x = _traced_between(function)
     assert [op in str(w.message) for w in caught] == [True]
     assert certify(module, symmetry, x).ok
-    assert not _free_factors(symmetry)
+    assert not _has_free_axis(symmetry)
 
 
-# ---------------------------------------------------------------------------------------------- everything else at once
+# -------------------------------------------------------------------------------------------- inputs, modes and modules
 
 MLP = zoo.ZOO[0]
 
@@ -223,7 +223,7 @@ def _generator(t: Tensor) -> Any:
 @pytest.mark.parametrize(
     "op", [_data_dependent, _generator, lambda t: t[t > 0], lambda t: t.sum().item(), lambda _: 1 / 0]
 )
-def test_what_cannot_be_traced_is_separate(op: Callable[[Tensor], Any]) -> None:
+def test_untraceable_modules_are_separate(op: Callable[[Tensor], Any]) -> None:
     module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), zoo.Residual())
     module[2].forward = op
     with pytest.warns(UserWarning, match="could not be traced") as caught:
@@ -233,12 +233,12 @@ def test_what_cannot_be_traced_is_separate(op: Callable[[Tensor], Any]) -> None:
     assert symmetry == Symmetry.separate({name: tuple(t.shape) for name, t in tensors.items()})
 
 
-def test_wrong_inputs_are_separate_too() -> None:
+def test_modules_with_wrong_inputs_are_separate() -> None:
     with pytest.warns(UserWarning, match="could not be traced"):
         assert not symmetry_of(MLP.module(), torch.randn(4, 7)).free
 
 
-def test_op_without_rule_costs_only_what_it_touches() -> None:
+def test_op_without_rule_fixes_only_its_inputs_and_outputs() -> None:
     class Spectrum(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = torch.fft.rfft(x).abs()
@@ -293,8 +293,8 @@ def test_module_on_meta() -> None:
     assert not certify(module, symmetry_of(module, torch.randn(4, 3)), torch.randn(4, 3)).ok
 
 
-class Remembering(nn.Module):
-    """A buffer that each forward pass sets anew."""
+class ReassignedBuffer(nn.Module):
+    """Each forward pass assigns a new tensor to a buffer."""
 
     last: Tensor
 
@@ -310,16 +310,16 @@ class Remembering(nn.Module):
         return y
 
 
-def test_buffers_set_anew_keep_their_axes() -> None:
-    module = Remembering()
+def test_reassigned_buffers_keep_their_axes() -> None:
+    module = ReassignedBuffer()
     before = module.last
     symmetry = symmetry_of(module, torch.randn(4, 3))
     assert symmetry.dims["last"] == symmetry.dims["first.bias"]
     assert module.last is before
 
 
-class Projected(nn.Linear):
-    """Writes to its own parameter, which only a caller in `no_grad` may do."""
+class ClampedWeight(nn.Linear):
+    """Writes to its own parameter, which is only allowed without gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.clamp_(-1, 1)
@@ -327,19 +327,19 @@ class Projected(nn.Linear):
 
 
 def test_parameters_written_in_the_forward_pass() -> None:
-    module = nn.Sequential(Projected(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    module = nn.Sequential(ClampedWeight(3, 5), nn.ReLU(), nn.Linear(5, 2))
     with torch.no_grad():
         assert len(symmetry_of(module, torch.randn(4, 3)).free) == 1
     with pytest.warns(UserWarning, match="in-place"):
         symmetry_of(module, torch.randn(4, 3))
 
 
-class Wrapped(nn.Module):
-    """Keyword inputs, outputs in a dataclass, side effects on itself."""
+class StructuredIO(nn.Module):
+    """Keyword inputs, a dataclass as output, side effects on itself."""
 
     @dataclass
     class Output:
-        """What it returns."""
+        """The output."""
 
         logits: Tensor
         hidden: dict[str, Any]
@@ -347,28 +347,28 @@ class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
-        self.seen: list[Tensor] = []
+        self.history: list[Tensor] = []
 
-    def forward(self, *, batch: dict[str, Tensor], scale: float, hidden: bool = False) -> Wrapped.Output:
+    def forward(self, *, batch: dict[str, Tensor], scale: float, hidden: bool = False) -> StructuredIO.Output:
         x = self.first(batch["x"] * scale).relu()
         self.cache = x
-        self.seen.append(x)
+        self.history.append(x)
         random.random()
         return self.Output(self.last(x), {"states": [x] if hidden else None})
 
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_structured_inputs_and_outputs(hidden: bool) -> None:
-    module, batch, state = Wrapped(), {"x": torch.randn(4, 3)}, random.getstate()
+    module, batch, state = StructuredIO(), {"x": torch.randn(4, 3)}, random.getstate()
     symmetry = symmetry_of(module, batch=batch, scale=2.0, hidden=hidden)
     assert (symmetry.dims["first.bias"][0] in symmetry.free) is not hidden
     assert certify(module, symmetry, batch=batch, scale=2.0, hidden=hidden).ok
-    assert not module.seen
+    assert not module.history
     assert not hasattr(module, "cache")
     assert random.getstate() == state
 
 
-def test_outputs_without_tensors_say_nothing() -> None:
+def test_outputs_without_tensors_are_untraceable() -> None:
     module = nn.Sequential(nn.Linear(3, 5))
     module.forward = lambda x: "done"  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="no tensor found"):
@@ -404,7 +404,7 @@ def test_lazy_parameters_are_an_error() -> None:
         symmetry_of(nn.LazyLinear(3), torch.randn(4, 3))
 
 
-def test_views_of_parameters_held_elsewhere_fix_them() -> None:
+def test_views_of_parameters_outside_the_module_fix_them() -> None:
     module = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     rows = module.get_parameter("0.weight").detach()[1:3]
     module.register_forward_pre_hook(lambda _, args: (args[0] + rows.sum() * 0 + rows[:1],))
@@ -412,7 +412,7 @@ def test_views_of_parameters_held_elsewhere_fix_them() -> None:
     assert symmetry.dims["0.weight"][0] in symmetry.fixed
 
 
-def test_replaced_parameter_data_is_noticed() -> None:
+def test_replaced_parameter_data_is_reported() -> None:
     class Clipped(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             self.weight.data = self.weight.data.flip(0)
@@ -430,29 +430,29 @@ def test_hooks_are_removed() -> None:
     assert before == (dict(hooks._global_forward_pre_hooks), dict(hooks._global_forward_hooks))
 
 
-def test_certificate_shows_what_is_wrong() -> None:
+def test_certificate_lists_broken_axes() -> None:
     module = MLP.module()
-    wrong = Symmetry.spec(
+    unsound = Symmetry.spec(
         {"0.weight": "h i", "0.bias": "b", "2.weight": "o h", "2.bias": "o"}, dict(module.named_parameters())
     )
-    certificate = certify(module, wrong, torch.randn(4, 3))
+    certificate = certify(module, unsound, torch.randn(4, 3))
     assert certificate.broken == ("h", "i", "b", "o")
     assert "not certified: 4 free axes" in str(certificate)
-    right = certify(module, symmetry_of(module, torch.randn(4, 3)), torch.randn(4, 3))
-    assert right.ok
-    assert str(right).endswith("certified: 1 free axes, tolerance 1e-08")
+    sound = certify(module, symmetry_of(module, torch.randn(4, 3)), torch.randn(4, 3))
+    assert sound.ok
+    assert str(sound).endswith("certified: 1 free axes, tolerance 1e-08")
 
 
-class Kept(nn.Module):
-    """An op that the tracer has no rule for, although it does nothing."""
+class FourierIdentity(nn.Module):
+    """The identity, computed by ops without a rule."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.fft.ifft(torch.fft.fft(x, dim=0), dim=0).real
 
 
 @pytest.mark.filterwarnings("ignore:no rule for the op")
-def test_certificate_finds_what_is_not_claimed() -> None:
-    module, x = nn.Sequential(nn.Linear(3, 5), Kept(), nn.Linear(5, 2)), torch.randn(4, 3)
+def test_certificate_finds_symmetry_that_is_not_claimed() -> None:
+    module, x = nn.Sequential(nn.Linear(3, 5), FourierIdentity(), nn.Linear(5, 2)), torch.randn(4, 3)
     symmetry = symmetry_of(module, x)
     assert not symmetry.free
     certificate = certify(module, symmetry, x, search=True)
@@ -460,12 +460,12 @@ def test_certificate_finds_what_is_not_claimed() -> None:
     assert certificate.missed == (f"{hidden[0]} and {hidden[1]} could be one free axis",)
     assert certificate.missed[0] in str(certificate)
     heads = next(network for network in zoo.ZOO if network.name == "fused_qkv")
-    found = symmetry_of(heads.module(), *heads.inputs())
-    shy = Symmetry(
-        {n: tuple(d.replace(" >", "") for d in dims) for n, dims in found.dims.items()}, found.sizes, found.fixed
+    full = symmetry_of(heads.module(), *heads.inputs())
+    without_nesting = Symmetry(
+        {n: tuple(d.replace(" >", "") for d in dims) for n, dims in full.dims.items()}, full.sizes, full.fixed
     )
-    assert not shy.nested
-    missed = certify(heads.module(), shy, *heads.inputs(), search=True).missed
+    assert not without_nesting.nested
+    missed = certify(heads.module(), without_nesting, *heads.inputs(), search=True).missed
     assert len(missed) == 2
     assert all("could be nested in" in line for line in missed)
 
@@ -476,7 +476,7 @@ def test_certificate_does_not_raise() -> None:
     assert "not certified: RuntimeError" in str(certificate)
 
 
-def test_certify_changes_nothing() -> None:
+def test_certify_leaves_the_module_unchanged() -> None:
     network = zoo.ZOO[3]
     module, state = network.module(), torch.get_rng_state()
     before = {name: t.clone() for name, t in module.state_dict().items()}
@@ -487,7 +487,7 @@ def test_certify_changes_nothing() -> None:
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
 
 
-TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # inputs, fewest free axes
+TORCH_LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # input shape, minimum of free axes
     "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), (2, 5, 8), 3),
     "embedded": (
         lambda: nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoderLayer(8, 2, 12), nn.Linear(8, 2)),
@@ -499,36 +499,36 @@ TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = 
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 @pytest.mark.parametrize("training", [True, False])
-def test_larger_blocks_are_sound(name: str, training: bool) -> None:
-    build, shape, fewest = TRANSFORMERS[name]
+def test_torch_layers_are_sound(name: str, training: bool) -> None:
+    build, shape, min_free = TORCH_LAYERS[name]
     torch.manual_seed(0)
     module, x = build().train(training), torch.randn(*shape)
     symmetry = symmetry_of(module, x)
-    assert len(symmetry.free) >= fewest, str(symmetry)
+    assert len(symmetry.free) >= min_free, str(symmetry)
     certificate = certify(module, symmetry, x)
     assert certificate.ok, f"{certificate}\n{symmetry}"
 
 
-class Positions(nn.Module):
-    """More places than the batch has tokens."""
+class PositionEmbedding(nn.Module):
+    """A position embedding with more positions than the batch has tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
-        self.places = nn.Parameter(torch.randn(1, 9, 6))
+        self.positions = nn.Parameter(torch.randn(1, 9, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.first(x) + self.places[:, : x.shape[1]])
+        y: Tensor = self.last(self.first(x) + self.positions[:, : x.shape[1]])
         return y
 
 
-def test_what_one_batch_does_not_read_may_mean_something_to_another() -> None:
-    module, x = Positions(), torch.randn(4, 5, 3)
+def test_positions_beyond_the_batch_are_fixed() -> None:
+    module, x = PositionEmbedding(), torch.randn(4, 5, 3)
     symmetry = symmetry_of(module, x)
     assert [symmetry.sizes[axis] for axis in symmetry.free] == [6]
     assert certify(module, symmetry, torch.randn(4, 9, 3)).ok
-    dims = symmetry.expressions_of("places")[1]
-    assert symmetry.size_of(symmetry.dims["places"][1]) == 9
-    assert set(dimension.axes_of(dims)) <= symmetry.fixed
+    dim = symmetry.expressions_of("positions")[1]
+    assert symmetry.size_of(symmetry.dims["positions"][1]) == 9
+    assert set(axes_of(dim)) <= symmetry.fixed

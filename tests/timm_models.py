@@ -1,34 +1,40 @@
-"""Classifiers of images from timm: its own code in small widths and depths, with random weights."""
+"""Image classifiers from timm in small configurations, with random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from functools import partial
 from typing import Any
 
 import torch
-import torchvision_ops
 from real_model import BATCH, CLASSES, RealModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-torchvision_ops.declare()
 
-import timm  # noqa: E402
-from timm.models import convmixer, dla, efficientnet, metaformer, mlp_mixer, vgg, volo  # noqa: E402
+class _Timm(str):
+    """The dotted name of something in timm, which is imported when a model is built."""
+
+    def found(self) -> Any:
+        module, _, name = self.rpartition(".")
+        return getattr(importlib.import_module(f"timm.{module}"), name)
 
 
-def _timm(name: str, build: Callable[..., nn.Module] | str | None = None, size: int = 32, **options: Any) -> RealModel:
+def _timm(name: str, build: str | None = None, size: int = 32, args: tuple[Any, ...] = (), **options: Any) -> RealModel:
     """A classifier of images of `size` by `size` pixels: from timm's registry, or one of its classes with options."""
-    if build is None or isinstance(build, str):
-        architecture = build or name
-        return _timm(name, lambda **options: timm.create_model(architecture, **options), size, **options)
+
+    def module() -> nn.Module:
+        given = {key: value.found() if isinstance(value, _Timm) else value for key, value in options.items()}
+        make = (
+            build.found() if isinstance(build, _Timm) else partial(_Timm("models.create_model").found(), build or name)
+        )
+        made: nn.Module = make(*args, num_classes=CLASSES, **given)
+        return made
 
     def loss(logits: Any) -> Tensor:
         return F.cross_entropy(logits, torch.arange(BATCH) % CLASSES)
 
-    return RealModel(
-        f"timm.{name}", lambda: build(num_classes=CLASSES, **options), lambda: torch.randn(BATCH, 3, size, size), loss
-    )
+    return RealModel(f"timm.{name}", module, lambda: torch.randn(BATCH, 3, size, size), loss)
 
 
 _PATCHES: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24}
@@ -49,46 +55,55 @@ TIMM = (
     _timm("regnety", "regnety_002", **_REGNET),
     _timm("nfnet", "nfnet_l0", depths=(1, 1, 1, 1), channels=(16, 24, 32, 40), group_size=4, stem_chs=16),
     _timm("densenet", "densenet121", growth_rate=4, block_config=(2, 2)),
-    _timm("dla", dla.DLA, levels=(1, 1, 1, 2, 1, 1), channels=(8, 8, 8, 12, 16, 16), block=dla.DlaBasic),
-    _timm("vgg", vgg.VGG, cfg=[8, "M", 12, "M", 12, 12, "M"], mlp_ratio=0.01, norm_layer=nn.BatchNorm2d),
+    _timm(
+        "dla",
+        _Timm("models.dla.DLA"),
+        levels=(1, 1, 1, 2, 1, 1),
+        channels=(8, 8, 8, 12, 16, 16),
+        block=_Timm("models.dla.DlaBasic"),
+    ),
+    _timm(
+        "vgg", _Timm("models.vgg.VGG"), cfg=[8, "M", 12, "M", 12, 12, "M"], mlp_ratio=0.01, norm_layer=nn.BatchNorm2d
+    ),
     _timm("repvgg", "repvgg_a0", width_factor=0.1),
     _timm("mobilenetv3", "mobilenetv3_small_050"),
     _timm("ghostnet", "ghostnet_050"),
     _timm(
         "efficientnet",
-        lambda **options: efficientnet._gen_efficientnet("efficientnet_b0", 0.25, 0.25, **options),
+        _Timm("models.efficientnet._gen_efficientnet"),
+        args=("efficientnet_b0", 0.25, 0.25),
     ),
     _timm("convnext", "convnext_atto", **_STAGES),
     _timm("convnextv2", "convnextv2_atto", **_STAGES),
     _timm("inception_next", "inception_next_tiny", **_STAGES),
     _timm("edgenext", "edgenext_xx_small", depths=(1, 2, 2, 2), dims=_STAGES["dims"], heads=(2, 2, 2, 2)),
-    _timm("convmixer", convmixer.ConvMixer, dim=24, depth=2, patch_size=4, kernel_size=3),
-    _timm("mixer", mlp_mixer.MlpMixer, num_blocks=2, **_PATCHES),
+    _timm("convmixer", _Timm("models.convmixer.ConvMixer"), dim=24, depth=2, patch_size=4, kernel_size=3),
+    _timm("mixer", _Timm("models.mlp_mixer.MlpMixer"), num_blocks=2, **_PATCHES),
     _timm(
         "resmlp",
-        mlp_mixer.MlpMixer,
+        _Timm("models.mlp_mixer.MlpMixer"),
         num_blocks=2,
         mlp_ratio=4,
-        block_layer=mlp_mixer.ResBlock,
-        norm_layer=mlp_mixer.Affine,
+        block_layer=_Timm("models.mlp_mixer.ResBlock"),
+        norm_layer=_Timm("models.mlp_mixer.Affine"),
         **_PATCHES,
     ),
     _timm(
         "gmlp",
-        mlp_mixer.MlpMixer,
+        _Timm("models.mlp_mixer.MlpMixer"),
         num_blocks=2,
         mlp_ratio=6,
-        block_layer=mlp_mixer.SpatialGatingBlock,
-        mlp_layer=timm.layers.GatedMlp,
+        block_layer=_Timm("models.mlp_mixer.SpatialGatingBlock"),
+        mlp_layer=_Timm("layers.GatedMlp"),
         **_PATCHES,
     ),
     _timm(
         "poolformer",
-        metaformer.MetaFormer,
+        _Timm("models.metaformer.MetaFormer"),
         depths=(1, 1),
         dims=(16, 24),
-        token_mixers=metaformer.Pooling,
-        norm_layers=metaformer.GroupNorm1,
+        token_mixers=_Timm("models.metaformer.Pooling"),
+        norm_layers=_Timm("models.metaformer.GroupNorm1"),
     ),
     _timm("vit", "vit_tiny_patch16_224", **_VIT),
     _timm("deit3", "deit3_small_patch16_224", **_VIT),
@@ -111,7 +126,7 @@ TIMM = (
     ),
     _timm(
         "volo",
-        volo.VOLO,
+        _Timm("models.volo.VOLO"),
         layers=(1, 1),
         embed_dims=(12, 24),
         num_heads=(2, 4),

@@ -1,4 +1,4 @@
-"""Sequence models made of what torch itself has."""
+"""Sequence models built from the layers of torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _ids() -> Tensor:
 
 
 class RecurrentLanguageModel(nn.Module):
-    """An embedding, two recurrent layers and the next word."""
+    """Predicts the next word with an embedding and two recurrent layers."""
 
     def __init__(self, recurrent: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class RecurrentLanguageModel(nn.Module):
 
 
 class Translator(nn.Module):
-    """nn.Transformer between an embedding and words, as PyTorch's tutorial on translation has it."""
+    """nn.Transformer between an embedding and an output layer, as in PyTorch's translation tutorial."""
 
     def __init__(self) -> None:
         super().__init__()

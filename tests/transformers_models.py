@@ -1,6 +1,6 @@
-"""Models of transformers, made small from their configurations, with random weights; nothing is downloaded.
+"""Models from transformers in small configurations, with random weights; nothing is downloaded.
 
-Batches are what a tokenizer or an image processor gives, by keyword, labels included.
+Batches have the format of a tokenizer's or image processor's output, labels included, and are passed by keyword.
 """
 
 from __future__ import annotations
@@ -10,14 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torchvision_ops
 from real_model import BATCH, TOKENS, WORDS, Inputs, RealModel
 from torch import Tensor, nn
 
-torchvision_ops.declare()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import transformers  # noqa: E402
 
 
 def _ids() -> Tensor:
@@ -30,7 +26,7 @@ def _causal() -> Mapping[str, Tensor]:
 
 
 def _padded() -> Mapping[str, Tensor]:
-    """The last two tokens of the last text are padding; labels there are ignored."""
+    """The last two tokens of the last sequence are padding, whose labels are ignored."""
     ids = _ids()
     mask = torch.ones_like(ids)
     mask[-1, -2:] = 0
@@ -50,15 +46,17 @@ def _images() -> Mapping[str, Tensor]:
 
 
 def _own(output: Any) -> Tensor:
-    """The loss that the model computes itself, from labels."""
+    """The loss that the model itself computes from labels."""
     loss: Tensor = output.loss
     return loss
 
 
 def _hf(model: str, task: str, inputs: Inputs = _causal, name: str = "", config: str = "", **options: Any) -> RealModel:
-    """`transformers.{model}{task}` made from its configuration, with `options`."""
+    """`transformers.{model}{task}`, built from its configuration with `options`."""
 
     def build() -> nn.Module:
+        import transformers  # seconds, so not before it is needed
+
         settings = getattr(transformers, config or f"{model}Config")(**options)
         module: nn.Module = getattr(transformers, model + task)(settings)
         return module
@@ -211,7 +209,7 @@ TRANSFORMERS = (
     ),
 )
 
-# Their forward passes depend on numbers: which experts are hit, whether a layer is dropped, how long the labels are.
+# Their forward passes depend on the values of tensors: selected experts, dropped layers, lengths of labels.
 UNTRACED = (
     _hf(
         "SwitchTransformers",

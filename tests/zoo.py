@@ -18,16 +18,16 @@ from nfn_optim.symmetry import Symmetry
 
 @dataclass(frozen=True)
 class Network:
-    """A network and what is true of it.
+    """A network, its inputs and its symmetry.
 
     Args:
         name: For test ids.
-        build: Makes the module.
-        inputs: Makes its positional arguments.
-        symmetry: Name of a parameter or buffer -> its dimensions, in the order in which the module has them.
+        build: Returns a new module.
+        inputs: Returns its positional arguments.
+        symmetry: Name of a parameter or buffer -> its dimensions, in the order of the module.
         fixed: The axes that must not be permuted.
-        sizes: Of axes that occur only within products.
-        nested: What axes are nested in that stand in another dimension.
+        sizes: Sizes of axes that only occur within products.
+        nested: Axis -> the axes of other dimensions that it is nested in.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Network:
     nested: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def module(self) -> nn.Module:
-        """A module with reproducible weights."""
+        """A new module with reproducible weights."""
         torch.manual_seed(0)
         return self.build()
 
@@ -64,7 +64,7 @@ class Residual(nn.Module):
 
 
 class Reused(nn.Module):
-    """The same hidden layer twice, so that its rows and columns are the same neurons."""
+    """A hidden layer that is applied twice, so that its rows and columns are the same neurons."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Reused(nn.Module):
 
 
 class TiedAutoencoder(nn.Module):
-    """W and its transpose."""
+    """Encoder W, decoder W transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class TiedAutoencoder(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Parameters used directly: a position added to tokens, a scale per channel, one number for all."""
+    """Parameters outside of layers: a position embedding, a scale per channel, a scalar gain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class LayerScale(nn.Module):
 
 
 class Gated(nn.Module):
-    """Both halves of a gated linear unit are indexed by the same neurons."""
+    """A gated linear unit, whose halves are indexed by the same neurons."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Gated(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head, queries and keys of a width of their own."""
+    """One attention head; queries and keys have another width than values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,8 +133,8 @@ class Attention(nn.Module):
         return y
 
 
-class SkipStatistics(nn.Module):
-    """A running mean written in place, a buffer that nobody reads and a parameter that nobody uses."""
+class RunningMean(nn.Module):
+    """A running mean updated in place, an unused buffer and an unused parameter."""
 
     mean: Tensor
 
@@ -153,7 +153,7 @@ class SkipStatistics(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Two heads, queries, keys and values from one matrix, positions and a class token."""
+    """Two heads with a fused projection, position embeddings and a class token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class FusedAttention(nn.Module):
 
 
 class GroupedQueries(nn.Module):
-    """Four heads of queries on two of keys and values, turned by an angle for each pair of channels; tied words."""
+    """Four query heads on two key and value heads, rotary position embeddings, tied word embeddings."""
 
     angles: Tensor
 
@@ -181,8 +181,8 @@ class GroupedQueries(nn.Module):
         self.out, self.norm = nn.Linear(16, 8, bias=False), nn.RMSNorm(8)
         self.register_buffer("angles", torch.rand(2))
 
-    def turned(self, x: Tensor) -> Tensor:
-        """Rotate the pairs (i, i + 2) of the last dimension by position times angle."""
+    def rotated(self, x: Tensor) -> Tensor:
+        """Rotates the pairs (i, i + 2) of the last dimension by position times angle."""
         angle = (torch.arange(x.shape[-2])[:, None] * self.angles).repeat(1, 2)
         return x * angle.cos() + torch.cat([-x[..., 2:], x[..., :2]], -1) * angle.sin()
 
@@ -190,13 +190,13 @@ class GroupedQueries(nn.Module):
         x = self.words(tokens)  # (batch, token, e)
         q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
         k, v = (t.repeat_interleave(2, 1) for t in (k, v))
-        scores = self.turned(q) @ self.turned(k).mT
+        scores = self.rotated(q) @ self.rotated(k).mT
         x = self.norm(x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
         return linear(x, self.words.weight)
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer between two linear ones; returns all steps."""
+    """A recurrent layer between two linear layers; returns the outputs of all time steps."""
 
     def __init__(self, layer: nn.Module, width: int) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Recurrent(nn.Module):
 
 
 class Dense(nn.Module):
-    """Every layer sees all the layers before it, and a gate weighs their channels."""
+    """Dense connections, then a squeeze-and-excitation gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Dense(nn.Module):
 
 
 class Experts(nn.Module):
-    """The mean of experts, each a network of its own: they may change places, and each may rename its neurons."""
+    """The mean of experts: experts may be permuted, and each may permute its own neurons."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class Experts(nn.Module):
 
 
 def _normal(*shape: int) -> Callable[[], tuple[Tensor]]:
-    """One input of standard normal entries."""
+    """Inputs: one tensor of standard normal entries."""
     return lambda: (torch.randn(*shape, generator=torch.Generator().manual_seed(1)),)
 
 
@@ -554,7 +554,7 @@ ZOO = (
         _normal(2, 4, 3),
         {
             "token": "one one2 e",
-            "position": "one3 place e",
+            "position": "one3 position e",
             "embed.weight": "e in",
             "embed.bias": "e",
             "norm.weight": "e",
@@ -566,7 +566,7 @@ ZOO = (
             "head.weight": "out e",
             "head.bias": "out",
         },
-        ("one", "one2", "one3", "place", "in", "out"),
+        ("one", "one2", "one3", "position", "in", "out"),
         {"h": 2, "d": 3},
     ),
     Network(
@@ -694,7 +694,7 @@ ZOO = (
     ),
     Network(
         "statistics",
-        SkipStatistics,
+        RunningMean,
         _normal(4, 3),
         {
             "unused": "x",
@@ -708,3 +708,6 @@ ZOO = (
         ("in", "out", "x", "y"),
     ),
 )
+BY_NAME = {network.name: network for network in ZOO}
+FEW = {"mlp", "cnn_batch_norm", "attention", "gru_both_ways"}
+"""Networks that have most of it, for `make test-fast`."""

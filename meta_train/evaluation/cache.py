@@ -1,4 +1,4 @@
-"""Finished runs on disk, each under the hash of all that it depends on."""
+"""Finished runs on disk, keyed by everything that they depend on."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-Stamp = dict[str, Any]
-"""What a run depends on, as JSON."""
+CacheKey = dict[str, Any]
+"""Everything that a run depends on, as JSON; files are named by its hash."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is kept of training one network once.
+    """The record of training one network once.
 
     Attributes:
-        losses: The loss of every batch before its step; where training broke off, infinite from there on.
+        losses: The loss of every batch before its step; infinite from the step at which training broke off.
         held_out: (step, scores) at every check; see `Scores`.
-        seconds: Of wall-clock, checks not counted; of a run among others, so good for planning only.
-        skipped: Steps that a learned optimizer did not take because of a gradient that was not finite.
-        fallbacks: How often a learned optimizer took the nominal update for a tensor.
+        seconds: Wall-clock time without checks; of runs in parallel, so for planning only.
+        skipped: Steps that a learned optimizer skipped because of a non-finite gradient.
+        fallbacks: Number of times that a learned optimizer fell back to the nominal update for a tensor.
     """
 
     losses: list[float]
@@ -33,33 +33,33 @@ class Run:
 
 
 class Cache:
-    """A folder of runs. Several processes may use it at once: every file is whole, or not there.
+    """A folder of runs. Several processes may use it at once: files are written atomically.
 
     Args:
-        folder: Where; it is made if needed.
+        folder: Its path; it is created if needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, stamp: Stamp) -> Path:
-        """Where a run is kept."""
-        digest = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()
+    def path(self, key: CacheKey) -> Path:
+        """The file of a run."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.json"
 
-    def get(self, stamp: Stamp) -> Run | None:
-        """A finished run; None where there is none, or only what is left of one."""
+    def get(self, key: CacheKey) -> Run | None:
+        """A finished run; None if its file is missing or damaged."""
         try:
-            content = json.loads(self.path(stamp).read_text(encoding="utf-8"))
+            content = json.loads(self.path(key).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        kept = content["run"]
-        return Run(**(kept | {"held_out": [(step, scores) for step, scores in kept["held_out"]]}))
+        run = content["run"]
+        return Run(**(run | {"held_out": [(step, scores) for step, scores in run["held_out"]]}))
 
-    def put(self, stamp: Stamp, run: Run) -> None:
-        """Keep a run."""
-        path = self.path(stamp)
+    def put(self, key: CacheKey, run: Run) -> None:
+        """Write a run."""
+        path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({"stamp": stamp, "run": asdict(run)}), encoding="utf-8")
+        partial.write_text(json.dumps({"key": key, "run": asdict(run)}), encoding="utf-8")
         os.replace(partial, path)

@@ -1,10 +1,10 @@
-"""Data of benchmark tasks. None of it may be read by a recipe of meta-training, and `tests/test_evaluation.py` looks.
+"""Data sets of benchmark tasks. No recipe of meta-training may read them; `tests/test_evaluation.py` checks this.
 
     fashion_mnist.npz, cifar10.npz    images, from the data folder
     china, flower                     two photographs that scikit-learn ships
     grace_hopper                      one that matplotlib ships
     auto_mpg                          a table that mlxtend ships
-    scipy, torch, sympy               the docstrings of what these packages export, character by character
+    scipy, torch, sympy               docstrings of the exports of these packages, by characters
 
 References:
     Fashion-MNIST (Xiao et al., 2017), MIT; CIFAR-10 (Krizhevsky, 2009); Auto MPG (Quinlan, 1993), UCI, CC BY 4.0
@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST = 20_000  # training images that are used, if not said otherwise
-HELD = 2000  # held-out ones
-CHARACTERS = 96  # that are told apart; the last one stands for all rare ones
-TEXT = 1_000_000  # characters of a text that are used
+MOST = 20_000  # default number of training images
+HELD = 2000  # default number of held-out images
+CHARACTERS = 96  # vocabulary size; the last index is for all rare ones
+TEXT = 1_000_000  # maximum characters of a text
 NOISY = ("this", "conftest")  # modules that print when imported
 
 
@@ -58,8 +58,8 @@ def images(folder: Path, file: str, side: int, most: int = MOST, held: int = HEL
         folder: The data folder.
         file: Its file with arrays `train_xSIDE`, `train_y`, `test_xSIDE` and `test_y`.
         side: Pixels.
-        most: How many training images are used, if there are as many.
-        held: How many test images are held out, if there are as many.
+        most: Maximum number of training images.
+        held: Maximum number of test images, which are held out.
     """
     counts = {"train": most, "test": held}
     with np.load(folder / file) as found:
@@ -76,7 +76,7 @@ def images(folder: Path, file: str, side: int, most: int = MOST, held: int = HEL
 
 @lru_cache(maxsize=2)
 def characters(package: str) -> Tensor:
-    """The docstrings of the modules right under a package, as characters `(count,)`, the most frequent one first."""
+    """The docstrings of the direct submodules of a package, as character indices `(count,)` by falling frequency."""
     found: dict[str, None] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,7 +85,7 @@ def characters(package: str) -> Tensor:
                 continue
             try:
                 module = importlib.import_module(f"{package}.{info.name}")
-            except Exception:  # of a module that needs something that is not installed
+            except Exception:  # a dependency of the module is not installed
                 continue
             exported = (vars(module)[name] for name in sorted(vars(module)) if not name.startswith("_"))
             found |= dict.fromkeys(text for thing in exported if callable(thing) and (text := inspect.getdoc(thing)))
@@ -101,11 +101,11 @@ def characters(package: str) -> Tensor:
 
 @lru_cache(maxsize=2)
 def photograph(name: str, side: int) -> Examples:
-    """A photograph as a function of the position; a tenth of the pixels is held out.
+    """The pixels of a photograph with their positions as inputs; a tenth is held out.
 
     Args:
         name: "china", "flower" or "grace_hopper".
-        side: Pixels to which it is averaged.
+        side: Height and width after averaging, in pixels.
 
     Returns:
         Positions `(count, 2)` between -1 and 1, and colours `(count, 3)` of zero mean and unit variance.
@@ -120,7 +120,7 @@ def photograph(name: str, side: int) -> Examples:
 
 
 def _photograph(file: str) -> npt.NDArray[np.uint8]:
-    """Its pixels, `(height, width, 3)`."""
+    """The pixels of a photograph, `(height, width, 3)`."""
     if file == "grace_hopper.jpg":
         from matplotlib import cbook, image  # noqa: PLC0415 - an extra, needed by this photograph only
 
@@ -132,7 +132,7 @@ def _photograph(file: str) -> npt.NDArray[np.uint8]:
 
 @lru_cache(maxsize=1)
 def auto_mpg() -> Examples:
-    """Seven properties of 392 cars and how far they go on a gallon, standardised."""
+    """Seven properties of 392 cars and their mileage, standardised."""
     from mlxtend.data import autompg_data  # noqa: PLC0415 - an extra, needed by this data set only
 
     found, miles = autompg_data()  # the last column is a name

@@ -1,4 +1,4 @@
-"""Tasks that may be looked at while a rule, a recipe or a number in them is chosen. Nothing is claimed from them."""
+"""Development tasks: for the selection of rules, recipes and their hyperparameters, not for claims."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
 
 
 def small_mlp(data: Path) -> Training:
-    """A width that meta-training knows, on other images."""
+    """A width within the range of meta-training, on other images."""
     return losses.classification(mlp(64, 32, 10), images(data, FASHION, 8), 64)
 
 
@@ -50,29 +50,29 @@ def gru(_data: Path) -> Training:
 
 
 def autoencoder(data: Path) -> Training:
-    """Regression of many outputs through a bottleneck."""
+    """Regression with many outputs through a bottleneck."""
     found = images(data, FASHION, 28)
     x, held = found.x.flatten(1), found.held_x.flatten(1)
     return losses.regression(mlp(784, 96, 16, 96, 784), Examples(x, x, held, held), 64)
 
 
 def wide_mlp(data: Path) -> Training:
-    """Thirty times the widest layer of meta-training."""
+    """A layer thirty times as wide as the widest of meta-training."""
     return losses.classification(mlp(192, 4096, 10), images(data, CIFAR, 8), 64)
 
 
 def lstm(_data: Path) -> Training:
-    """Recurrence by an LSTM."""
+    """Recurrence on text by an LSTM."""
     return losses.language(CharacterRNN(CHARACTERS, 24, nn.LSTM), characters("scipy"), 32, 12)
 
 
 def siren(_data: Path) -> Training:
-    """An implicit representation by sines."""
+    """An implicit neural representation with sine activations."""
     return losses.regression(Siren(2, 48, 48, 48, 3, frequency=30.0), photograph("grace_hopper", 56), 256)
 
 
 def fourier(_data: Path) -> Training:
-    """An implicit representation by Fourier features."""
+    """An implicit neural representation with Fourier features."""
     return losses.regression(FourierMLP(24, 48), photograph("grace_hopper", 56), 128)
 
 

@@ -1,4 +1,4 @@
-"""The mean of the middle half of several tasks, and how sure one can be of it.
+"""Interquartile means over tasks, with bootstrap confidence intervals.
 
 References:
     Deep Reinforcement Learning at the Edge of the Statistical Precipice (Agarwal et al., 2021), Sec. 4,
@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
-    """A number and its confidence interval."""
+    """An estimate with its confidence interval."""
 
     value: float
     low: float
@@ -40,7 +40,7 @@ def interquartile_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def estimate(scores: NDArray[np.float64]) -> Estimate:
     """The interquartile mean over tasks of the median over seeds, with a bootstrap interval.
 
-    Both tasks, and the seeds of each, are drawn again with replacement: the interval is about other tasks of the kind.
+    Tasks and the seeds of each are resampled with replacement: the interval covers the choice of tasks.
 
     Args:
         scores: `(tasks, seeds)`.
@@ -49,7 +49,7 @@ def estimate(scores: NDArray[np.float64]) -> Estimate:
     generator = np.random.default_rng(0)
     task = generator.integers(tasks, size=(RESAMPLES, tasks, 1))
     seed = generator.integers(seeds, size=(RESAMPLES, tasks, seeds))
-    drawn = interquartile_mean(np.median(scores[task, seed], -1))  # (RESAMPLES,)
+    resampled = interquartile_mean(np.median(scores[task, seed], -1))  # (RESAMPLES,)
     outside = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, (outside, 1 - outside))
+    low, high = np.quantile(resampled, (outside, 1 - outside))
     return Estimate(float(interquartile_mean(np.median(scores, -1))), float(low), float(high))

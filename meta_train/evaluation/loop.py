@@ -1,4 +1,4 @@
-"""The training loop, an ordinary one."""
+"""An ordinary training loop."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
     """Train one network once.
 
     Args:
-        task: What to train, for how long.
-        setting: With what.
-        seed: Of initial parameters and batches: the same for every setting.
+        task: The task to train.
+        setting: The optimizer.
+        seed: Of initial parameters and batches, which are the same for every setting.
         data: The data folder.
     """
     torch.manual_seed(seed)
@@ -28,13 +28,13 @@ def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
     optimizers = setting.optimizers(training.model, task.steps)
     schedules = [s for o in optimizers if (s := setting.schedule(o, task.steps)) is not None]
     batches = torch.Generator().manual_seed(seed + 1)
-    torch.manual_seed(seed)  # dropout too is the same, whatever the optimizer drew
-    checks = {round(task.steps * (number + 1) / task.checks) for number in range(task.checks)}
+    torch.manual_seed(seed)  # so that dropout too is the same for every optimizer
+    checks = {round(task.steps * (i + 1) / task.checks) for i in range(task.checks)}
     losses: list[float] = []
     held_out: list[tuple[int, Scores]] = []
     seconds = 0.0
     for step in range(1, task.steps + 1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         loss = training.loss(batches)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -46,7 +46,7 @@ def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
             optimizer.step()
         for schedule in schedules:
             schedule.step()
-        seconds += time.perf_counter() - begun
+        seconds += time.perf_counter() - started
         if step in checks:
             held_out.append((step, scores_of(training, optimizers)))
     losses += [math.inf] * (task.steps - len(losses))
@@ -56,13 +56,13 @@ def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
 
 @torch.no_grad()
 def scores_of(training: Training, optimizers: list[torch.optim.Optimizer]) -> Scores:
-    """Held-out scores; a schedule-free optimizer lends its average for it."""
-    switching = [o for o in optimizers if hasattr(o, "eval") and hasattr(o, "train")]
+    """Held-out scores; with a schedule-free optimizer, at its averaged parameters."""
+    averaging = [o for o in optimizers if hasattr(o, "eval") and hasattr(o, "train")]
     training.model.eval()
-    for optimizer in switching:
+    for optimizer in averaging:
         optimizer.eval()
     scores = training.held_out()
-    for optimizer in switching:
+    for optimizer in averaging:
         optimizer.train()
     training.model.train()
     return {name: score if math.isfinite(score) else math.inf for name, score in scores.items()}

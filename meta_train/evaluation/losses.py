@@ -1,4 +1,4 @@
-"""Training loops' other half: what is computed of a batch. Each function makes a `Training` of a network and data."""
+"""Losses of benchmark tasks; each function returns the `Training` of a network on data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from meta_train.evaluation.datasets import Examples
 from meta_train.evaluation.networks import VAE, Denoiser
 from meta_train.evaluation.task import Scores, Training
 
-HELD = 1000  # examples on which held-out scores are taken
+HELD = 1000  # examples of held-out scores
 
 
 def classification(model: nn.Module, data: Examples, batch_size: int, held: int = HELD) -> Training:
-    """Cross-entropy, in nats; `held` examples are held out."""
+    """Cross-entropy, in nats; held-out scores are taken on `held` examples."""
 
     def loss(batches: torch.Generator) -> Tensor:
         index = torch.randint(len(data.x), (batch_size,), generator=batches)
@@ -34,7 +34,7 @@ def classification(model: nn.Module, data: Examples, batch_size: int, held: int 
 def regression(
     model: nn.Module, data: Examples, batch_size: int, error: Callable[[Tensor, Tensor], Tensor] = F.mse_loss
 ) -> Training:
-    """An error of the output, as `error(output, target)` has it."""
+    """Regression with the loss `error(output, target)`."""
 
     def loss(batches: torch.Generator) -> Tensor:
         index = torch.randint(len(data.x), (batch_size,), generator=batches)
@@ -63,7 +63,7 @@ def language(model: nn.Module, text: Tensor, context: int, batch_size: int) -> T
 
 
 def variational(model: VAE, data: Examples, batch_size: int, latent: int) -> Training:
-    """Squared error of the reconstruction and divergence from the prior, for unit noise, in nats per pixel."""
+    """Negative evidence lower bound: reconstruction error and divergence from the prior, in nats per pixel."""
     noise = torch.randn(HELD, latent, generator=torch.Generator().manual_seed(0))
 
     def of(x: Tensor, noise: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def variational(model: VAE, data: Examples, batch_size: int, latent: int) -> Tra
 
 
 def denoising(model: Denoiser, data: Examples, batch_size: int) -> Training:
-    """Squared error of the noise that a diffusion model predicts, on a cosine schedule.
+    """Squared error of a diffusion model's noise prediction, on a cosine schedule.
 
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), Alg. 1, arXiv:2006.11239
@@ -100,7 +100,7 @@ def denoising(model: Denoiser, data: Examples, batch_size: int) -> Training:
 
 
 def contrastive(model: nn.Module, data: Examples, batch_size: int) -> Training:
-    """Which of the others is the same image, shifted and noisy? Cross-entropy over the batch, in nats.
+    """Contrastive loss of shifted, noisy views of an image: cross-entropy over the batch, in nats.
 
     References:
         A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., 2020), arXiv:2002.05709
@@ -126,15 +126,15 @@ def contrastive(model: nn.Module, data: Examples, batch_size: int) -> Training:
 
 
 def policy_gradient(model: nn.Module, side: int, episodes: int) -> Training:
-    """Find the way to a goal on a slippery grid, by REINFORCE with the batch's mean return as baseline.
+    """Navigation to a goal on a slippery grid, by REINFORCE with the batch's mean return as baseline.
 
-    A step costs 1 / LONGEST, a tenth of the steps goes elsewhere, an episode ends at the goal. The loss has the *value*
-    of the mean cost of an episode, 0 to 1, and the *gradient* of the policy gradient estimate.
+    A step costs 1 / longest, a tenth of the moves are random, an episode ends at the goal. The *value* of the loss is
+    the mean cost of an episode, 0 to 1, and its *gradient* the policy gradient estimate.
 
     Args:
         model: From position and goal, one-hot `(episodes, 2 * side * side)`, to scores of four moves.
-        side: Of the grid.
-        episodes: Played at once.
+        side: Of the grid, in cells.
+        episodes: Episodes per batch.
 
     References:
         Simple statistical gradient-following algorithms (Williams, 1992)
@@ -143,7 +143,7 @@ def policy_gradient(model: nn.Module, side: int, episodes: int) -> Training:
     moves = torch.tensor([(0, 1), (0, -1), (1, 0), (-1, 0)])
 
     def play(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The log probability of every move, and who was not yet there, `(longest, count)` each."""
+        """The log probability of every move and whether the goal was not yet reached, `(longest, count)` each."""
         place, goal = torch.randint(side, (2, count, 2), generator=generator)
         said, still = [], []
         for _ in range(longest):
@@ -159,7 +159,7 @@ def policy_gradient(model: nn.Module, side: int, episodes: int) -> Training:
 
     def loss(batches: torch.Generator) -> Tensor:
         said, still = play(episodes, batches)
-        to_come = still.flip(0).cumsum(0).flip(0) / longest  # cost from here on
+        to_come = still.flip(0).cumsum(0).flip(0) / longest  # cost from this step on
         advantage = (to_come - to_come.mean(1, keepdim=True)) * still
         surrogate = (said * advantage).sum(0).mean()
         return surrogate - surrogate.detach() + still.mean()

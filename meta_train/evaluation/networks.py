@@ -1,4 +1,4 @@
-"""The networks of benchmark tasks, written as users write them: ordinary modules, each with its own quirks."""
+"""The networks of benchmark tasks: ordinary modules, in various styles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def mlp(
     *sizes: int, act: Callable[[], nn.Module] = nn.ReLU, norm: Callable[[int], nn.Module] | None = None
 ) -> nn.Module:
-    """A multilayer perceptron on whatever is flattened."""
+    """A multilayer perceptron on flattened inputs."""
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [nn.Linear(fan_in, fan_out), *([] if norm is None else [norm(fan_out)]), act()]
@@ -26,7 +26,7 @@ def cnn(channels: int, *, norm: bool, of: int = 1, side: int = 28, act: Callable
 
     Args:
         channels: Of the first convolution; the second has twice as many.
-        norm: With BatchNorm.
+        norm: Whether to use BatchNorm.
         of: Channels of the images.
         side: Pixels of the images.
         act: The activation.
@@ -41,7 +41,7 @@ def cnn(channels: int, *, norm: bool, of: int = 1, side: int = 28, act: Callable
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with a norm each, around which the input goes."""
+    """Two convolutions with BatchNorm and a skip connection."""
 
     def __init__(self, given: int, made: int, stride: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class ResidualBlock(nn.Module):
 
 
 def resnet(channels: int) -> nn.Module:
-    """Three residual blocks on coloured images, mean over the image, linear."""
+    """Three residual blocks on colour images, mean over the image, linear."""
     return nn.Sequential(
         nn.Conv2d(3, channels, 3, 1, 1, bias=False),
         nn.BatchNorm2d(channels),
@@ -75,7 +75,7 @@ def resnet(channels: int) -> nn.Module:
 
 
 class ResidualMLP(nn.Module):
-    """Blocks of LayerNorm, linear, GELU, linear, each added to its input."""
+    """Residual blocks of LayerNorm, linear, GELU, linear."""
 
     def __init__(self, given: int, width: int, depth: int, classes: int) -> None:
         super().__init__()
@@ -123,11 +123,11 @@ class CharacterTransformer(nn.Module):
     """A decoder that predicts the next character.
 
     Args:
-        characters: How many there are.
-        context: Most characters that are read at once.
+        characters: Vocabulary size.
+        context: Maximum number of characters.
         width: Channels.
         depth: Blocks.
-        tied: Whether the output layer is the embedding.
+        tied: Whether the output layer shares the weight of the embedding.
     """
 
     def __init__(self, characters: int, context: int, width: int, depth: int, *, tied: bool = False) -> None:
@@ -152,8 +152,8 @@ class CharacterRNN(nn.Module):
     """A recurrent network that predicts the next character.
 
     Args:
-        characters: How many there are.
-        width: Of the embedding; the state is twice as wide.
+        characters: Vocabulary size.
+        width: Of the embedding; the hidden state is twice as wide.
         cell: `nn.GRU` or `nn.LSTM`.
     """
 
@@ -170,7 +170,7 @@ class CharacterRNN(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer on coloured images with a class token."""
+    """A vision transformer on colour images with a class token."""
 
     def __init__(self, side: int, patch: int, width: int, depth: int) -> None:
         super().__init__()
@@ -190,11 +190,11 @@ class ViT(nn.Module):
 
 
 class Siren(nn.Module):
-    """A function of the position made of sines.
+    """A perceptron with sine activations on positions.
 
     Args:
         sizes: Inputs, hidden neurons of each layer, outputs.
-        frequency: By which what enters a sine is multiplied.
+        frequency: Factor of the argument of every sine.
     """
 
     def __init__(self, *sizes: int, frequency: float = 20.0) -> None:
@@ -231,7 +231,7 @@ class FourierMLP(nn.Module):
 
 
 def convolutional_autoencoder(channels: int) -> nn.Module:
-    """From coloured images of 16x16 pixels to 4x4 and back, the decoder by transposed convolutions."""
+    """From colour images of 16x16 pixels to 4x4 and back, the latter by transposed convolutions."""
     return nn.Sequential(
         nn.Conv2d(3, channels, 3, 2, 1),
         nn.GELU(),
@@ -248,7 +248,7 @@ class VAE(nn.Module):
     """A variational autoencoder of vectors.
 
     Args:
-        given: Numbers in a vector.
+        given: Size of the vectors.
         width: Hidden neurons of encoder and decoder.
         latent: Latent dimensions.
     """
@@ -266,7 +266,7 @@ class VAE(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in a vector at a time between 0 and 1."""
+    """A noise prediction for a vector at a diffusion time between 0 and 1."""
 
     def __init__(self, given: int, width: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Optimizers under comparison, each made in one line, and how their learning rate goes.
+"""The optimizers under comparison and their learning rate schedules.
 
     factor of step k = min(1, (k + 1) / W) (1 + cos(pi k / K)) / 2      K steps in all, W of them warm-up
 
-without the first factor where there is no warm-up, and without the second where the rate is constant.
+without the first factor if there is no warm-up, and without the second if the rate is constant.
 
 References:
     Decoupled Weight Decay Regularization (Loshchilov and Hutter, 2019), arXiv:1711.05101
@@ -27,19 +27,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, pretrained
 
 WARMUP = 0.1  # fraction of the steps
-WIDE = 40  # neurons of the network that rules are told apart by
-PROBE = 10  # steps after which it is looked where a rule takes a network
+PROBE_WIDTH = 40  # neurons of the network in a fingerprint
+PROBE_STEPS = 10  # steps in a fingerprint
 Make = Callable[[nn.Module, float, int | None], list[Optimizer]]
-"""From a network, a learning rate and the horizon, if it is told, to optimizers that step together."""
+"""From a network, a learning rate and the horizon, None if unknown, to optimizers that step together."""
 
 
 def adamw(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:
-    """AdamW without weight decay: none of the others has any."""
+    """AdamW without weight decay, as all others."""
     return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)]
 
 
 def adamw_defaults(model: nn.Module, _lr: float, _horizon: int | None) -> list[Optimizer]:
-    """AdamW as it comes: learning rate 1e-3, weight decay 1e-2."""
+    """AdamW with PyTorch's defaults: learning rate 1e-3, weight decay 1e-2."""
     return [torch.optim.AdamW(model.parameters(), fused=True)]
 
 
@@ -54,7 +54,7 @@ def sgd(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:
 
 
 def muon(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:
-    """Muon for matrices other than embeddings, AdamW for the rest at the same rate."""
+    """Muon for matrices other than embeddings, AdamW at the same rate for the rest."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     params = list(model.parameters())
     matrices = [p for p in params if p.dim() == 2 and id(p) not in embeddings]  # noqa: PLR2004 - rows and columns
@@ -90,67 +90,67 @@ class Learned:
 
     Args:
         rule: Name or file of the rule.
-        apart: Whether every tensor is treated by itself: no neuron hears of another tensor. What the rule loses by it
-            is what the structure of the network brings.
+        without_symmetry: Whether no axis is shared between tensors, so that no message passes from one to another. The
+            difference in loss is the benefit of the network's structure.
     """
 
     rule: str
-    apart: bool = False
+    without_symmetry: bool = False
 
     def __call__(self, model: nn.Module, lr: float, horizon: int | None) -> list[Optimizer]:
         """The optimizer of a network."""
         params = dict(model.named_parameters())
-        symmetry = Symmetry.separate({name: p.shape for name, p in params.items()}) if self.apart else None
+        symmetry = Symmetry.separate({name: p.shape for name, p in params.items()}) if self.without_symmetry else None
         return [NFNOptimizer(model, lr=lr, rule=self.rule, symmetry=symmetry, total_steps=horizon)]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An optimizer with everything that can be set.
+    """An optimizer with its hyperparameters.
 
     Args:
-        make: Makes it.
+        make: Constructs the optimizer.
         lr: Learning rate, per step.
         cosine: Whether the rate falls to zero by a cosine, else it is constant.
         warmup: Whether the rate rises linearly over the first `WARMUP` of the steps.
-        told: Whether the optimizer is told the horizon.
+        horizon_known: Whether the optimizer is given the horizon.
     """
 
     make: Make
     lr: float = 1e-3
     cosine: bool = False
     warmup: bool = False
-    told: bool = False
+    horizon_known: bool = False
 
     @property
     def name(self) -> str:
-        """Of the optimizer, without its numbers."""
+        """Name of the optimizer, without hyperparameters."""
         return self.make.rule if isinstance(self.make, Learned) else self.make.__name__
 
     def optimizers(self, model: nn.Module, steps: int) -> list[Optimizer]:
-        """The optimizers of a network that is trained for some steps."""
-        return self.make(model, self.lr, steps if self.told else None)
+        """The optimizers for training a network for some steps."""
+        return self.make(model, self.lr, steps if self.horizon_known else None)
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR | None:
-        """What moves an optimizer's rate; None where nothing does."""
+        """The learning rate schedule of an optimizer; None for a constant rate."""
         return LambdaLR(optimizer, lambda k: self.factor(k, steps)) if self.cosine or self.warmup else None
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rate of a step, counted from 0, is multiplied by."""
+        """Factor of the learning rate at a step, counted from 0."""
         rising = min(1.0, (step + 1) / max(1.0, WARMUP * steps)) if self.warmup else 1.0
         return rising * (0.5 + 0.5 * math.cos(math.pi * step / steps)) if self.cosine else rising
 
     def __str__(self) -> str:
-        flags = {"warm-up": self.warmup, "cosine": self.cosine, "told": self.told}
+        flags = {"warm-up": self.warmup, "cosine": self.cosine, "horizon known": self.horizon_known}
         return ", ".join([f"lr {self.lr:g}", *(name for name, on in flags.items() if on)])
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A contender: an optimizer, and the settings among which it is tuned for each task.
+class Contender:
+    """An optimizer with the settings among which it is tuned for each task.
 
     Args:
-        name: What tables call it.
+        name: Its label in tables.
         grid: The settings; a single one means untuned.
     """
 
@@ -159,7 +159,7 @@ class Entry:
 
 
 def grid(make: Make, rates: tuple[float, ...], *, cosine: bool = True, warmup: bool = True) -> tuple[Setting, ...]:
-    """Every rate, with and without what is asked for."""
+    """The product of the rates with the schedules: constant or cosine, without or with warm-up."""
     flags = product((False, True) if cosine else (False,), (False, True) if warmup else (False,))
     return tuple(Setting(make, lr, *pair) for pair in flags for lr in rates)
 
@@ -169,52 +169,60 @@ SGD_RATES = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 MUON_RATES = FREE_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 RULE_RATES = (5e-4, 1e-3, 2e-3)
 
-TUNED = Entry("AdamW tuned", grid(adamw, ADAMW_RATES))
-DEFAULTS = Entry("AdamW defaults", (Setting(adamw_defaults),))
-OTHERS = (
-    Entry("SGD momentum tuned", grid(sgd, SGD_RATES)),
-    Entry("Muon tuned", grid(muon, MUON_RATES, warmup=False)),
-    Entry("schedule-free tuned", grid(schedule_free, FREE_RATES, cosine=False)),
-    Entry("nominal rule", (Setting(Learned("adamw")),)),
+TUNED = Contender("AdamW tuned", grid(adamw, ADAMW_RATES))
+DEFAULTS = Contender("AdamW defaults", (Setting(adamw_defaults),))
+PRIOR_ENTRIES = (
+    Contender("SGD momentum tuned", grid(sgd, SGD_RATES)),
+    Contender("Muon tuned", grid(muon, MUON_RATES, warmup=False)),
+    Contender("schedule-free tuned", grid(schedule_free, FREE_RATES, cosine=False)),
+    Contender("nominal rule", (Setting(Learned("adamw")),)),
 )
 
 
-def entries_of(rule: str, label: str, *, thorough: bool) -> tuple[Entry, ...]:
-    """How a rule takes part: as it comes, and told the horizon; `thorough` adds a tuned rate and tensors apart."""
-    plain = Setting(Learned(rule))
-    told = replace(plain, told=True)
-    found = (Entry(label, (plain,)), Entry(f"{label}, told", (told,)))
+def horizon_known_label(label: str) -> str:
+    """The label of a rule with the horizon known."""
+    return f"{label}, horizon known"
+
+
+def contenders_of(rule: str, label: str, *, thorough: bool) -> tuple[Contender, ...]:
+    """A rule with the horizon unknown and known; `thorough` adds one with a tuned rate and one without symmetry."""
+    unknown = Setting(Learned(rule))
+    known = replace(unknown, horizon_known=True)
+    contenders = (Contender(label, (unknown,)), Contender(horizon_known_label(label), (known,)))
     if not thorough:
-        return found
-    tuned = tuple(replace(told, lr=lr) for lr in RULE_RATES)
-    apart = replace(told, make=Learned(rule, apart=True))
-    return (*found, Entry(f"{label}, told, lr tuned", tuned), Entry(f"{label}, told, tensors apart", (apart,)))
+        return contenders
+    tuned = tuple(replace(known, lr=lr) for lr in RULE_RATES)
+    without_symmetry = replace(known, make=Learned(rule, without_symmetry=True))
+    return (
+        *contenders,
+        Contender(f"{horizon_known_label(label)}, lr tuned", tuned),
+        Contender(f"{label}, without symmetry", (without_symmetry,)),
+    )
 
 
 @torch.random.fork_rng(devices=[])
 def fingerprint(rule: str) -> str:
-    """What a rule is and does: its configuration, its theta, and where it takes a network, to three digits.
+    """A hash of a rule's configuration, its theta, and its effect on a small network, to three digits.
 
-    The network is small, but wide enough for a subspace of `RuleConfig.rank` to be less than the space.
-
-    Two versions of this package that compute the same updates have the same fingerprint.
+    The network is wide enough for `RuleConfig.rank` to be less than the full rank. Two versions of this package that
+    compute the same updates give the same fingerprint.
     """
     loaded = pretrained.load(rule)
-    usual = asdict(RuleConfig())
-    digest = sha256(repr(sorted((k, v) for k, v in asdict(loaded.config).items() if v != usual[k])).encode())
+    defaults = asdict(RuleConfig())
+    digest = sha256(repr(sorted((k, v) for k, v in asdict(loaded.config).items() if v != defaults[k])).encode())
     for name, value in sorted(loaded.state_dict().items()):
         digest.update(name.encode() + value.numpy().tobytes())
     torch.manual_seed(0)
-    start = nn.Sequential(nn.Linear(3, WIDE), nn.Tanh(), nn.Linear(WIDE, WIDE))
-    x, y = torch.randn(16, 3), torch.randn(16, WIDE)
-    for horizon in (None, PROBE):
-        model = deepcopy(start)
+    initial = nn.Sequential(nn.Linear(3, PROBE_WIDTH), nn.Tanh(), nn.Linear(PROBE_WIDTH, PROBE_WIDTH))
+    x, y = torch.randn(16, 3), torch.randn(16, PROBE_WIDTH)
+    for horizon in (None, PROBE_STEPS):
+        model = deepcopy(initial)
         optimizer = NFNOptimizer(model, lr=1e-2, rule=rule, total_steps=horizon)
-        for _ in range(PROBE):
+        for _ in range(PROBE_STEPS):
             loss = (model(x) - y).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        for p, before in zip(model.parameters(), start.parameters(), strict=True):
+        for p, before in zip(model.parameters(), initial.parameters(), strict=True):
             digest.update(f"{(p - before).norm().item():.3g}".encode())
     return digest.hexdigest()

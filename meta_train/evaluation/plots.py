@@ -1,4 +1,4 @@
-"""Figures as pictures: the curves of every task, and the performance profile."""
+"""Plots: the loss curves of every task, and the performance profile."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from meta_train.evaluation.curve import running_mean
 from meta_train.evaluation.figures import Row
 from meta_train.evaluation.study import Result
 
-POINTS = 400  # of a curve that are drawn
+POINTS = 400  # per curve
 COLOURS = [f"C{i}" for i in range(10)] + ["black", "gold", "navy", "lime", "indigo", "peru"]
 
 
 def curves(results: Sequence[Result], path: Path) -> None:
-    """Training loss over steps: for every task a panel, for every optimizer its mean and range over seeds.
+    """Training loss over steps: one panel per task, mean and range over seeds per optimizer.
 
     Args:
         results: Of all tasks and optimizers.
-        path: Of the picture.
+        path: Of the plot.
     """
     import matplotlib as mpl  # noqa: PLC0415 - an extra, slow to import
 
@@ -34,15 +34,15 @@ def curves(results: Sequence[Result], path: Path) -> None:
     size = math.ceil(len(tasks) / columns)
     figure = plt.figure(figsize=(4 * columns, 3 * size + 0.6), layout="constrained")
     axes = figure.subplots(size, columns, squeeze=False)
-    colours = dict(zip(dict.fromkeys(result.entry.name for result in results), cycle(COLOURS), strict=False))
+    colours = dict(zip(dict.fromkeys(result.contender.name for result in results), cycle(COLOURS), strict=False))
     for axis, task in zip(axes.flat, tasks, strict=False):
         for result in (result for result in results if result.task.name == task):
             lines = np.array([running_mean(run.losses) for run in result.runs])  # (seeds, steps)
             at = np.unique(np.linspace(0, lines.shape[1] - 1, POINTS).astype(int))
             lines = np.where(np.isfinite(lines), lines, np.nan)[:, at]
-            look = {"color": colours[result.entry.name]}
-            axis.plot(at + 1, lines.mean(0), label=result.entry.name, linewidth=1, **look)
-            axis.fill_between(at + 1, lines.min(0), lines.max(0), alpha=0.15, **look)
+            style = {"color": colours[result.contender.name]}
+            axis.plot(at + 1, lines.mean(0), label=result.contender.name, linewidth=1, **style)
+            axis.fill_between(at + 1, lines.min(0), lines.max(0), alpha=0.15, **style)
         firsts = [run.losses[0] for result in results if result.task.name == task for run in result.runs]
         axis.set(title=task, yscale="log")
         axis.set_ylim(top=1.3 * max(filter(math.isfinite, firsts), default=1.0))
@@ -59,11 +59,11 @@ def curves(results: Sequence[Result], path: Path) -> None:
 
 
 def profile(rows: Sequence[Row], path: Path) -> None:
-    """Performance profile: the fraction of runs with a step reduction of at least so much.
+    """Performance profile: the fraction of runs with at least a given step reduction.
 
     Args:
         rows: Of all tasks and optimizers.
-        path: Of the picture.
+        path: Of the plot.
     """
     import matplotlib as mpl  # noqa: PLC0415 - an extra, slow to import
 

@@ -1,9 +1,9 @@
-"""The protocol on which learned optimizers were published, as far as its data is at hand, and what was published.
+"""The evaluation protocol of published learned optimizers, on the data that is available, with the published results.
 
-Horizon 2,000; Adam at the best of the learning rates {0.0005 j, j = 1..20}, five seeds. The step reduction is taken on
-the test loss: the steps after which Adam has its best one over the steps that the learned optimizer needs to reach it.
-There, one optimizer was meta-trained for each task; here any rule file may be given. Batches (128 images; 32 passages
-of 32 characters) and the text of the language model are ours, theirs was LM1B in subwords for 5,000 steps.
+Horizon 2,000; Adam at the best of the learning rates {0.0005 j, j = 1..20}, five seeds. The step reduction is in the
+test loss: steps of Adam to its lowest one over the steps that the learned optimizer needs to reach it. The published
+optimizers were meta-trained for each task; here the rule file is given. Batches (128 images; 32 passages of 32
+characters) and the text of the language model differ from the publication, which used LM1B in subwords for 5,000 steps.
 
 References:
     GradMetaNet (Gelberg et al., NeurIPS 2025), after Universal Neural Functionals (Zhou et al., 2024), Sec. 4.2
@@ -19,7 +19,7 @@ from meta_train.evaluation.networks import CharacterTransformer, mlp
 from meta_train.evaluation.task import Task, Training
 
 FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
-TRAIN, TEST = 60_000, 10_000  # images at most
+TRAIN, TEST = 60_000, 10_000  # maximum number of images
 ADAM_RATES = tuple(0.0005 * j for j in range(1, 21))
 
 

@@ -1,6 +1,6 @@
-"""Figures as Markdown and JSON.
+"""Reports in Markdown and JSON.
 
-`NAME.md` has the summary and the main optimizers side by side, `NAME_tasks.md` every task and optimizer.
+`NAME.md` has the summary and a comparison of the main optimizers per task, `NAME_tasks.md` every task and optimizer.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *body]) + "\n"
 
 
-def number(value: float) -> str:
+def format_loss(value: float) -> str:
     """A loss, to four digits."""
     return f"{value:.4g}" if value < 1e4 else "diverged"  # noqa: PLR2004 - no loss of these tasks is that large
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and range."""
-    return f"{number(statistics.mean(values))} ({number(min(values))} to {number(max(values))})"
+def mean_and_range(values: Sequence[float]) -> str:
+    """Mean and range of losses."""
+    return f"{format_loss(statistics.mean(values))} ({format_loss(min(values))} to {format_loss(max(values))})"
 
 
-def times(values: Sequence[float]) -> str:
-    """The median of step reductions; "never" where it is zero."""
+def median_reduction(values: Sequence[float]) -> str:
+    """The median of step reductions; "never" for zero."""
     middle = statistics.median(values)
     return f"{middle:.2f}" if middle > 0 else "never"
 
 
 def summary_table(summaries: Sequence[Summary]) -> str:
-    """One line for every optimizer."""
+    """One line per optimizer."""
 
-    def interval(found: Estimate) -> str:
-        return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    def interval(e: Estimate) -> str:
+        return f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})"
 
     head = (
         "optimizer",
@@ -65,7 +65,7 @@ def summary_table(summaries: Sequence[Summary]) -> str:
                 interval(s.reduction),
                 interval(s.wall_reduction),
                 interval(s.loss_reduction),
-                *(f"{100 * share:.0f} %" for share in (s.as_good, s.generalises, s.beats_defaults)),
+                *(f"{100 * fraction:.0f} %" for fraction in (s.as_good, s.generalises, s.beats_defaults)),
                 f"{s.diverged} of {s.runs}",
             ]
             for s in summaries
@@ -74,28 +74,28 @@ def summary_table(summaries: Sequence[Summary]) -> str:
 
 
 def side_by_side(split: Split, rows: Sequence[Row], main: Sequence[str]) -> str:
-    """One line for every task: the reference, and final loss and step reduction of the main optimizers."""
+    """One line per task: the reference, then final loss and step reduction of the main optimizers."""
     by = {(row.task, row.optimizer): row for row in rows}
-    columns = list(next(iter(split.known.values()), {}))
+    columns = list(next(iter(split.published.values()), {}))
     lines = []
     for task in split.tasks:
         reference = by[task.name, split.reference.name]
-        line = [task.name, f"{number(statistics.mean(reference.loss))} ({reference.setting})"]
+        line = [task.name, f"{format_loss(statistics.mean(reference.loss))} ({reference.setting})"]
         for name in main:
             row = by[task.name, name]
-            line.append(f"{number(statistics.mean(row.loss))} · {times(row.reduction)}")
-        lines.append([*line, *(f"{split.known[task.name][column]:.2f}" for column in columns)])
+            line.append(f"{format_loss(statistics.mean(row.loss))} · {median_reduction(row.reduction)}")
+        lines.append([*line, *(f"{split.published[task.name][column]:.2f}" for column in columns)])
     return table(["task", split.reference.name, *main, *(f"published: {column}" for column in columns)], lines)
 
 
 def long_table(rows: Sequence[Row]) -> str:
-    """One line for every task and optimizer."""
+    """One line per task and optimizer."""
     head = ("task", "optimizer", "setting", "loss", "held-out loss", "accuracy, %", "step reduction", "ms a step")
     lines = []
     for row in rows:
         accuracy = f"{100 * statistics.mean(row.accuracy):.1f}" if row.accuracy else ""
-        reduction = f"{times(row.reduction)} ({min(row.reduction):.2f} to {max(row.reduction):.2f})"
-        losses = (spread(row.loss), spread(row.held_out))
+        reduction = f"{median_reduction(row.reduction)} ({min(row.reduction):.2f} to {max(row.reduction):.2f})"
+        losses = (mean_and_range(row.loss), mean_and_range(row.held_out))
         seconds = f"{1e3 * row.seconds:.2f}"
         lines.append([row.task, row.optimizer, row.setting, *losses, accuracy, reduction, seconds])
     return table(head, lines)
@@ -108,12 +108,14 @@ def page(split: Split, rows: Sequence[Row], summaries: Sequence[Summary], main: 
         split: The benchmark.
         rows: Of all tasks and optimizers.
         summaries: Of all optimizers.
-        main: The optimizers to put side by side with the reference.
-        about: A line on how the figures were made.
+        main: The optimizers to compare with the reference per task.
+        about: A line on the versions, machine and seeds.
     """
-    how = "its best held-out loss" if split.known else "its final training loss (mean of the last 30 batches, or 3 %)"
+    target = (
+        "its best held-out loss" if split.published else "its final training loss (mean of the last 30 batches, or 3 %)"
+    )
     caption = (
-        f"{about} *Step reduction*: steps of {split.reference.name} over the steps to {how}; *loss reduction*: that "
+        f"{about} *Step reduction*: steps of {split.reference.name} over the steps to {target}; *loss reduction*: that "
         f"loss over the optimizer's own; interquartile means over {len(split.tasks)} tasks of the median over seeds "
         f"(95 % bootstrap interval over tasks and seeds). Tuned: the best setting on seed 0 of each task.\n"
     )
@@ -125,10 +127,10 @@ def write(folder: Path, name: str, texts: tuple[str, str], content: Mapping[str,
     """Write `NAME.md`, `NAME_tasks.md` and `NAME.json`.
 
     Args:
-        folder: Where to.
+        folder: Output folder.
         name: Of the benchmark.
         texts: Of the two pages.
-        content: What the JSON file says; infinite numbers become null.
+        content: Of the JSON file; infinite numbers become null.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for title, text in zip((name, f"{name}_tasks"), texts, strict=True):
@@ -136,13 +138,13 @@ def write(folder: Path, name: str, texts: tuple[str, str], content: Mapping[str,
     (folder / f"{name}.json").write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
 
 
-def described(rows: Sequence[Row], summaries: Sequence[Summary]) -> dict[str, Any]:
+def json_of(rows: Sequence[Row], summaries: Sequence[Summary]) -> dict[str, Any]:
     """Rows and summaries as JSON."""
     return {"summary": [asdict(summary) for summary in summaries], "rows": [asdict(row) for row in rows]}
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
+    """Replace infinite numbers, which JSON lacks, by None."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The benchmarks that there are: which tasks, and against whom."""
+"""The benchmarks: tasks, baselines and criteria."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from meta_train.evaluation import development, published, tiny, unseen
 from meta_train.evaluation.cache import Run
 from meta_train.evaluation.curve import step_reduction, step_reduction_to_best
-from meta_train.evaluation.optimizers import DEFAULTS, OTHERS, TUNED, Entry, adam, grid
+from meta_train.evaluation.optimizers import DEFAULTS, PRIOR_ENTRIES, TUNED, Contender, adam, grid
 from meta_train.evaluation.study import best_held_out_loss, final_loss
 from meta_train.evaluation.task import Task
 
 
-def in_training(run: Run, reference: Run) -> float:
-    """Step reduction on the training loss."""
+def training_step_reduction(run: Run, reference: Run) -> float:
+    """Step reduction in the training loss."""
     return step_reduction(run.losses, reference.losses)
 
 
-def on_held_out(run: Run, reference: Run) -> float:
-    """Step reduction on the held-out loss."""
-    curves = ([(step, scores["loss"]) for step, scores in one.held_out] for one in (run, reference))
+def held_out_step_reduction(run: Run, reference: Run) -> float:
+    """Step reduction in the held-out loss."""
+    curves = ([(step, scores["loss"]) for step, scores in r.held_out] for r in (run, reference))
     return step_reduction_to_best(*curves)
 
 
@@ -29,23 +29,23 @@ class Split:
     """A benchmark.
 
     Args:
-        tasks: What is trained.
-        reference: Whom rules are compared with.
+        tasks: The tasks.
+        reference: The baseline that rules are compared with.
         others: Further baselines.
-        criterion: What of a run is lowest for the best setting of a grid.
-        reduction: How much faster than the reference a run is.
-        known: Task -> step reductions as others published them, by method.
+        criterion: The tuning criterion; the setting with its lowest value is selected.
+        step_reduction: Steps of the reference over the steps of a run to the same loss.
+        published: Task -> step reductions in the literature, by method.
     """
 
     tasks: tuple[Task, ...]
-    reference: Entry = TUNED
-    others: tuple[Entry, ...] = OTHERS
+    reference: Contender = TUNED
+    others: tuple[Contender, ...] = PRIOR_ENTRIES
     criterion: Callable[[Run], float] = final_loss
-    reduction: Callable[[Run, Run], float] = in_training
-    known: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    step_reduction: Callable[[Run, Run], float] = training_step_reduction
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def baselines(self, *, thorough: bool) -> tuple[Entry, ...]:
-        """The reference, AdamW at its defaults and, if wanted, the others."""
+    def baselines(self, *, thorough: bool) -> tuple[Contender, ...]:
+        """The reference, AdamW at its defaults and, if `thorough`, the others."""
         return (self.reference, DEFAULTS, *(self.others if thorough else ()))
 
 
@@ -54,15 +54,15 @@ SPLITS = {
     "test": Split(unseen.TASKS),
     "published": Split(
         published.TASKS,
-        Entry("Adam tuned", grid(adam, published.ADAM_RATES, cosine=False, warmup=False)),
+        Contender("Adam tuned", grid(adam, published.ADAM_RATES, cosine=False, warmup=False)),
         (),
         best_held_out_loss,
-        on_held_out,
+        held_out_step_reduction,
         {name: dict(zip(published.COLUMNS, row, strict=True)) for name, row in published.PUBLISHED.items()},
     ),
     "tiny": Split(
         tiny.TASKS,
-        Entry(TUNED.name, TUNED.grid[5::8]),  # one learning rate, every schedule
-        tuple(Entry(entry.name, entry.grid[-2:]) for entry in OTHERS),
+        Contender(TUNED.name, TUNED.grid[5::8]),  # one learning rate, every schedule
+        tuple(Contender(other.name, other.grid[-2:]) for other in PRIOR_ENTRIES),
     ),
 }

@@ -1,4 +1,4 @@
-"""How long a step takes, side by side: optimizers take turns on the same task, so that the machine's moods cancel."""
+"""Time per training step; optimizers take turns on a task, so that fluctuations of the machine's speed cancel."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from meta_train.evaluation.optimizers import Setting
 from meta_train.evaluation.task import Task
 
-ROUNDS, STEPS = 5, 8  # whole turns of a rule whose neurons talk at every second, fourth or eighth step
+ROUNDS, STEPS = 5, 8  # steps per turn: a multiple of the refresh interval, whether that is 2, 4 or 8
 
 
 def step_times(task: Task, settings: Sequence[Setting], data: Path) -> list[float]:
-    """Seconds per training step, forward and backward included: of each setting the median over its turns.
+    """Seconds per training step, forward and backward included: the median over turns per setting.
 
     Args:
-        task: What is trained.
-        settings: With what.
+        task: The task to train.
+        settings: The optimizers.
         data: The data folder.
     """
     loops = []
@@ -29,9 +29,9 @@ def step_times(task: Task, settings: Sequence[Setting], data: Path) -> list[floa
         training = task.begin(data)
         loops.append((training, setting.optimizers(training.model, task.steps), torch.Generator().manual_seed(1)))
     seconds: list[list[float]] = [[] for _ in settings]
-    for turn in range(ROUNDS + 1):  # the first one is not counted: symmetries are traced, kernels compiled
-        for (training, optimizers, batches), found in zip(loops, seconds, strict=True):
-            begun = time.perf_counter()
+    for turn in range(ROUNDS + 1):  # the first is a warm-up: symmetries are traced, kernels compiled
+        for (training, optimizers, batches), times in zip(loops, seconds, strict=True):
+            started = time.perf_counter()
             for _ in range(STEPS):
                 loss = training.loss(batches)
                 for optimizer in optimizers:
@@ -40,5 +40,5 @@ def step_times(task: Task, settings: Sequence[Setting], data: Path) -> list[floa
                 for optimizer in optimizers:
                     optimizer.step()
             if turn > 0:
-                found.append((time.perf_counter() - begun) / STEPS)
-    return [statistics.median(found) for found in seconds]
+                times.append((time.perf_counter() - started) / STEPS)
+    return [statistics.median(times) for times in seconds]

@@ -1,7 +1,7 @@
-"""What is trained in a benchmark: an ordinary module, an ordinary loss, ordinary batches, as a user would write them.
+"""A benchmark task: an ordinary module, loss and batches, as a user would write them.
 
-Nothing here is differentiated through, vmapped or traced: a benchmark task shares no code with the tasks of
-meta-training (`meta_train.tasks`), and neither does its data.
+No task here is vmapped or differentiated through, and none shares code or data with the tasks of meta-training
+(`meta_train.tasks`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 Scores = dict[str, float]
-"""What is measured on data that is not trained on: always "loss", and "accuracy" (0 to 1) where there is one."""
+"""Held-out scores: always "loss", and "accuracy" (0 to 1) for classification."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A network about to be trained.
+    """An initialised network with its losses.
 
     Attributes:
         model: The network, with its initial parameters.
         loss: Draws a training batch with a generator and returns its loss, 0-d.
-        held_out: Scores on other data; the same data at every call, and without touching the global random state.
+        held_out: Held-out scores; uses the same data at every call, and not the global random state.
     """
 
     model: nn.Module
@@ -34,16 +34,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Task:
-    """A line of a benchmark.
+    """A task of a benchmark.
 
     Args:
-        name: What tables call it.
-        kind: What it stands for, in one or two words.
-        begin: Makes the network, after the global random state was seeded; is given the data folder.
-        steps: How long it is trained.
-        files: The data files that it reads.
-        packages: Distributions whose data, text or pictures it reads.
-        checks: How often held-out scores are taken, evenly spaced, the last time after the last step.
+        name: Its label in tables.
+        kind: Kind of task, in one or two words.
+        begin: Constructs the network from the data folder; the global random state is seeded before.
+        steps: Training steps.
+        files: Data files that it reads.
+        packages: Packages whose data, text or images it reads.
+        checks: Number of held-out evaluations, evenly spaced, the last one after the last step.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Two tasks of seconds that need no data: to see that everything runs."""
+"""Two tasks of seconds without data files, for smoke tests."""
 
 from __future__ import annotations
 

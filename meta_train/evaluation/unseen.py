@@ -1,7 +1,7 @@
-"""The test tasks: run for a report, and never looked at while anything is chosen.
+"""The test tasks: for the final report only, not for any selection.
 
-Other data, other sizes, other kinds of network and of loss than recipes train on; two of them take five times the
-longest horizon of meta-training (1,000 steps), one has a hundred times its widest layer (128 neurons).
+Their data, sizes, networks and losses differ from those of the recipes; two of them are trained for five times the
+longest horizon of meta-training (1,000 steps), one has a layer a hundred times as wide as its widest (128 neurons).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
 
 
 def wide_mlp(data: Path) -> Training:
-    """A hundred times the widest layer of meta-training."""
+    """A layer a hundred times as wide as the widest of meta-training."""
     return losses.classification(mlp(64, 12_800, 10), images(data, FASHION, 8), 64)
 
 
@@ -51,7 +51,7 @@ def deep_mlp(data: Path) -> Training:
 
 
 def long_mlp(data: Path) -> Training:
-    """Five times the horizon."""
+    """Five times the longest horizon of meta-training."""
     return losses.classification(mlp(192, 48, 10), images(data, CIFAR, 8), 64)
 
 
@@ -74,12 +74,12 @@ def dropout_mlp(data: Path) -> Training:
 
 
 def plain_cnn(data: Path) -> Training:
-    """Convolutions on colours, without a norm."""
+    """Convolutions on colour images, without a norm."""
     return losses.classification(cnn(12, norm=False, of=3, side=16, act=nn.GELU), images(data, CIFAR, 16), 64)
 
 
 def normalised_cnn(data: Path) -> Training:
-    """Convolutions on colours with BatchNorm."""
+    """Convolutions on colour images with BatchNorm."""
     return losses.classification(cnn(12, norm=True, of=3, side=16), images(data, CIFAR, 16), 32)
 
 
@@ -109,12 +109,12 @@ def lstm(_data: Path) -> Training:
 
 
 def siren(_data: Path) -> Training:
-    """An implicit representation by sines."""
+    """An implicit neural representation with sine activations."""
     return losses.regression(Siren(2, 64, 64, 3), photograph("china", 64), 256)
 
 
 def fourier(_data: Path) -> Training:
-    """An implicit representation by Fourier features, five times the horizon."""
+    """An implicit neural representation with Fourier features, five times the longest horizon of meta-training."""
     return losses.regression(FourierMLP(32, 64), photograph("flower", 64), 128)
 
 
@@ -130,7 +130,7 @@ def vae(data: Path) -> Training:
 
 
 def diffusion(data: Path) -> Training:
-    """Denoising."""
+    """A denoising diffusion model."""
     return losses.denoising(Denoiser(64, 192), images(data, FASHION, 8), 64)
 
 
@@ -143,12 +143,12 @@ def contrast(data: Path) -> Training:
 
 
 def table_regression(_data: Path) -> Training:
-    """A small table, a robust loss."""
+    """A small table with a robust loss."""
     return losses.regression(mlp(7, 64, 64, 1), auto_mpg(), 32, F.smooth_l1_loss)
 
 
 def table_classification(_data: Path) -> Training:
-    """A table with noisy labels, BatchNorm."""
+    """A table with noisy labels; BatchNorm."""
     return losses.classification(mlp(24, 128, 128, 8, norm=nn.BatchNorm1d), clusters(), 128)
 
 

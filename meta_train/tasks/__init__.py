@@ -1,4 +1,4 @@
-"""What rules are meta-trained on."""
+"""The tasks that rules are meta-trained on."""
 
 from meta_train.tasks.augment import Augment
 from meta_train.tasks.autoencoder import AutoencoderDistribution

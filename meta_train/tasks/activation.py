@@ -1,4 +1,4 @@
-"""The nonlinearities that tasks use, by name."""
+"""Nonlinearities by name."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class Activation(nn.Module):
         self.function = ACTIVATIONS[name]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of every entry. `(...) -> (...)`."""
+        """Apply it elementwise. `(...) -> (...)`."""
         return self.function(x)

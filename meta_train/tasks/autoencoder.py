@@ -1,4 +1,4 @@
-"""Autoencoders of images by perceptrons; with pixel noise they learn to remove it."""
+"""Autoencoders of images by perceptrons; denoising ones with pixel noise."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from meta_train.tasks.perceptron import NORMS, Perceptron
 
 @dataclass(frozen=True)
 class AutoencoderShape:
-    """What an autoencoder task is made of.
+    """The hyperparameters of an autoencoder task.
 
     Args:
-        data: What `images` knows.
-        widths: Hidden neurons of each layer of the encoder, the code last; the decoder mirrors it.
+        data: A name for `images`.
+        widths: Hidden neurons of each layer of the encoder, the code last; the decoder mirrors them.
         activation: One of `ACTIVATIONS`.
         norm: One of `NORMS`.
         loss: One of `LOSSES`.
-        start: One of `INITIALISATIONS`.
+        initialisation: One of `INITIALISATIONS`.
         batch_size: Images in a batch.
     """
 
@@ -33,7 +33,7 @@ class AutoencoderShape:
     activation: str
     norm: str
     loss: str
-    start: str
+    initialisation: str
     batch_size: int
 
 
@@ -42,14 +42,14 @@ class AutoencoderDistribution(Family[ModuleTask, AutoencoderShape]):
     """Autoencoders of 8x8 images with one or two layers to the code.
 
     Args:
-        data: Some of what `images` knows, equally likely.
+        data: Names for `images`, equally likely.
         width: Smallest and largest number of hidden neurons, log-uniform.
         code: Smallest and largest number of neurons of the code, log-uniform.
         batch_size: Smallest and largest batch, in images, log-uniform.
-        augment: How the members of a task differ.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = AutoencoderShape
+    shape_class = AutoencoderShape
     data: tuple[str, ...] = ("digits", "mnist5k")
     width: tuple[int, int] = (16, 64)
     code: tuple[int, int] = (4, 32)
@@ -66,17 +66,17 @@ class AutoencoderDistribution(Family[ModuleTask, AutoencoderShape]):
             activation=draws.one_of(list(ACTIVATIONS)),
             norm=draws.one_of(NORMS),
             loss=draws.one_of(list(REGRESSION)),
-            start=draws.one_of(INITIALISATIONS),
+            initialisation=draws.one_of(INITIALISATIONS),
             batch_size=draws.log_uniform(*self.batch_size),
         )
 
     def task(self, shape: AutoencoderShape) -> ModuleTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         data = images(shape.data).reconstruction()
         inputs = data.x.shape[1]
         sizes = (inputs, *shape.widths, *shape.widths[-2::-1], inputs)
         return ModuleTask(
-            lambda: initialise(Perceptron(sizes, shape.activation, shape.norm), shape.start),
+            lambda: initialise(Perceptron(sizes, shape.activation, shape.norm), shape.initialisation),
             data,
             LOSSES[shape.loss],
             shape.batch_size,

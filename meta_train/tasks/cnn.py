@@ -17,16 +17,16 @@ from meta_train.tasks.module import ModuleTask
 
 @dataclass(frozen=True)
 class CNNShape:
-    """What a CNN task is made of.
+    """The hyperparameters of a CNN task.
 
     Args:
-        data: What `images` knows.
+        data: A name for `images`.
         widths: Channels after each convolution. The first keeps the size of the image, the others halve it.
-        residual: Whether those after the second keep size and channels instead, and add to what they see.
-        norm: "none", "batch" (statistics of the batch, none kept) or "group" (two groups).
-        flatten: Whether the linear layer at the end sees every pixel, else their mean.
+        residual: Whether those after the second keep size and channels instead, and are added to their input.
+        norm: "none", "batch" (statistics of the batch, no running ones) or "group" (two groups).
+        flatten: Whether the input of the linear layer at the end is every pixel, else their mean.
         activation: One of `ACTIVATIONS`.
-        start: One of `INITIALISATIONS`.
+        initialisation: One of `INITIALISATIONS`.
         loss: One of `CLASSIFICATION`.
         batch_size: Images in a batch.
     """
@@ -37,7 +37,7 @@ class CNNShape:
     norm: str
     flatten: bool
     activation: str
-    start: str
+    initialisation: str
     loss: str
     batch_size: int
 
@@ -46,7 +46,7 @@ class CNN(nn.Module):
     """Convolutions of 3x3 taps, then a linear layer.
 
     Args:
-        shape: What it is made of.
+        shape: Its hyperparameters.
         channels: Of the images.
         side: Height and width of the images.
         classes: Number of classes.
@@ -55,22 +55,22 @@ class CNN(nn.Module):
     def __init__(self, shape: CNNShape, channels: int, side: int, classes: int) -> None:
         super().__init__()
         self.act, self.flatten = Activation(shape.activation), shape.flatten
-        given, convolutions, norms, self.adds = channels, [], [], []
-        for i, made in enumerate(shape.widths):
-            add = shape.residual and i > 1
-            stride = 2 if i > 0 and not add else 1
-            convolutions.append(nn.Conv2d(given, made, 3, stride, padding=1, bias=shape.norm != "batch"))
-            norms.append(_norm(shape.norm, made))
-            self.adds.append(add)
-            given, side = made, (side - 1) // stride + 1
+        fan_in, convolutions, norms, self.residual = channels, [], [], []
+        for i, fan_out in enumerate(shape.widths):
+            residual = shape.residual and i > 1
+            stride = 2 if i > 0 and not residual else 1
+            convolutions.append(nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=shape.norm != "batch"))
+            norms.append(_norm(shape.norm, fan_out))
+            self.residual.append(residual)
+            fan_in, side = fan_out, (side - 1) // stride + 1
         self.convolutions, self.norms = nn.ModuleList(convolutions), nn.ModuleList(norms)
-        self.last = nn.Linear(given * side * side if shape.flatten else given, classes)
+        self.last = nn.Linear(fan_in * side * side if shape.flatten else fan_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits. `(batch_size, channels, height, width) -> (batch_size, classes)`."""
-        for convolve, norm, add in zip(self.convolutions, self.norms, self.adds, strict=True):
+        for convolve, norm, residual in zip(self.convolutions, self.norms, self.residual, strict=True):
             y = self.act(norm(convolve(x)))
-            x = x + y if add else y
+            x = x + y if residual else y
         logits: Tensor = self.last(x.flatten(1) if self.flatten else x.mean((2, 3)))
         return logits
 
@@ -86,14 +86,14 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
     """CNNs on images of 8x8 and 14x14 pixels, of two to four convolutions.
 
     Args:
-        data: Some of what `images` knows, equally likely.
+        data: Names for `images`, equally likely.
         width: Smallest and largest number of channels, log-uniform, then made even.
         batch_size: Smallest and largest batch, in images, log-uniform.
-        losses: Some of `CLASSIFICATION`, equally likely.
-        augment: How the members of a task differ.
+        losses: Names in `CLASSIFICATION`, equally likely.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = CNNShape
+    shape_class = CNNShape
     data: tuple[str, ...] = ("digits", "mnist5k", "mnist14")
     width: tuple[int, int] = (4, 16)
     batch_size: tuple[int, int] = (12, 48)
@@ -111,16 +111,16 @@ class CNNDistribution(Family[ModuleTask, CNNShape]):
             norm=draws.one_of(("none", "none", "batch", "batch", "group")),
             flatten=draws.one_in(2),
             activation=draws.one_of(list(ACTIVATIONS)),
-            start=draws.one_of(INITIALISATIONS),
+            initialisation=draws.one_of(INITIALISATIONS),
             loss=draws.one_of(self.losses),
             batch_size=draws.log_uniform(*self.batch_size),
         )
 
     def task(self, shape: CNNShape) -> ModuleTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         data = images(shape.data)
         return ModuleTask(
-            lambda: initialise(CNN(shape, data.x.shape[1], data.x.shape[-1], data.classes), shape.start),
+            lambda: initialise(CNN(shape, data.x.shape[1], data.x.shape[-1], data.classes), shape.initialisation),
             data,
             CLASSIFICATION[shape.loss],
             shape.batch_size,

@@ -1,6 +1,6 @@
-"""Data that tasks learn: examples with targets, in a part for training and a part held out.
+"""Data sets of tasks: examples with targets, split into a training and a held-out part.
 
-Inner training sees the first part only. The part held out is for meta-validation: to judge a rule, or to choose one.
+Inner training uses the training part only. The held-out part is for meta-validation.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from meta_train.tasks.task import Tensors
 
 
 class Data(ABC):
-    """Draws batches.
+    """A data set that draws batches.
 
     Attributes:
-        name: A short text for logs.
-        classes: Number of classes of the targets; 0 if they are real numbers.
+        name: Name in logs.
+        classes: Number of classes; 0 if targets are real numbers.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Data(ABC):
         Args:
             size: Members and batch size.
             generator: The only source of randomness.
-            held_out: Whether to draw from the part that is held out.
+            held_out: Whether to draw from the held-out part.
 
         Returns:
             Inputs `x` `(*size, ...)`, float32 or int64, and targets `y` `(*size, ...)`, int64 if there are classes.
@@ -42,19 +42,19 @@ class Data(ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> Data:
-        """The same data on a device. Batches are drawn there, with a generator on the CPU."""
+        """The same data on a device. Batches are on it too; the generator stays on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class Examples(Data):
-    """Inputs with targets, all in memory.
+    """Inputs with targets in memory.
 
     Args:
-        name: A short text for logs.
+        name: Name in logs.
         x: Inputs `(count, ...)`, float32.
         y: Targets `(count,)`, int64, or `(count, outputs)`, float32.
         classes: Number of classes, 0 if targets are real numbers.
-        train: How many of them, from the first, are for training; the others are held out.
+        train: Number of training examples, the first ones; the others are held out.
 
     Example:
         >>> data = Examples("toy", torch.arange(6.0)[:, None], torch.arange(6) % 2, classes=2, train=4)
@@ -70,7 +70,7 @@ class Examples(Data):
     train: int
 
     def __post_init__(self) -> None:
-        """Check that the parts are not empty."""
+        """Check the sizes."""
         if not 0 < self.train <= len(self.x) == len(self.y):
             raise ValueError(
                 f"expected as many targets as inputs and 1 to {len(self.x)} of them for training, found "
@@ -78,29 +78,29 @@ class Examples(Data):
             )
 
     def batch(self, size: tuple[int, int], generator: torch.Generator, *, held_out: bool = False) -> Tensors:
-        """Draw examples, each part uniformly."""
+        """Draw examples of a part uniformly."""
         first, last = (self.train, len(self.x)) if held_out else (0, self.train)
         if first == last:
-            raise ValueError(f"expected examples of {self.name!r} that are held out, found none: train={self.train}")
+            raise ValueError(f"expected held out examples of {self.name!r}, found none: train={self.train}")
         index = (first + torch.randint(last - first, size, generator=generator)).to(self.x.device)
         return {"x": self.x[index], "y": self.y[index]}
 
     def to(self, device: torch.device) -> Examples:
-        """The same examples on a device, one copy for all who ask."""
+        """The same examples on a device; copies are cached."""
         return self if device == self.x.device else _moved(self, device)
 
     @classmethod
     def of(
         cls, name: str, loader: Iterable[tuple[Tensor, Tensor]], classes: int = 0, held_out: float = 0.1
     ) -> Examples:
-        """Read a whole data loader, or anything else that yields batches, into memory.
+        """Read a data loader, or another iterable of batches, into memory.
 
         Args:
-            name: A short text for logs.
+            name: Name in logs.
             loader: Yields inputs `(batch, ...)` with targets `(batch, ...)`; for a data set of torchvision, a
                 `DataLoader` of it with `transform=ToTensor()`.
             classes: Number of classes, 0 if targets are real numbers.
-            held_out: Share of the examples that is held out, 0 to 1: the last ones.
+            held_out: Fraction of the examples, the last ones, that is held out, 0 to 1.
 
         Example:
             >>> loader = [(torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 2, 3]))] * 5
@@ -113,18 +113,18 @@ class Examples(Data):
         return cls(name, x, y, classes, len(x) - round(held_out * len(x)))
 
     def zoomed(self, zoom: int) -> Examples:
-        """Images `(count, channels, height, width)` with every pixel made `zoom` x `zoom` pixels."""
+        """Images `(count, channels, height, width)` with every pixel repeated `zoom` x `zoom` times."""
         return replace(self, x=self.x.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2))
 
     def projected(self, width: int, seed: int) -> Examples:
-        """Inputs, flattened, under a random linear map to another width; `(count, width)`, unit variance."""
+        """Flattened inputs under a random linear map to another width; `(count, width)`, unit variance."""
         flat = self.x.flatten(1)
         generator = torch.Generator().manual_seed(seed)
         x = flat @ torch.randn(flat.shape[1], width, generator=generator)
         return replace(self, x=x / x[: self.train].std())
 
     def reconstruction(self) -> Examples:
-        """The same inputs, flattened, with themselves as targets."""
+        """Flattened inputs with themselves as targets."""
         flat = self.x.flatten(1)
         return replace(self, x=flat, y=flat, classes=0)
 

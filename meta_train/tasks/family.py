@@ -1,4 +1,4 @@
-"""Tasks of one kind: each follows from a *shape*, a dataclass of plain values; a family says how shapes are drawn."""
+"""Families of tasks: a task is defined by a *shape*, a dataclass of hyperparameters, which the family draws."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ V = TypeVar("V")
 
 
 class Draws:
-    """Random choices of plain values.
+    """Random choices of hyperparameters.
 
     Args:
         generator: The only source of randomness.
@@ -32,7 +32,7 @@ class Draws:
         self.generator = generator
 
     def one_of(self, options: Sequence[V]) -> V:
-        """One of them, equally likely."""
+        """One of the options, equally likely."""
         return options[int(torch.randint(len(options), (), generator=self.generator))]
 
     def one_in(self, count: int) -> bool:
@@ -40,26 +40,26 @@ class Draws:
         return self.one_of(range(count)) == 0
 
     def log_uniform(self, low: int, high: int) -> int:
-        """A whole number between two, both included."""
+        """An integer between two, inclusive."""
         return round(low * float((high / low) ** self.unit()))
 
     def widths(self, low: int, high: int, depths: Sequence[int]) -> tuple[int, ...]:
-        """Widths of the layers of a network, each log-uniform; their number is one of `depths`, equally likely."""
+        """Widths of the layers of a network, each log-uniform; the depth is one of `depths`, equally likely."""
         return tuple(self.log_uniform(low, high) for _ in range(self.one_of(depths)))
 
     def unit(self) -> float:
-        """A number between 0 and 1."""
+        """A uniform number between 0 and 1."""
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
 
 class Family(TaskDistribution[T], Generic[T, S]):
-    """Tasks of one kind; a subclass is a dataclass of ranges.
+    """A distribution over tasks of one kind; a subclass is a dataclass of ranges.
 
     Attributes:
-        made_of: The class of the shapes.
+        shape_class: The class of the shapes.
     """
 
-    made_of: ClassVar[type[Any]]
+    shape_class: ClassVar[type[Any]]
 
     @abstractmethod
     def shape(self, draws: Draws) -> S:
@@ -67,16 +67,16 @@ class Family(TaskDistribution[T], Generic[T, S]):
 
     @abstractmethod
     def task(self, shape: S) -> T:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
 
     def sample(self, generator: torch.Generator) -> T:
-        """Draw a shape and make its task."""
+        """Draw a shape; return its task."""
         return self._described(self.shape(Draws(generator)))
 
     def rebuild(self, description: dict[str, Any]) -> T:
-        """The task of the shape with these fields."""
+        """The task whose shape has these fields."""
         fields = {name: tuple(v) if isinstance(v, list) else v for name, v in description.items()}
-        return self._described(self.made_of(**fields))
+        return self._described(self.shape_class(**fields))
 
     def _described(self, shape: S) -> T:
         task = self.task(shape)

@@ -1,7 +1,6 @@
-"""The folder with data files that do not travel inside packages; there need not be one.
+"""The optional folder of data files that are not part of packages, named by the environment variable `FOLDER`.
 
-It is what `FOLDER` names in the environment. Which of these files meta-training may read is said by those who read
-them: data sets on which rules are compared are not among them.
+Meta-training reads only the files that modules of `meta_train.tasks` name; data sets of benchmarks are not among them.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ FOLDER = "NFN_OPTIM_DATA"
 
 
 def use_folder(path: str | None) -> None:
-    """Let `path` be the data folder from now on; None leaves it as it is.
+    """Set the data folder; None leaves it unchanged.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: The folder does not exist.
     """
     if path is None:
         return
@@ -27,7 +26,7 @@ def use_folder(path: str | None) -> None:
 
 
 def has_file(name: str) -> bool:
-    """Whether there is a data folder with that file."""
+    """Whether the data folder has a file."""
     return FOLDER in os.environ and (Path(os.environ[FOLDER]) / name).exists()
 
 
@@ -35,7 +34,7 @@ def in_folder(name: str) -> Path:
     """The path of a data file.
 
     Raises:
-        FileNotFoundError: There is no data folder, or it has no such file.
+        FileNotFoundError: There is no data folder, or the file is not in it.
     """
     if not has_file(name):
         raise FileNotFoundError(

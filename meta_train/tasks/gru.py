@@ -17,17 +17,17 @@ from meta_train.tasks.text import Text
 
 @dataclass(frozen=True)
 class GRUShape:
-    """What a GRU task is made of.
+    """The hyperparameters of a GRU task.
 
     Args:
         data: One of `TEXTS`.
-        embedding: Channels of a character.
+        embedding: Embedding channels of a character.
         width: Hidden neurons of each layer.
         depth: Layers.
-        norm: Whether the states of every layer are normalised for the next one.
-        start: One of `INITIALISATIONS`.
+        norm: Whether a LayerNorm follows every layer.
+        initialisation: One of `INITIALISATIONS`.
         loss: One of `CLASSIFICATION`.
-        context: Characters read from a hidden state of zero.
+        context: Characters per passage; the initial hidden state is zero.
         batch_size: Passages in a batch.
     """
 
@@ -36,7 +36,7 @@ class GRUShape:
     width: int
     depth: int
     norm: bool
-    start: str
+    initialisation: str
     loss: str
     context: int
     batch_size: int
@@ -48,22 +48,22 @@ class Layer(nn.Module):
         r, z = sigmoid(W_x x + W_h h)    n = tanh(V_x x + r V_h h)    h' = n + z (h - n)
 
     Args:
-        given: Channels of what it reads.
+        inputs: Input channels.
         width: Hidden neurons.
     """
 
-    def __init__(self, given: int, width: int) -> None:
+    def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.see, self.recur = nn.Linear(given, 3 * width), nn.Linear(width, 3 * width, bias=False)
+        self.input, self.recurrent = nn.Linear(inputs, 3 * width), nn.Linear(width, 3 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(batch_size, context, given) -> (batch_size, context, width)`."""
-        seen = self.see(x)  # (batch_size, context, 3 width)
-        h = torch.zeros_like(seen[:, 0].chunk(3, -1)[0])  # (batch_size, width)
+        """`(batch_size, context, inputs) -> (batch_size, context, width)`."""
+        projected = self.input(x)  # (batch_size, context, 3 width)
+        h = torch.zeros_like(projected[:, 0].chunk(3, -1)[0])  # (batch_size, width)
         states = []
-        for now in seen.unbind(1):
-            x_r, x_z, x_n = now.chunk(3, -1)
-            h_r, h_z, h_n = self.recur(h).chunk(3, -1)
+        for x_t in projected.unbind(1):
+            x_r, x_z, x_n = x_t.chunk(3, -1)
+            h_r, h_z, h_n = self.recurrent(h).chunk(3, -1)
             n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
             h = n + torch.sigmoid(x_z + h_z) * (h - n)
             states.append(h)
@@ -74,7 +74,7 @@ class GRU(nn.Module):
     """A language model of gated recurrent layers.
 
     Args:
-        shape: What it is made of.
+        shape: Its hyperparameters.
         vocabulary: Number of characters.
     """
 
@@ -82,8 +82,8 @@ class GRU(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, shape.embedding)
         parts: list[nn.Module] = []
-        for given in (shape.embedding, *[shape.width] * (shape.depth - 1)):
-            parts += [Layer(given, shape.width), *([nn.LayerNorm(shape.width)] if shape.norm else [])]
+        for inputs in (shape.embedding, *[shape.width] * (shape.depth - 1)):
+            parts += [Layer(inputs, shape.width), *([nn.LayerNorm(shape.width)] if shape.norm else [])]
         self.layers = nn.Sequential(*parts, nn.Linear(shape.width, vocabulary))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,14 +97,14 @@ class GRUDistribution(Family[ModuleTask, GRUShape]):
     """Character models of one or two recurrent layers.
 
     Args:
-        data: Some of `TEXTS`, equally likely.
+        data: Names in `TEXTS`, equally likely.
         width: Smallest and largest number of hidden neurons and of channels of a character, log-uniform.
         context: Smallest and largest context, in characters, log-uniform.
         batch_size: Smallest and largest batch, in passages, log-uniform.
-        augment: How the members of a task differ.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = GRUShape
+    shape_class = GRUShape
     data: tuple[str, ...] = ("prose", "code")
     width: tuple[int, int] = (12, 48)
     context: tuple[int, int] = (6, 16)
@@ -119,17 +119,17 @@ class GRUDistribution(Family[ModuleTask, GRUShape]):
             width=draws.log_uniform(*self.width),
             depth=draws.one_of((1, 1, 1, 2)),
             norm=draws.one_in(3),
-            start=draws.one_of(INITIALISATIONS),
+            initialisation=draws.one_of(INITIALISATIONS),
             loss=draws.one_of(("cross_entropy", "cross_entropy", "smoothed")),
             context=draws.log_uniform(*self.context),
             batch_size=draws.log_uniform(*self.batch_size),
         )
 
     def task(self, shape: GRUShape) -> ModuleTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         data = Text(shape.data, shape.context)
         return ModuleTask(
-            lambda: initialise(GRU(shape, data.classes), shape.start),
+            lambda: initialise(GRU(shape, data.classes), shape.initialisation),
             data,
             CLASSIFICATION[shape.loss],
             shape.batch_size,

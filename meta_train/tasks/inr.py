@@ -1,4 +1,4 @@
-"""Images as functions of a position: a network is fitted to the pixels of one image (implicit neural representation).
+"""Implicit neural representations: a network is fitted to the pixels of one image as a function of the position.
 
 References:
     Implicit Neural Representations with Periodic Activation Functions (Sitzmann et al., 2020), arXiv:2006.09661
@@ -26,15 +26,15 @@ from meta_train.tasks.perceptron import Perceptron
 
 @dataclass(frozen=True)
 class INRShape:
-    """What an INR task is made of.
+    """The hyperparameters of an INR task.
 
     Args:
-        data: What `images` knows.
-        image: Number of the image.
+        data: A name for `images`.
+        image: Index of the image.
         sine: Whether the network is a SIREN, else a perceptron on Fourier features of the position.
-        frequency: Of the sine, or standard deviation of the Fourier features', in radians per half image.
+        frequency: Of the sines, or standard deviation of the Fourier frequencies, in radians per half image.
         widths: Hidden neurons of each layer.
-        activation: One of `ACTIVATIONS`, where it is not a SIREN.
+        activation: One of `ACTIVATIONS`; unused by a SIREN.
         loss: One of `REGRESSION`.
         batch_size: Pixels in a batch.
     """
@@ -50,11 +50,11 @@ class INRShape:
 
 
 class Siren(nn.Module):
-    """A perceptron with sines.
+    """A perceptron with sine activations.
 
     Args:
         sizes: Inputs, hidden neurons of each layer, outputs.
-        frequency: By which what enters a sine is multiplied.
+        frequency: Factor of the argument of every sine.
     """
 
     def __init__(self, sizes: tuple[int, ...], frequency: float) -> None:
@@ -74,9 +74,9 @@ class Siren(nn.Module):
 
 
 def pixels_of(shape: INRShape) -> Examples:
-    """The pixels of an image; positions between -1 and 1, or their Fourier features. A fifth is held out.
+    """The pixels of an image with positions between -1 and 1 or their Fourier features as inputs. A fifth is held out.
 
-    Of 14x14 pixels: positions `(196, 2)` or features `(196, 16)`, and pixels `(196, 1)`, in random order.
+    For 14x14 pixels: positions `(196, 2)` or features `(196, 16)`, and pixels `(196, 1)`, in random order.
     """
     image = images(shape.data).x[shape.image, 0]  # (height, width)
     generator = torch.Generator().manual_seed(shape.image)
@@ -94,13 +94,13 @@ class INRDistribution(Family[ModuleTask, INRShape]):
     """SIRENs and Fourier-feature networks of one to three hidden layers on images of 14x14 or 16x16 pixels.
 
     Args:
-        data: Some of what `images` knows, equally likely.
+        data: Names for `images`, equally likely.
         width: Smallest and largest number of hidden neurons, log-uniform.
         batch_size: Smallest and largest batch, in pixels, log-uniform.
-        augment: How the members of a task differ.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = INRShape
+    shape_class = INRShape
     data: tuple[str, ...] = ("mnist14", "mnist16")
     width: tuple[int, int] = (12, 48)
     batch_size: tuple[int, int] = (32, 196)
@@ -123,7 +123,7 @@ class INRDistribution(Family[ModuleTask, INRShape]):
         )
 
     def task(self, shape: INRShape) -> ModuleTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         data = pixels_of(shape)
         sizes = (data.x.shape[1], *shape.widths, 1)
         return ModuleTask(

@@ -1,4 +1,4 @@
-"""What a network's outputs cost; all of it differentiates twice, under `vmap`."""
+"""Loss functions; all are twice differentiable under `vmap`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats; far faster to differentiate twice than `F.cross_entropy`.
+    """Mean cross-entropy, in nats; its second derivative is far faster than that of `F.cross_entropy`.
 
     Args:
         output: Logits `(..., classes)`.
@@ -23,18 +23,18 @@ def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
         >>> round(cross_entropy(torch.zeros(3, 10), torch.tensor([1, 2, 3])).exp().item(), 4)
         10.0
     """
-    right = (output * F.one_hot(y, output.shape[-1])).sum(-1)  # (...)
-    return (torch.logsumexp(output, -1) - right).mean()
+    target_logit = (output * F.one_hot(y, output.shape[-1])).sum(-1)  # (...)
+    return (torch.logsumexp(output, -1) - target_logit).mean()
 
 
 def smoothed(output: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy with a tenth of the target spread evenly over all classes, in nats; arguments as there."""
-    even = (torch.logsumexp(output, -1) - output.mean(-1)).mean()
-    return 0.9 * cross_entropy(output, y) + 0.1 * even
+    """Mean cross-entropy with label smoothing of 0.1, in nats; arguments of `cross_entropy`."""
+    uniform = (torch.logsumexp(output, -1) - output.mean(-1)).mean()
+    return 0.9 * cross_entropy(output, y) + 0.1 * uniform
 
 
 def one_hot_error(output: Tensor, y: Tensor) -> Tensor:
-    """Mean over examples of half the squared distance to 1 for the right class and 0 for others; arguments as there."""
+    """Mean over examples of half the squared distance to the one-hot target; arguments of `cross_entropy`."""
     return (output - F.one_hot(y, output.shape[-1])).square().sum(-1).mean() / 2
 
 
@@ -43,7 +43,7 @@ def squared_error(output: Tensor, y: Tensor) -> Tensor:
 
     Args:
         output: Any shape.
-        y: The same.
+        y: The same shape.
     """
     return (output - y).square().mean()
 
@@ -53,7 +53,7 @@ def huber(output: Tensor, y: Tensor) -> Tensor:
 
     Args:
         output: Any shape.
-        y: The same.
+        y: The same shape.
     """
     return (torch.sqrt(1 + (output - y).square()) - 1).mean()
 

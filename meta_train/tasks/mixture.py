@@ -1,4 +1,4 @@
-"""A distribution over distributions."""
+"""Mixtures of task distributions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from meta_train.tasks.task import Task, TaskDistribution
 
 @dataclass(frozen=True)
 class Mixture(TaskDistribution[Task]):
-    """Draws a part, then a task of it.
+    """Draws a component, then a task from it.
 
     Args:
-        parts: Distributions, each with a weight; a part is drawn as often as its share of the sum of the weights.
+        parts: Distributions with weights; a component is drawn in proportion to its weight.
 
     Raises:
         ValueError: A weight is negative, or all are zero.
@@ -30,14 +30,14 @@ class Mixture(TaskDistribution[Task]):
             raise ValueError(f"expected weights of at least 0 and some above, found {weights}")
 
     def sample(self, generator: torch.Generator) -> Task:
-        """Draw a part, then a task of it."""
+        """Draw a component, then a task from it."""
         weights = torch.tensor([weight for _, weight in self.parts], dtype=torch.float64)
         return self._described(
             part := int(torch.multinomial(weights, 1, generator=generator)), self.parts[part][0].sample(generator)
         )
 
     def rebuild(self, description: dict[str, Any]) -> Task:
-        """The task that its part makes again."""
+        """The task that its component rebuilds."""
         part = description["part"]
         return self._described(part, self.parts[part][0].rebuild(description["task"]))
 
@@ -52,7 +52,7 @@ class Single(TaskDistribution[Task]):
     """Always the same task.
 
     Args:
-        task: That one.
+        task: The task.
     """
 
     task: Task

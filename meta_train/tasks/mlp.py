@@ -23,16 +23,17 @@ from nfn_optim.symmetry import Symmetry
 
 @dataclass(frozen=True)
 class MLPShape:
-    """What an MLP task is made of.
+    """The hyperparameters of an MLP task.
 
     Args:
-        zoom: Every pixel becomes `zoom` x `zoom` pixels, so that the input is wider but not richer.
+        zoom: Every pixel is repeated `zoom` x `zoom` times: a wider input without more information.
         widths: Hidden neurons of each layer.
         activation: One of `ACTIVATIONS`.
-        layer_norm: Whether every hidden layer is normalised before its activation.
-        zero_bias: Whether biases start at zero, with normal weights of variance 2 / inputs; else PyTorch's default.
+        layer_norm: Whether a LayerNorm precedes every activation.
+        zero_bias: Whether biases are initialised at zero and weights by He's normal initialisation; else PyTorch's
+            default.
         batch_size: Images in a batch.
-        data: What `images` knows.
+        data: A name for `images`.
         loss: One of `CLASSIFICATION`.
     """
 
@@ -47,12 +48,12 @@ class MLPShape:
 
 
 class MLPTask(SupervisedTask):
-    """An MLP on images. Its symmetry is written by hand, and all members are initialised at once.
+    """An MLP on images, with a hand-written symmetry; all members are initialised at once.
 
     Args:
-        shape: What it is made of.
-        data: What it learns.
-        augment: How its members differ.
+        shape: Its hyperparameters.
+        data: The data set.
+        augment: Augmentation of its members.
     """
 
     def __init__(self, shape: MLPShape, data: Examples, augment: Augment) -> None:
@@ -92,11 +93,11 @@ class MLPTask(SupervisedTask):
         return self._outputs(one, x.unsqueeze(0)).squeeze(0)
 
     def network_losses(self, weights: Params, x: Tensor, y: Tensor) -> Tensor:
-        """Of all networks by batched products: `vmap` costs more than the arithmetic of small ones."""
+        """The loss of every network by batched products: for small networks `vmap` costs more than the arithmetic."""
         return torch.func.vmap(self._loss)(self._outputs(weights, x), y)
 
     def _outputs(self, weights: Params, x: Tensor) -> Tensor:
-        """Logits of all. `(count, batch_size, channels, height, width) -> (count, batch_size, classes)`."""
+        """Logits of all networks. `(count, batch_size, channels, height, width) -> (count, batch_size, classes)`."""
         act = ACTIVATIONS[self.shape.activation]
         x = x.flatten(2)  # (count, batch_size, pixels)
         for i in range(len(self.layers)):
@@ -116,12 +117,12 @@ class MLPDistribution(Family[MLPTask, MLPShape]):
         width: Smallest and largest number of hidden neurons, log-uniform.
         batch_size: Smallest and largest batch, in images, log-uniform.
         zooms: Linear magnifications of the images, equally likely.
-        data: Some of what `images` knows, equally likely.
-        losses: Some of `CLASSIFICATION`, equally likely.
-        augment: How the members of a task differ.
+        data: Names for `images`, equally likely.
+        losses: Names in `CLASSIFICATION`, equally likely.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = MLPShape
+    shape_class = MLPShape
     width: tuple[int, int] = (8, 128)
     batch_size: tuple[int, int] = (16, 256)
     zooms: tuple[int, ...] = (1, 1, 1, 1, 2, 2, 3)
@@ -143,5 +144,5 @@ class MLPDistribution(Family[MLPTask, MLPShape]):
         )
 
     def task(self, shape: MLPShape) -> MLPTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         return MLPTask(shape, images(shape.data), self.augment)

@@ -1,4 +1,4 @@
-"""A task from any module."""
+"""A task from an arbitrary module."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nfn_optim.symmetry import symmetry_of
 
 
 class ModuleTask(SupervisedTask):
-    """A module on data.
+    """A module with a data set and a loss.
 
     Args:
-        build: Makes the module, with initial weights from torch's global generator, which is seeded for it. Its forward
-            must work under `vmap` and differentiate twice: attention written out, no dropout, batch normalisation
-            without running statistics.
-        data: What it learns.
-        loss: Of its output and the targets.
+        build: Constructs the module, with initial weights from torch's global generator, which is seeded for it. Its
+            forward must work under `vmap` and be twice differentiable: attention without fused kernels, no dropout,
+            batch normalisation without running statistics.
+        data: The data set.
+        loss: Function of its output and the targets.
         batch_size: Examples in a batch.
-        augment: How its members differ; by default not at all.
-        name: A short text for logs; by default the class of the module.
+        augment: Augmentation of its members; none by default.
+        name: Name in logs; by default the class of the module.
 
     Raises:
-        ValueError: The module keeps running statistics, which members would have to share.
+        ValueError: The module has running statistics, which members cannot share.
 
     Example:
         >>> from meta_train.tasks.images import digits
@@ -51,7 +51,7 @@ class ModuleTask(SupervisedTask):
     ) -> None:
         super().__init__(data, loss, batch_size, augment or Augment(0.0, 0.0, 0.0))
         self._build = build
-        self._module = self._built(0)
+        self._module = self._build_with_seed(0)
         if any(getattr(part, "track_running_stats", False) for part in self._module.modules()):
             raise ValueError(
                 f"expected a module without running statistics, found some in {type(self._module).__name__}; "
@@ -62,9 +62,9 @@ class ModuleTask(SupervisedTask):
         self.name = name or type(self._module).__name__.lower()
 
     def init(self, count: int, generator: torch.Generator) -> Params:
-        """The parameters of as many modules, each built with a seed of its own."""
+        """The parameters of `count` modules, each built with its own seed."""
         seeds = torch.randint(2**31, (count,), generator=generator).tolist()
-        built = [dict(self._built(seed).named_parameters()) for seed in seeds]
+        built = [dict(self._build_with_seed(seed).named_parameters()) for seed in seeds]
         return {name: torch.stack([params[name].detach() for params in built]) for name in self.symmetry.dims}
 
     def output(self, weights: Params, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class ModuleTask(SupervisedTask):
         super().to(device)
         self._module.to(self.device)
 
-    def _built(self, seed: int) -> nn.Module:
+    def _build_with_seed(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self._build()

@@ -1,4 +1,4 @@
-"""Character language models by perceptrons: the next character, given those of a fixed passage before it."""
+"""Character language models by perceptrons on a fixed number of preceding characters."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from meta_train.tasks.text import Text
 
 @dataclass(frozen=True)
 class NgramShape:
-    """What an n-gram task is made of.
+    """The hyperparameters of an n-gram task.
 
     Args:
         data: One of `TEXTS`.
-        embedding: Channels of a character.
+        embedding: Embedding channels of a character.
         widths: Hidden neurons of each layer.
         activation: One of `ACTIVATIONS`.
         norm: One of `NORMS`.
         loss: One of `CLASSIFICATION`.
-        start: One of `INITIALISATIONS`.
+        initialisation: One of `INITIALISATIONS`.
         context: Characters of the passage.
         batch_size: Passages in a batch.
     """
@@ -38,16 +38,16 @@ class NgramShape:
     activation: str
     norm: str
     loss: str
-    start: str
+    initialisation: str
     context: int
     batch_size: int
 
 
 class Ngram(nn.Module):
-    """Embeddings of a passage, side by side, into a perceptron.
+    """A perceptron on the concatenated embeddings of a passage.
 
     Args:
-        shape: What it is made of.
+        shape: Its hyperparameters.
         vocabulary: Number of characters.
     """
 
@@ -68,16 +68,16 @@ class NgramDistribution(Family[ModuleTask, NgramShape]):
     """Character models of one or two hidden layers.
 
     Args:
-        data: Some of `TEXTS`, equally likely.
-        embedding: Smallest and largest number of channels of a character, log-uniform.
+        data: Names in `TEXTS`, equally likely.
+        embedding: Smallest and largest number of embedding channels, log-uniform.
         width: Smallest and largest number of hidden neurons, log-uniform.
         context: Smallest and largest passage, in characters, log-uniform.
         batch_size: Smallest and largest batch, in passages, log-uniform.
-        losses: Some of `CLASSIFICATION`, equally likely.
-        augment: How the members of a task differ.
+        losses: Names in `CLASSIFICATION`, equally likely.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = NgramShape
+    shape_class = NgramShape
     data: tuple[str, ...] = ("prose", "code")
     embedding: tuple[int, int] = (4, 16)
     width: tuple[int, int] = (16, 64)
@@ -95,16 +95,16 @@ class NgramDistribution(Family[ModuleTask, NgramShape]):
             activation=draws.one_of(list(ACTIVATIONS)),
             norm=draws.one_of(NORMS),
             loss=draws.one_of(self.losses),
-            start=draws.one_of(INITIALISATIONS),
+            initialisation=draws.one_of(INITIALISATIONS),
             context=draws.log_uniform(*self.context),
             batch_size=draws.log_uniform(*self.batch_size),
         )
 
     def task(self, shape: NgramShape) -> ModuleTask:
-        """The task of a shape."""
-        data = Text(shape.data, shape.context, everywhere=False)
+        """The task with these hyperparameters."""
+        data = Text(shape.data, shape.context, every_position=False)
         return ModuleTask(
-            lambda: initialise(Ngram(shape, data.classes), shape.start),
+            lambda: initialise(Ngram(shape, data.classes), shape.initialisation),
             data,
             CLASSIFICATION[shape.loss],
             shape.batch_size,

@@ -1,4 +1,4 @@
-"""A multilayer perceptron as a module, for inputs of any kind."""
+"""A multilayer perceptron as a module."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from meta_train.tasks.activation import Activation
 
 NORMS = ("none", "none", "none", "layer", "batch")
-"""What stands before every nonlinearity: most often nothing, else a norm over neurons or over the batch."""
+"""The norm before every nonlinearity, equally likely: over neurons, over the batch, or none."""
 
 
 class Perceptron(nn.Module):
-    """Linear layers with a nonlinearity between them.
+    """Linear layers with nonlinearities between them.
 
     Args:
         sizes: Inputs, hidden neurons of each layer, outputs.
         activation: One of `ACTIVATIONS`.
-        norm: One of `NORMS`; of the batch no statistics are kept.
+        norm: One of `NORMS`; "batch" has no running statistics.
     """
 
     def __init__(self, sizes: tuple[int, ...], activation: str, norm: str = "none") -> None:

@@ -1,9 +1,9 @@
-"""Quadratics of known spectrum, as a linear map or a product of two.
+"""Quadratics of known spectrum, of a matrix or a product of two.
 
     loss = |A (W - W*)^T|^2 / entries        A^T A = Q diag(spectrum) Q^T
 
-All rows of A are one batch, so that without label noise the gradient is exact; with it, its covariance is proportional
-to the Hessian.
+A batch is all rows of A, so that without label noise the gradient is exact; with it, its covariance is proportional to
+the Hessian.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from meta_train.tasks.task import Tensors
 
 @dataclass(frozen=True)
 class QuadraticShape:
-    """What a quadratic is made of.
+    """The hyperparameters of a quadratic.
 
     Args:
-        seed: Of eigenvectors and minimum.
-        inputs: Columns of W, eigenvalues.
+        seed: Of the eigenvectors and the minimum.
+        inputs: Columns of W; number of eigenvalues.
         outputs: Rows of W.
-        hidden: Inner size of the product of two matrices that W is, 0 for one matrix.
-        decades: Between the smallest and the largest eigenvalue, which lie log-uniformly.
+        hidden: Inner size if W is a product of two matrices, 0 for a single matrix.
+        decades: Between the smallest and the largest eigenvalue; they are log-uniform.
     """
 
     seed: int
@@ -46,7 +46,7 @@ class Quadratic(Data):
     """The rows of A and their targets.
 
     Args:
-        shape: What it is made of.
+        shape: Its hyperparameters.
 
     Example:
         >>> a = Quadratic(QuadraticShape(seed=0, inputs=5, outputs=2, hidden=0, decades=2.0)).x
@@ -61,12 +61,12 @@ class Quadratic(Data):
         generator = torch.Generator().manual_seed(shape.seed)
         q = torch.linalg.qr(torch.randn(shape.inputs, shape.inputs, generator=generator)).Q
         roots = 10 ** (torch.linspace(0, shape.decades, shape.inputs) / 2)
-        turned = torch.linalg.qr(torch.randn(shape.inputs, shape.inputs, generator=generator)).Q
-        self.x = turned @ (roots / roots.square().mean().sqrt()).diag() @ q.T  # (inputs, inputs)
+        rotation = torch.linalg.qr(torch.randn(shape.inputs, shape.inputs, generator=generator)).Q
+        self.x = rotation @ (roots / roots.square().mean().sqrt()).diag() @ q.T  # (inputs, inputs)
         self.y = self.x @ torch.randn(shape.inputs, shape.outputs, generator=generator)  # (inputs, outputs)
 
     def batch(self, size: tuple[int, int], generator: torch.Generator, *, held_out: bool = False) -> Tensors:
-        """All rows, whatever is asked for; there is nothing to hold out."""
+        """All rows; no data is held out."""
         return {"x": self.x.expand(size[0], *self.x.shape), "y": self.y.expand(size[0], *self.y.shape)}
 
     def to(self, device: torch.device) -> Quadratic:
@@ -83,11 +83,11 @@ class QuadraticDistribution(Family[ModuleTask, QuadraticShape]):
     Args:
         inputs: Smallest and largest number of eigenvalues, log-uniform.
         outputs: Smallest and largest number of rows, log-uniform.
-        decades: Most decades of the spectrum.
-        augment: How the members of a task differ.
+        decades: Largest number of decades of the spectrum.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = QuadraticShape
+    shape_class = QuadraticShape
     inputs: tuple[int, int] = (4, 64)
     outputs: tuple[int, int] = (1, 16)
     decades: float = 3.0
@@ -106,7 +106,7 @@ class QuadraticDistribution(Family[ModuleTask, QuadraticShape]):
         )
 
     def task(self, shape: QuadraticShape) -> ModuleTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         sizes = (shape.inputs, shape.hidden, shape.outputs) if shape.hidden else (shape.inputs, shape.outputs)
 
         def build() -> nn.Module:

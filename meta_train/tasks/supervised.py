@@ -1,4 +1,4 @@
-"""Tasks in which a network maps inputs to targets: whatever the network, data, noise and scales are treated alike."""
+"""Tasks in which a network maps inputs to targets, with common handling of data, noise and scales."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from meta_train.tasks.data import Data
 from meta_train.tasks.task import Params, Task, Tensors
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Of output and targets, the mean over the batch, 0-d."""
+"""Function of output and targets; the mean over the batch, 0-d."""
 
 
 class SupervisedTask(Task):
-    """A network, by `init` and `output`, on data; a subclass also sets `name` and `symmetry`.
+    """A network, defined by `init` and `output`, with a data set; a subclass also sets `name` and `symmetry`.
 
     Args:
-        data: What it learns.
-        loss: Of its output and the targets.
+        data: The data set.
+        loss: Function of its output and the targets.
         batch_size: Examples in a batch.
-        augment: How its members differ.
+        augment: Augmentation of its members.
     """
 
     def __init__(self, data: Data, loss: Loss, batch_size: int, augment: Augment) -> None:
@@ -36,7 +36,7 @@ class SupervisedTask(Task):
 
     @abstractmethod
     def output(self, weights: Params, x: Tensor) -> Tensor:
-        """What one network makes of a batch; it must work under `vmap`.
+        """The output of one network on a batch; it must work under `vmap`.
 
         Args:
             weights: `(*shape)` by name.
@@ -47,7 +47,7 @@ class SupervisedTask(Task):
         """
 
     def network_losses(self, weights: Params, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of every network, `(count,)`; a subclass may know a faster way to the same numbers.
+        """The loss of every network, `(count,)`; a subclass may compute the same more efficiently.
 
         Args:
             weights: `(count, *shape)` by name.
@@ -55,28 +55,28 @@ class SupervisedTask(Task):
             y: `(count, batch_size, ...)`.
         """
 
-        def alone(weights: Params, x: Tensor, y: Tensor) -> Tensor:
+        def single(weights: Params, x: Tensor, y: Tensor) -> Tensor:
             return self._loss(self.output(weights, x), y)
 
-        return torch.func.vmap(alone)(weights, x, y)
+        return torch.func.vmap(single)(weights, x, y)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Params, Tensors]:
-        """Initial weights, and what `Augment` makes of them."""
+        """Initial weights, augmented."""
         params, member = self.augment.draw(self.init(count, generator), self.data.classes, generator)
-        return self._here(params), self._here(member)
+        return self._to_device(params), self._to_device(member)
 
     def batch(self, count: int, generator: torch.Generator, *, held_out: bool = False) -> Tensors:
-        """A batch of the data, and the noise that members may take."""
+        """A batch of the data with noise, which members scale."""
         batch = self.data.batch((count, self.batch_size), generator, held_out=held_out)
         return self.augment.noise(batch, self.data.classes, generator)
 
     def loss(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
         """The loss of one member, 0-d."""
-        one = ({name: value.unsqueeze(0) for name, value in given.items()} for given in (params, member, batch))
+        one = ({name: value.unsqueeze(0) for name, value in tensors.items()} for tensors in (params, member, batch))
         return self.losses(*one).squeeze(0)
 
     def losses(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
-        """The loss of every member, `(count,)`, each with its own scales, noise and names for the classes."""
+        """The loss of every member, `(count,)`, each with its own scales, noise and label permutation."""
         x, y = self.augment.examples(member, batch)
         losses = self.network_losses(self.augment.weights(params, member), x, y)
         return self.augment.scaled(losses, member)
@@ -86,5 +86,5 @@ class SupervisedTask(Task):
         super().to(device)
         self.data = self.data.to(self.device)
 
-    def _here(self, tensors: Tensors) -> Tensors:
+    def _to_device(self, tensors: Tensors) -> Tensors:
         return {name: value.to(self.device) for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Small tables of measurements in scikit-learn, and functions that another network computes.
+"""Small tables from scikit-learn, and random teacher networks.
 
 References:
     Breast Cancer Wisconsin (Wolberg et al., 1995) and Wine (Aeberhard and Forina, 1992), UCI, CC BY 4.0
@@ -18,7 +18,7 @@ from meta_train.tasks.activation import ACTIVATIONS
 from meta_train.tasks.data import Examples
 from meta_train.tasks.perceptron import Perceptron
 
-TAUGHT = 4096  # examples of what a teacher computes
+TEACHER_EXAMPLES = 4096
 
 
 @lru_cache(maxsize=1)
@@ -39,7 +39,7 @@ def wine() -> Examples:
 
 @lru_cache(maxsize=1)
 def diabetes() -> Examples:
-    """10 measurements of 442 patients, and how their disease progressed, standardised."""
+    """10 measurements of 442 patients; disease progression, standardised."""
     from sklearn.datasets import load_diabetes  # noqa: PLC0415 - an extra, needed by this data set only
 
     return _table("diabetes", load_diabetes(), 0)
@@ -49,7 +49,7 @@ TABLES: dict[str, Callable[[], Examples]] = {t.__name__: t for t in (breast_canc
 
 
 def teacher(seed: int) -> Examples:
-    """What a random network computes of normal inputs: 4 to 32 inputs, 1 to 4 standardised outputs.
+    """A random teacher network on normal inputs: 4 to 32 inputs, 1 to 4 standardised outputs.
 
     Args:
         seed: Of the network and the inputs.
@@ -60,23 +60,23 @@ def teacher(seed: int) -> Examples:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def pick(low: int, high: int) -> int:
+    def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
-    sizes = (pick(4, 32), pick(4, 32), pick(4, 32), pick(1, 4))
-    network = Perceptron(sizes, list(ACTIVATIONS)[pick(0, len(ACTIVATIONS) - 1)])
+    sizes = (integer(4, 32), integer(4, 32), integer(4, 32), integer(1, 4))
+    network = Perceptron(sizes, list(ACTIVATIONS)[integer(0, len(ACTIVATIONS) - 1)])
     with torch.no_grad():
         for p in network.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * (3 / p.shape[-1]) ** 0.5)
-        x = torch.randn(TAUGHT, sizes[0], generator=generator)
-        return Examples(f"teacher-{seed}", x, _standardised(network(x)), 0, TAUGHT * 4 // 5)
+        x = torch.randn(TEACHER_EXAMPLES, sizes[0], generator=generator)
+        return Examples(f"teacher-{seed}", x, _standardised(network(x)), 0, TEACHER_EXAMPLES * 4 // 5)
 
 
-def _table(name: str, found: Any, classes: int) -> Examples:
-    """A table, shuffled once; the last fifth is held out."""
-    order = torch.randperm(len(found.data), generator=torch.Generator().manual_seed(0))
-    x = _standardised(torch.as_tensor(found.data, dtype=torch.float32)[order])
-    y = torch.as_tensor(found.target)[order]
+def _table(name: str, bunch: Any, classes: int) -> Examples:
+    """A shuffled table; the last fifth is held out."""
+    order = torch.randperm(len(bunch.data), generator=torch.Generator().manual_seed(0))
+    x = _standardised(torch.as_tensor(bunch.data, dtype=torch.float32)[order])
+    y = torch.as_tensor(bunch.target)[order]
     y = y.to(torch.int64) if classes else _standardised(y.to(torch.float32).unsqueeze(1))
     return Examples(name, x, y, classes, len(x) * 4 // 5)
 

@@ -1,8 +1,8 @@
-"""The contract of a task: something to train, of which many members run side by side.
+"""The interface of a task, of which many members are trained in parallel.
 
-A task fixes an architecture and a data set. Its *members* differ in what tensors can express (initial parameters,
-permutation of the labels, reparametrisation, the order of the data), so that they are trained together under `vmap`.
-A distribution draws tasks.
+A task fixes an architecture and a data set. Its *members* differ in tensors only (initial parameters, permutation of
+the labels, reparametrisation, the order of the data), so that they are trained together under `vmap`. A distribution
+draws tasks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from nfn_optim.symmetry import Symmetry
 Params = dict[str, Tensor]
 """Parameter name -> value."""
 Tensors = dict[str, Tensor]
-"""What distinguishes a member, or one batch of data, by name."""
+"""Data that distinguishes members, or a batch, by name."""
 
 
 class Task(ABC):
     """One architecture on one data set.
 
     Attributes:
-        name: A short text for logs; what comes before its first hyphen is the kind of task.
+        name: Name in logs; the part before its first hyphen is the kind of task.
         symmetry: The axes of its parameters.
-        description: What the distribution that drew it needs to make it again.
-        device: Where `draw` and `batch` put what they return.
+        description: Data from which its distribution rebuilds it.
+        device: Device of the results of `draw` and `batch`.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Task(ABC):
         """Draw members.
 
         Args:
-            count: How many.
-            generator: The only source of randomness; on the CPU, wherever the task is.
+            count: Number of members.
+            generator: The only source of randomness; on the CPU for every device.
 
         Returns:
-            Initial parameters `(count, *shape)` and what else distinguishes the members, `(count, ...)` each.
+            Initial parameters `(count, *shape)`, and other data that distinguishes the members, `(count, ...)` each.
         """
 
     @abstractmethod
@@ -53,9 +53,9 @@ class Task(ABC):
         """Draw a batch of data for each member.
 
         Args:
-            count: How many members.
+            count: Number of members.
             generator: The only source of randomness.
-            held_out: Whether to draw from the data held out for meta-validation, which inner training never sees.
+            held_out: Whether to draw from the data held out from inner training, for meta-validation.
 
         Returns:
             `(count, ...)` each.
@@ -66,7 +66,7 @@ class Task(ABC):
         """The training loss of one member, 0-d, without a leading dimension; it must work under `vmap`."""
 
     def losses(self, params: Params, member: Tensors, batch: Tensors) -> Tensor:
-        """The training loss of every member, `(count,)`; a subclass may know a faster way to the same numbers.
+        """The training loss of every member, `(count,)`; a subclass may compute the same more efficiently.
 
         Args:
             params: `(count, *shape)` by name.
@@ -76,7 +76,7 @@ class Task(ABC):
         return torch.func.vmap(self.loss)(params, member, batch)
 
     def to(self, device: torch.device | str) -> None:
-        """Keep on a device what is drawn from, and put there what is drawn: the same numbers as on the CPU."""
+        """Move the data to a device, where draws and batches are returned too; they are the same as on the CPU."""
         self.device = torch.device(device)
 
 
@@ -84,16 +84,16 @@ T = TypeVar("T", bound=Task)
 
 
 class TaskDistribution(ABC, Generic[T]):
-    """Draws tasks, and makes one again from its description."""
+    """Draws tasks, and rebuilds them from their descriptions."""
 
     @abstractmethod
     def sample(self, generator: torch.Generator) -> T:
-        """Draw a task, and give it a description."""
+        """Draw a task and set its description."""
 
     @abstractmethod
     def rebuild(self, description: dict[str, Any]) -> T:
-        """Make the task of a description again, and give it that description."""
+        """Rebuild the task of a description."""
 
     def describe(self, task: T) -> dict[str, Any]:
-        """What `rebuild` needs to make the task again: plain numbers, texts and lists."""
+        """The argument of `rebuild` for a task: plain numbers, strings and lists."""
         return task.description

@@ -1,7 +1,7 @@
-"""Text, one character at a time.
+"""Text by characters.
 
-prose          the reference documentation inside Python's own library (`pydoc_data.topics`), PSF licence
-code           sources of Python's own library, PSF licence
+prose          reference documentation in Python's library (`pydoc_data.topics`), PSF licence
+code           sources of Python's library, PSF licence
 shakespeare    `tinyshakespeare.txt` in the data folder (`meta_train.tasks.folder`), public domain
 """
 
@@ -33,7 +33,7 @@ SOURCES = (
     "unittest.mock",
     "zipfile",
 )
-VOCABULARY = 64  # characters that are told apart
+VOCABULARY = 64  # distinct characters; rare ones share the last index
 
 
 def prose() -> str:
@@ -45,8 +45,8 @@ def prose() -> str:
 
 def code() -> str:
     """Python."""
-    found = [spec.origin for name in SOURCES if (spec := find_spec(name)) and spec.origin]
-    return "\n".join(Path(path).read_text(encoding="utf-8") for path in found if path.endswith(".py"))
+    origins = [spec.origin for name in SOURCES if (spec := find_spec(name)) and spec.origin]
+    return "\n".join(Path(path).read_text(encoding="utf-8") for path in origins if path.endswith(".py"))
 
 
 def shakespeare() -> str:
@@ -63,7 +63,7 @@ TEXTS: dict[str, Callable[[], str]] = {text.__name__: text for text in (prose, c
 
 @lru_cache(maxsize=8)
 def tokens_of(name: str, vocabulary: int = VOCABULARY, device: str = "cpu") -> Tensor:
-    """A text as numbers `(length,)`, int64: the rank of a character's frequency, the last one for all rare ones."""
+    """A text as indices `(length,)`, int64: the frequency rank of a character, the last one for all rare ones."""
     if device != "cpu":
         return tokens_of(name, vocabulary).to(device)
     text = TEXTS[name]()
@@ -73,14 +73,14 @@ def tokens_of(name: str, vocabulary: int = VOCABULARY, device: str = "cpu") -> T
 
 @dataclass(frozen=True)
 class Text(Data):
-    """Passages of a text and the characters that follow.
+    """Passages of a text with the following characters as targets.
 
     Args:
         name: One of `TEXTS`. The last tenth of the text is held out.
-        context: Characters that are read at once.
-        everywhere: Whether every character is a target, given those before it, or only the one after the passage.
-        classes: Characters that are told apart; all rare ones count as one.
-        device: Where the text is.
+        context: Characters per passage.
+        every_position: Whether every position has a target, its next character, or only the last one.
+        classes: Vocabulary size; all rare characters share one class.
+        device: Device of the text.
 
     Example:
         >>> batch = Text("prose", context=8).batch((2, 3), torch.Generator().manual_seed(0))
@@ -90,19 +90,19 @@ class Text(Data):
 
     name: str
     context: int
-    everywhere: bool = True
+    every_position: bool = True
     classes: int = VOCABULARY
     device: str = "cpu"
 
     def batch(self, size: tuple[int, int], generator: torch.Generator, *, held_out: bool = False) -> Tensors:
-        """Draw passages: `x` `(*size, context)`; `y` the same or, if not `everywhere`, `(*size,)`."""
+        """Draw passages: `x` `(*size, context)`; `y` the same or, if not `every_position`, `(*size,)`."""
         tokens = tokens_of(self.name, self.classes, self.device)
         border = len(tokens) * 9 // 10
         tokens = tokens[border:] if held_out else tokens[:border]
         start = torch.randint(len(tokens) - self.context, size, generator=generator)
         index = start.unsqueeze(-1) + torch.arange(self.context + 1)
         passage = tokens[index.to(self.device)]  # (*size, context + 1)
-        return {"x": passage[..., :-1], "y": passage[..., 1:] if self.everywhere else passage[..., -1]}
+        return {"x": passage[..., :-1], "y": passage[..., 1:] if self.every_position else passage[..., -1]}
 
     def to(self, device: torch.device) -> Text:
         """The same text on a device."""

@@ -20,22 +20,22 @@ from meta_train.tasks.text import Text
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """What a transformer task is made of.
+    """The hyperparameters of a transformer task.
 
     Args:
-        data: Name of the data.
+        data: Name of the data set.
         width: Channels of the residual stream.
         heads: Attention heads; a divisor of the width.
         depth: Blocks.
         norm: "layer" or "rms".
-        qk_norm: Whether queries and keys are normalised. Where they are not, their gradients are small and the steps of
-            an adaptive optimizer are not, so that long unrolls are chaotic.
+        qk_norm: Whether queries and keys are normalised. Otherwise their gradients are small but the steps of an
+            adaptive optimizer are not, so that long unrolls are chaotic.
         activation: One of `ACTIVATIONS`.
-        fused: Whether queries, keys and values come from one matrix.
+        fused: Whether queries, keys and values are projected by one matrix.
         bias: Whether linear layers have biases.
-        start: One of `INITIALISATIONS`.
+        initialisation: One of `INITIALISATIONS`.
         loss: One of `CLASSIFICATION`.
-        context: Tokens seen at once.
+        context: Tokens per sequence.
         batch_size: Sequences in a batch.
     """
 
@@ -48,57 +48,57 @@ class TransformerShape:
     activation: str
     fused: bool
     bias: bool
-    start: str
+    initialisation: str
     loss: str
     context: int
     batch_size: int
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention, written out because the fused kernels have no second derivative.
+    """Scaled dot-product attention without fused kernels, which have no second derivative.
 
     Args:
-        shape: What the transformer is made of.
-        causal: Whether a token sees only those before it and itself.
+        shape: Hyperparameters of the transformer.
+        causal: Whether a token attends only to itself and to previous ones.
     """
 
     def __init__(self, shape: TransformerShape, causal: bool) -> None:
         super().__init__()
         width, self.heads, self.qk_norm, self.causal = shape.width, shape.heads, shape.qk_norm, causal
         sizes = (3 * width,) if shape.fused else (width, width, width)
-        self.see = nn.ModuleList(nn.Linear(width, size, bias=shape.bias) for size in sizes)
-        self.say = nn.Linear(width, width, bias=shape.bias)
+        self.qkv = nn.ModuleList(nn.Linear(width, size, bias=shape.bias) for size in sizes)
+        self.out = nn.Linear(width, width, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch_size, tokens, width) -> (batch_size, tokens, width)`."""
-        seen = [see(x) for see in self.see]
+        projected = [linear(x) for linear in self.qkv]
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch_size, heads, tokens, width / heads)
-            for part in (seen if len(seen) > 1 else seen[0].chunk(3, -1))
+            for part in (projected if len(projected) > 1 else projected[0].chunk(3, -1))
         )
         if self.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:], eps=1e-5), F.rms_norm(k, k.shape[-1:], eps=1e-5)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (batch_size, heads, tokens, tokens)
         if self.causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-            scores = scores.masked_fill(later, -torch.inf)
-        heard = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)  # (batch_size, tokens, width)
-        said: Tensor = self.say(heard)
-        return said
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(mask, -torch.inf)
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)  # (batch_size, tokens, width)
+        out: Tensor = self.out(mixed)
+        return out
 
 
 class Block(nn.Module):
-    """Attention, then a network of one hidden layer, each normalised before and added.
+    """A pre-norm residual block of attention and an MLP of one hidden layer.
 
     Args:
-        shape: What the transformer is made of.
-        causal: Whether a token sees only those before it and itself.
+        shape: Hyperparameters of the transformer.
+        causal: Whether a token attends only to itself and to previous ones.
     """
 
     def __init__(self, shape: TransformerShape, causal: bool) -> None:
         super().__init__()
-        self.before, self.attention = norm_of(shape), Attention(shape, causal)
-        self.between = norm_of(shape)
+        self.norm1, self.attention = norm_of(shape), Attention(shape, causal)
+        self.norm2 = norm_of(shape)
         self.mlp = nn.Sequential(
             nn.Linear(shape.width, 2 * shape.width, bias=shape.bias),
             Activation(shape.activation),
@@ -107,8 +107,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch_size, tokens, width) -> (batch_size, tokens, width)`."""
-        x = x + self.attention(self.before(x))
-        y: Tensor = x + self.mlp(self.between(x))
+        x = x + self.attention(self.norm1(x))
+        y: Tensor = x + self.mlp(self.norm2(x))
         return y
 
 
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
     """A causal language model.
 
     Args:
-        shape: What it is made of.
+        shape: Its hyperparameters.
         vocabulary: Number of tokens.
     """
 
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
 def transformer_shape(
     draws: Draws, data: str, width: tuple[int, int], context: int, batch_size: int
 ) -> TransformerShape:
-    """Draw what language models and vision transformers have in common."""
+    """Draw the hyperparameters that language models and vision transformers share."""
     heads = draws.one_of((1, 2, 4))
     return TransformerShape(
         data=data,
@@ -154,7 +154,7 @@ def transformer_shape(
         activation=draws.one_of(("relu", "gelu", "silu")),
         fused=not draws.one_in(3),
         bias=draws.one_in(3),
-        start=draws.one_of(INITIALISATIONS),
+        initialisation=draws.one_of(INITIALISATIONS),
         loss=draws.one_of(("cross_entropy", "cross_entropy", "smoothed")),
         context=context,
         batch_size=batch_size,
@@ -166,14 +166,14 @@ class TransformerDistribution(Family[ModuleTask, TransformerShape]):
     """Causal character models of one or two blocks.
 
     Args:
-        data: Some of `TEXTS`, equally likely.
+        data: Names in `TEXTS`, equally likely.
         width: Smallest and largest number of channels, log-uniform, then made divisible by 4.
         context: Smallest and largest context, in characters, log-uniform.
         characters: Smallest and largest number of targets in a batch, log-uniform.
-        augment: How the members of a task differ.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = TransformerShape
+    shape_class = TransformerShape
     data: tuple[str, ...] = ("prose", "code")
     width: tuple[int, int] = (12, 32)
     context: tuple[int, int] = (8, 24)
@@ -187,10 +187,10 @@ class TransformerDistribution(Family[ModuleTask, TransformerShape]):
         return transformer_shape(draws, draws.one_of(self.data), self.width, context, batch_size)
 
     def task(self, shape: TransformerShape) -> ModuleTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         data = Text(shape.data, shape.context)
         return ModuleTask(
-            lambda: initialise(Transformer(shape, data.classes), shape.start),
+            lambda: initialise(Transformer(shape, data.classes), shape.initialisation),
             data,
             CLASSIFICATION[shape.loss],
             shape.batch_size,

@@ -1,4 +1,4 @@
-"""Perceptrons on vectors: tables, images, random projections of both, functions that another network computes."""
+"""Perceptrons on vectors: tables, images, random projections of both, teacher networks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from meta_train.tasks.tables import TABLES, teacher
 
 @dataclass(frozen=True)
 class VectorShape:
-    """What a task on vectors is made of.
+    """The hyperparameters of a task on vectors.
 
     Args:
-        data: One of `TABLES`, "teacher", or what `images` knows.
+        data: One of `TABLES`, "teacher", or a name for `images`.
         seed: Of the teacher or the projection.
-        inputs: Width to which inputs are projected, 0 to take them as they are.
+        inputs: Width to which inputs are projected, 0 for no projection.
         widths: Hidden neurons of each layer.
         activation: One of `ACTIVATIONS`.
         norm: One of `NORMS`.
         loss: One of `LOSSES`.
-        start: One of `INITIALISATIONS`.
+        initialisation: One of `INITIALISATIONS`.
         batch_size: Examples in a batch.
     """
 
@@ -39,7 +39,7 @@ class VectorShape:
     activation: str
     norm: str
     loss: str
-    start: str
+    initialisation: str
     batch_size: int
 
 
@@ -48,13 +48,13 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
     """Perceptrons of one to three hidden layers; regression with a squared or Huber loss, and classification.
 
     Args:
-        data: What may be learned, equally likely: `TABLES`, "teacher", what `images` knows.
-        width: Smallest and largest number of hidden neurons, and of inputs where they are projected, log-uniform.
+        data: Names in `TABLES`, "teacher" or names for `images`, equally likely.
+        width: Smallest and largest number of hidden neurons, and of projected inputs, log-uniform.
         batch_size: Smallest and largest batch, log-uniform.
-        augment: How the members of a task differ.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = VectorShape
+    shape_class = VectorShape
     data: tuple[str, ...] = ("teacher", "teacher", "teacher", "diabetes", "breast_cancer", "wine", "mnist5k", "digits")
     width: tuple[int, int] = (8, 64)
     batch_size: tuple[int, int] = (16, 128)
@@ -65,7 +65,7 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
     def shape(self, draws: Draws) -> VectorShape:
         """Draw an architecture, data and a batch size."""
         data = draws.one_of(self.data)
-        real = data in ("teacher", "diabetes")
+        regression = data in ("teacher", "diabetes")
         return VectorShape(
             data=data,
             seed=draws.one_of(range(2**31)),
@@ -76,18 +76,18 @@ class VectorDistribution(Family[ModuleTask, VectorShape]):
             activation=draws.one_of(list(ACTIVATIONS)),
             norm=draws.one_of(NORMS),
             loss=draws.one_of(("squared_error", "squared_error", "huber"))
-            if real
+            if regression
             else draws.one_of(list(CLASSIFICATION)),
-            start=draws.one_of(INITIALISATIONS),
+            initialisation=draws.one_of(INITIALISATIONS),
             batch_size=draws.log_uniform(*self.batch_size),
         )
 
     def task(self, shape: VectorShape) -> ModuleTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         data = _data_of(shape)
         sizes = (data.x[0].numel(), *shape.widths, data.classes or data.y.shape[1])
         return ModuleTask(
-            lambda: initialise(Perceptron(sizes, shape.activation, shape.norm), shape.start),
+            lambda: initialise(Perceptron(sizes, shape.activation, shape.norm), shape.initialisation),
             data,
             LOSSES[shape.loss],
             shape.batch_size,

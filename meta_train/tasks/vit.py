@@ -20,10 +20,10 @@ PATCH = 4  # pixels
 
 @dataclass(frozen=True)
 class ViTShape(TransformerShape):
-    """What a vision transformer task is made of; the context is the number of patches.
+    """The hyperparameters of a vision transformer task; the context is the number of patches.
 
     Args:
-        flatten: Whether the linear layer at the end sees all tokens side by side, else their mean.
+        flatten: Whether the input of the last linear layer is all tokens, concatenated, else their mean.
     """
 
     flatten: bool
@@ -32,11 +32,11 @@ class ViTShape(TransformerShape):
 class ViT(nn.Module):
     """A transformer on patches of 4x4 pixels.
 
-    Positions start half as large as what is seen: where they are smaller, a network so small learns to tell them apart
-    first, for hundreds of steps, and its unrolls are chaotic; so they are with smaller patches.
+    Position embeddings are initialised with half the scale of patch embeddings: if they are smaller, a network of this
+    size takes hundreds of steps to distinguish positions, and its unrolls are chaotic; likewise with smaller patches.
 
     Args:
-        shape: What it is made of.
+        shape: Its hyperparameters.
         channels: Of the images.
         classes: Number of classes.
     """
@@ -53,11 +53,11 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits. `(batch_size, channels, height, width) -> (batch_size, classes)`."""
         rows, columns = x.shape[-2] // PATCH, x.shape[-1] // PATCH
-        cut = x.reshape(len(x), -1, rows, PATCH, columns, PATCH)
-        cut = cut.permute(0, 2, 4, 1, 3, 5)  # (batch_size, rows, columns, channels, 4, 4)
-        seen = self.patch(cut.flatten(3).flatten(1, 2))  # (batch_size, patches, width)
-        said = self.norm(self.blocks(seen + self.position))
-        logits: Tensor = self.last(said.flatten(1) if self.flatten else said.mean(1))
+        patches = x.reshape(len(x), -1, rows, PATCH, columns, PATCH)
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (batch_size, rows, columns, channels, 4, 4)
+        embedded = self.patch(patches.flatten(3).flatten(1, 2))  # (batch_size, patches, width)
+        tokens = self.norm(self.blocks(embedded + self.position))
+        logits: Tensor = self.last(tokens.flatten(1) if self.flatten else tokens.mean(1))
         return logits
 
 
@@ -66,13 +66,13 @@ class ViTDistribution(Family[ModuleTask, ViTShape]):
     """Vision transformers of one or two blocks on images of 8x8 or 16x16 pixels, with normalised queries and keys.
 
     Args:
-        data: Some of what `images` knows, equally likely.
+        data: Names for `images`, equally likely.
         width: Smallest and largest number of channels, log-uniform, then made divisible by 4.
         batch_size: Smallest and largest batch, in images, log-uniform.
-        augment: How the members of a task differ.
+        augment: Augmentation of the members of a task.
     """
 
-    made_of = ViTShape
+    shape_class = ViTShape
     data: tuple[str, ...] = ("digits", "mnist5k", "mnist16")
     width: tuple[int, int] = (12, 32)
     batch_size: tuple[int, int] = (8, 24)
@@ -86,10 +86,10 @@ class ViTDistribution(Family[ModuleTask, ViTShape]):
         return ViTShape(**{**asdict(common), "qk_norm": True}, flatten=draws.one_in(2))
 
     def task(self, shape: ViTShape) -> ModuleTask:
-        """The task of a shape."""
+        """The task with these hyperparameters."""
         data = images(shape.data)
         return ModuleTask(
-            lambda: initialise(ViT(shape, data.x.shape[1], data.classes), shape.start),
+            lambda: initialise(ViT(shape, data.x.shape[1], data.classes), shape.initialisation),
             data,
             CLASSIFICATION[shape.loss],
             shape.batch_size,

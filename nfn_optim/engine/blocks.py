@@ -1,8 +1,8 @@
-"""Tensors as the arrays `(*batch, rows, rest)` that the passes over the weights see.
+"""Blocks: the tensors of a network as the arrays `(*batch, rows, rest)` that the passes over the weights read.
 
-A matrix or a kernel is an array by itself: its first dimension, and all others in the order in which they lie in
-memory. All vectors and scalars of a network are one array, row after row, with a rest of 1: they are many and small.
-Where there is no batch, small matrices of one shape may be taken together, `(count, rows, rest)`.
+A matrix or a kernel is a block by itself: its first dimension, and all others in memory order. All vectors and scalars
+of a network form one block, row after row, with a rest of 1, since they are many and small. Without a batch, small
+matrices of one shape may be stacked, `(count, rows, rest)`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-STACK = 2**18  # entries of small matrices that are taken together at most
+MAX_STACK = 2**18  # entries of small matrices that are stacked in one block
 
 Pooled = tuple[list[Tensor], Tensor]
 """Means over one tensor: for every dimension over the rest, `(*batch, shape[d], C)`; and over all, `(*batch, C)`."""
@@ -23,7 +23,7 @@ Pooled = tuple[list[Tensor], Tensor]
 
 @lru_cache(maxsize=1024)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a tensor that is made once: whoever brings numbers to a device waits for it."""
+    """Cached constant tensor; copying numbers to a device synchronises."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -32,21 +32,21 @@ class Matrix:
     """One tensor of two dimensions or more.
 
     Attributes:
-        number: Its place among the tensors of the network.
+        index: Of the tensor in the network.
         batch: Sizes of the batch dimensions.
         order: Its dimensions as they lie in memory, the first one first.
         sizes: Their sizes.
     """
 
-    number: int
+    index: int
     batch: tuple[int, ...]
     order: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @property
-    def numbers(self) -> tuple[int, ...]:
-        """The tensors in the array."""
-        return (self.number,)
+    def indices(self) -> tuple[int, ...]:
+        """Of the tensors in the block."""
+        return (self.index,)
 
     def fold(self, tensors: Sequence[Tensor]) -> Tensor:
         """`(*batch, *shape) -> (*batch, rows, rest)`, a view where that can be."""
@@ -61,13 +61,13 @@ class Matrix:
             x.permute(*range(len(self.batch)), *(len(self.batch) + self.order.index(d) for d in sorted(self.order)))
         ]
 
-    def join(self, values: Sequence[Tensor]) -> Tensor:
-        """What is said to the rows of every tensor, `(*batch, rows, C)` each, for the rows of the array."""
+    def gather_rows(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of each tensor's rows, `(*batch, rows, C)` each, for the rows of the array."""
         return values[0]
 
-    def spread(self, value: Tensor) -> Tensor:
-        """What is said of every tensor, `(*batch, T, C)`, for the rows of the array: `(*batch, 1, C)`."""
-        return value[..., self.number : self.number + 1, :]
+    def expand_to_rows(self, value: Tensor) -> Tensor:
+        """Values of all tensors, `(*batch, T, C)`, for the rows of the array: `(*batch, 1, C)`."""
+        return value[..., self.index : self.index + 1, :]
 
     def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
         """Means by tensor, from sums over rows `(*batch, rows, C)` and over columns `(*batch, rest, C)`."""
@@ -78,7 +78,7 @@ class Matrix:
         for dim, d in zip(dims, self.order[1:], strict=True):
             others = [other for other in dims if other != dim]
             found[d] = taps.mean(others) if others else taps
-        return {self.number: ([found[d] for d in sorted(found)], found[0].mean(-2))}
+        return {self.index: ([found[d] for d in sorted(found)], found[0].mean(-2))}
 
     def fold_basis(self, basis: Tensor) -> Tensor:
         """`(*batch, *shape[1:], k) -> (*batch, rest, k)`, for the columns of the array."""
@@ -91,11 +91,11 @@ class Matrix:
         return x.permute(*(columns.index(d) for d in range(len(columns))), -1)
 
     def _columns(self) -> list[int]:
-        """Where the dimensions of a basis come from, but for the last one."""
+        """The dimensions of a basis in memory order, without the last one."""
         return [*range(len(self.batch)), *(len(self.batch) + d - 1 for d in self.order[1:])]
 
     def gain(self, gains: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The product of what all dimensions but the first say, `(*batch, shape[d])` each: `(*batch, 1, rest)`."""
+        """The product of the gains of all dimensions but the first, `(*batch, shape[d])` each: `(*batch, 1, rest)`."""
         first, *others = (gains[0][d - 1] for d in self.order[1:])
         for other in others:
             first = (first.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2)
@@ -107,12 +107,12 @@ class Vectors:
     """All tensors of at most one dimension.
 
     Attributes:
-        numbers: Their places among the tensors of the network.
+        indices: Of the tensors in the network.
         batch: Sizes of the batch dimensions.
         shapes: Their shapes.
     """
 
-    numbers: tuple[int, ...]
+    indices: tuple[int, ...]
     batch: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
 
@@ -130,13 +130,13 @@ class Vectors:
         parts = torch.split(array.squeeze(-1), self.lengths, -1)
         return [x.reshape((*self.batch, *shape)) for x, shape in zip(parts, self.shapes, strict=True)]
 
-    def join(self, values: Sequence[Tensor]) -> Tensor:
-        """What is said to the rows of every tensor, `(*batch, rows, C)` each, for the rows of the array."""
+    def gather_rows(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of each tensor's rows, `(*batch, rows, C)` each, for the rows of the array."""
         return torch.cat(list(values), -2)
 
-    def spread(self, value: Tensor) -> Tensor:
-        """What is said of every tensor, `(*batch, T, C)`, for the rows of the array: `(*batch, rows, C)`."""
-        parts = [value[..., n : n + 1, :] for n in self.numbers]
+    def expand_to_rows(self, value: Tensor) -> Tensor:
+        """Values of all tensors, `(*batch, T, C)`, for the rows of the array: `(*batch, rows, C)`."""
+        parts = [value[..., n : n + 1, :] for n in self.indices]
         return torch.cat([x.expand(*x.shape[:-2], n, -1) for x, n in zip(parts, self.lengths, strict=True)], -2)
 
     def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
@@ -144,28 +144,28 @@ class Vectors:
         del by_column
         parts = torch.split(by_row, self.lengths, -2)
         means = (([x] * len(shape), x.mean(-2)) for x, shape in zip(parts, self.shapes, strict=True))
-        return dict(zip(self.numbers, means, strict=True))
+        return dict(zip(self.indices, means, strict=True))
 
     def gain(self, gains: Sequence[Sequence[Tensor]]) -> None:
-        """There are no columns that could say anything."""
+        """Vectors have no columns."""
         del gains
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of one shape, taken together; there is no batch.
+    """Matrices of one shape, stacked; there is no batch.
 
     Attributes:
-        numbers: Their places among the tensors of the network.
-        each: How one of them is laid out; they are its batch.
+        indices: Of the tensors in the network.
+        each: The layout of one of them, with the stack as its batch.
     """
 
-    numbers: tuple[int, ...]
+    indices: tuple[int, ...]
     each: Matrix
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """Their number."""
+        """Their number, as a shape."""
         return self.each.batch
 
     def fold(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -176,19 +176,19 @@ class Stack:
         """The inverse of `fold`."""
         return list(self.each.unfold(array)[0].unbind())
 
-    def join(self, values: Sequence[Tensor]) -> Tensor:
-        """What is said to the rows of every tensor, `(rows, C)` each, for the rows of the array; bases likewise."""
+    def gather_rows(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of each tensor's rows, `(rows, C)` each, for the rows of the array; bases likewise."""
         return torch.stack(list(values))
 
-    def spread(self, value: Tensor) -> Tensor:
-        """What is said of every tensor, `(T, C)`, for the rows of the array: `(count, 1, C)`."""
-        return value.index_select(0, constant(self.numbers, torch.int64, value.device)).unsqueeze(-2)
+    def expand_to_rows(self, value: Tensor) -> Tensor:
+        """Values of all tensors, `(T, C)`, for the rows of the array: `(count, 1, C)`."""
+        return value.index_select(0, constant(self.indices, torch.int64, value.device)).unsqueeze(-2)
 
     def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
         """Means by tensor, from sums over rows `(count, rows, C)` and over columns `(count, rest, C)`."""
-        rows, whole = self.each.means(by_row, by_column)[self.each.number]
+        rows, whole = self.each.means(by_row, by_column)[self.each.index]
         parts = zip(*(x.unbind() for x in rows), strict=True)
-        return {i: (list(part), x) for i, part, x in zip(self.numbers, parts, whole.unbind(), strict=True)}
+        return {i: (list(part), x) for i, part, x in zip(self.indices, parts, whole.unbind(), strict=True)}
 
     def fold_basis(self, basis: Tensor) -> Tensor:
         """`(count, *shape[1:], k) -> (count, rest, k)`."""
@@ -199,7 +199,7 @@ class Stack:
         return self.each.unfold_basis(basis)
 
     def gain(self, gains: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The product of what all dimensions but the first say, `(shape[d],)` each: `(count, 1, rest)`."""
+        """The product of the gains of all dimensions but the first, `(shape[d],)` each: `(count, 1, rest)`."""
         return self.each.gain([[torch.stack(x) for x in zip(*gains, strict=True)]])
 
 
@@ -207,15 +207,15 @@ Layout = Matrix | Vectors | Stack
 
 
 def layouts_of(
-    params: Sequence[Tensor], batch_dims: int, stacked: int = 0, kinds: Sequence[object] | None = None
+    params: Sequence[Tensor], batch_dims: int, stack_below: int = 0, kinds: Sequence[object] | None = None
 ) -> list[Layout]:
-    """How the tensors of a network are laid out.
+    """Assign the tensors of a network to blocks.
 
     Args:
         params: Tensors `(*batch, *shape)`.
         batch_dims: How many leading dimensions are batch.
-        stacked: Matrices of at most so many entries are taken together where they have one shape; no batch.
-        kinds: For every tensor what must be equal of those that are taken together; None if all may be.
+        stack_below: Matrices of at most this many entries are stacked with others of their shape; no batch.
+        kinds: For every tensor a value that must agree within a block, such as its dtype; None if all may share one.
     """
     batch = tuple(params[0].shape[:batch_dims])
     kinds = kinds or [None] * len(params)
@@ -233,33 +233,33 @@ def layouts_of(
         Vectors(tuple(some), batch, tuple(tuple(params[i].shape[batch_dims:]) for i in some)) for some in small.values()
     )
     layouts = [*vectors, *matrices]
-    return _stacked(layouts, params, stacked, kinds) if stacked else layouts
+    return _stacked(layouts, params, stack_below, kinds) if stack_below else layouts
 
 
 def _stacked(layouts: Sequence[Layout], params: Sequence[Tensor], size: int, kinds: Sequence[object]) -> list[Layout]:
-    """The same, with small matrices of one shape taken together."""
+    """Stack small matrices of one shape."""
     found: list[Layout] = []
     alike: dict[object, list[Matrix]] = {}
     for layout in layouts:
         if isinstance(layout, Matrix) and math.prod(layout.sizes) <= size:
-            kind = layout.order, layout.sizes, params[layout.number].dtype, kinds[layout.number]
+            kind = layout.order, layout.sizes, params[layout.index].dtype, kinds[layout.index]
             alike.setdefault(kind, []).append(layout)
         else:
             found.append(layout)
     for several in alike.values():
-        count = max(STACK // max(math.prod(several[0].sizes), 1), 1)
+        count = max(MAX_STACK // max(math.prod(several[0].sizes), 1), 1)
         for some in (several[first : first + count] for first in range(0, len(several), count)):
-            numbers = tuple(layout.number for layout in some)
-            found.append(Stack(numbers, replace(some[0], batch=(len(some),))) if len(some) > 1 else some[0])
+            indices = tuple(layout.index for layout in some)
+            found.append(Stack(indices, replace(some[0], batch=(len(some),))) if len(some) > 1 else some[0])
     return found
 
 
 @dataclass(frozen=True)
 class Block:
-    """The tensors of a layout as arrays.
+    """The tensors of a layout, and the arrays of them.
 
     Attributes:
-        layout: Which tensors, and how.
+        layout: Which tensors, in which form.
         tensors: For parameter, gradient and every moment the tensors `(*batch, *shape)`.
         arrays: Parameters, gradients, moments as arrays `(*batch, rows, rest)`, and `corrections` for their rows.
     """
@@ -270,38 +270,38 @@ class Block:
 
     @classmethod
     def of(cls, layout: Layout, tensors: Sequence[Sequence[Tensor]], corrections: Tensor) -> Block:
-        """Lay tensors out.
+        """Arrange tensors as arrays.
 
         Args:
-            layout: Which, and how.
-            tensors: Of every tensor of the network parameter, gradient and moments.
+            layout: Which, in which form.
+            tensors: For every tensor of the network its parameter, gradient and moments.
             corrections: `(*batch, T, 4)`.
         """
-        kinds = tuple(zip(*(tensors[i] for i in layout.numbers), strict=True))
+        kinds = tuple(zip(*(tensors[i] for i in layout.indices), strict=True))
         p, g, *moments = (layout.fold(kind) for kind in kinds)
-        return cls(layout, kinds, (p, g, moments, layout.spread(corrections)))
+        return cls(layout, kinds, (p, g, moments, layout.expand_to_rows(corrections)))
 
-    def write_back(self, still: Collection[int]) -> None:
-        """Bring parameters and moments to where they came from, as far as arrays are not views of them.
+    def write_back(self, frozen: Collection[int]) -> None:
+        """Copy parameters and moments back to their tensors where the arrays are not views of them.
 
         Args:
-            still: Numbers of the tensors whose parameter does not change.
+            frozen: Indices of tensors whose parameter does not change.
         """
-        torch.autograd.graph.increment_version(self.tensors[0])  # a compiled pass does not tell
+        torch.autograd.graph.increment_version(self.tensors[0])  # compiled passes do not
         p, _, moments, _ = self.arrays
         ps, _, *kinds = self.tensors
         pairs: list[tuple[Tensor, Tensor]] = []
         for kind, array in zip((ps, *kinds), (p, *moments), strict=True):
             if array.data_ptr() != kind[0].data_ptr():
-                values = zip(self.layout.numbers, kind, self.layout.unfold(array), strict=True)
-                pairs += [(old, value) for i, old, value in values if kind is not ps or i not in still]
+                values = zip(self.layout.indices, kind, self.layout.unfold(array), strict=True)
+                pairs += [(old, value) for i, old, value in values if kind is not ps or i not in frozen]
         if pairs:
             torch._foreach_copy_([old for old, _ in pairs], [value for _, value in pairs])
 
 
 def blocks_of(
-    tensors: Sequence[Sequence[Tensor]], corrections: Tensor, batch_dims: int, stacked: int = 0
+    tensors: Sequence[Sequence[Tensor]], corrections: Tensor, batch_dims: int, stack_below: int = 0
 ) -> list[Block]:
-    """All tensors of a network as arrays; arguments as for `Block.of` and `layouts_of`."""
-    layouts = layouts_of([x[0] for x in tensors], batch_dims, stacked, [x[-1].dtype for x in tensors])
+    """The blocks of a network; arguments as of `Block.of` and `layouts_of`."""
+    layouts = layouts_of([x[0] for x in tensors], batch_dims, stack_below, [x[-1].dtype for x in tensors])
     return [Block.of(layout, tensors, corrections) for layout in layouts]

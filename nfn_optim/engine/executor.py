@@ -1,166 +1,248 @@
-"""The two passes over the weights in place, eager or compiled; the functions are the same.
+"""Executors: the passes of one step over all blocks of a network, pure or in place.
 
-A pass goes over a tensor in bands of rows. That bounds what it holds at a time whatever the size of the
-tensor, and keeps it in the processor's cache. Compiled, each pass over a band is one loop over its weights: a few
-graphs for each kind of array (matrices, vectors, an odd last band) and precision, whatever the shapes.
+`PureExecutor` computes moments and features once and keeps them; everything is differentiable and batched.
+`InPlaceExecutor` writes into parameters and moments. It goes over a tensor in tiles of rows, which bounds the memory
+held at a time whatever the size of the tensor, and recomputes features in every pass; only those of the smallest blocks
+are cached. Compiled, each pass over a tile is one loop over its weights: a few graphs for each kind of array (matrices,
+vectors, an odd last tile) and dtype, whatever the shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from nfn_optim.engine import passes
+from nfn_optim.engine.blocks import Block
 from nfn_optim.engine.inductor import run
-from nfn_optim.engine.passes import Network, collect, direction, look, move_, sums_of, take
+from nfn_optim.engine.weight_features import AdamFeature, WeightFeatures
 
-TOGETHER = 2  # rows that are added up in registers before their sum is stored; divides the size of bands
+ROW_UNROLL = 2  # rows that are added up in registers before their sum is stored; divides the size of tiles
+LowRank = tuple[Tensor, Tensor]
+"""A direction of low rank as two factors, `(*batch, rows, k)` and `(*batch, k, rest)`."""
+
+
+class Executor(Protocol):
+    """The reading passes of one step; `index` is that of a block."""
+
+    blocks: Sequence[Block]
+
+    def sums(self, index: int) -> tuple[Tensor, Tensor]:
+        """Sums of `Statistics` over rows and over columns, see `passes.sums_of`."""
+
+    def project(self, index: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Adam's direction X in a subspace: X basis, `(*batch, rows, k)`, and the sum of squares of X, `(*batch,)`."""
+
+    def project_back(self, index: int, left: Tensor) -> Tensor:
+        """X^T left, `(*batch, rest, k)`, for a matrix `(*batch, rows, k)`."""
+
+    def compiles(self, size: int) -> bool:
+        """Whether functions of O(neurons) tensors over this many numbers are to be compiled."""
+
+
+class PureExecutor:
+    """Differentiable passes over batched blocks.
+
+    Args:
+        blocks: All blocks of the network.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self._cache = [passes.moments_and_features(*block.arrays) for block in blocks]
+
+    def sums(self, index: int) -> tuple[Tensor, Tensor]:
+        """See `Executor`."""
+        return passes.sums_of(_learned(self._cache[index][1]))
+
+    def project(self, index: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Executor`."""
+        return _project(self._cache[index][1].adam, basis)
+
+    def project_back(self, index: int, left: Tensor) -> Tensor:
+        """See `Executor`."""
+        return self._cache[index][1].adam.mT @ left
+
+    def compiles(self, size: int) -> bool:
+        """See `Executor`; a pure step is never compiled."""
+        del size
+        return False
+
+    def update(
+        self, index: int, row_coeffs: Tensor, column_gain: Tensor | None, low_rank: LowRank | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The update and the new moments of a block; arguments as of `passes.compute_update`."""
+        moments, features = self._cache[index]
+        direction = None if low_rank is None else low_rank[0] @ low_rank[1]
+        p = self.blocks[index].arrays[0]
+        return passes.compute_update(features, p, row_coeffs, column_gain, direction), moments
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """The passes in place, over arrays without batch dimensions.
-
-    Small matrices may come in stacks, `(count, rows, rest)` instead of `(rows, rest)` and likewise everywhere.
+class Execution:
+    """How passes in place are run.
 
     Args:
-        compiled: Compile them at their first use; needs a C++ compiler on a CPU. Where it fails, one warning, and all
-            goes on uncompiled.
-        band: Weights that are taken at a time, some 20 numbers held for each.
-        least: Arrays of fewer weights are not compiled, since their cost is that of calling anything at all; those of
-            one shape come in stacks.
-        usable: Whether the step is to change anything, 0-d; None if it is.
+        compiled: Compile them at their first use; needs a C++ compiler on a CPU. Where compilation fails, one warning,
+            and everything continues uncompiled.
+        tile: Weights per tile; some 20 numbers are held for each.
+        compile_from: Arrays of fewer weights are not compiled, since calls dominate their cost; those of one shape are
+            stacked.
+        grads_finite: 0-d; where False the step changes nothing. None: True.
     """
 
     compiled: bool = False
-    band: int = 2**18
-    least: int = 2**14
-    usable: Tensor | None = None
-
-    def kept(self, params: Sequence[Tensor]) -> list[int]:
-        """Arrays, by place, whose channels had better be kept than found again: as many as one band holds.
-
-        Args:
-            params: Parameters `(rows, rest)`.
-        """
-        found, weights = [], 0
-        for place in sorted(range(len(params)), key=lambda place: params[place].numel()):
-            weights += params[place].numel()
-            if weights > self.band or self._compiles(params[place]):
-                break
-            found.append(place)
-        return found
-
-    def look(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
-        """The first pass: sums `(rows, ROW_CHANNELS)` and `(rest, ROW_CHANNELS)`."""
-        by_row, by_column = [], []
-        for part in self._bands(p):
-            now_p, now_g, *now = (x[part] for x in (p, g, *moments))
-            correction = _rows(corrections, part)
-            if self._compiles(p):
-                together = TOGETHER if len(now_p) % TOGETHER == 0 and len(corrections) == 1 else 1
-                rows, columns = collect(*run(look, now_p, _dense(now_g), now, correction, together))
-            else:
-                rows, columns = sums_of(take(now_p, now_g, now, correction)[1])
-            by_row.append(rows)
-            by_column.append(columns)
-        return by_row[0] if len(by_row) == 1 else torch.cat(by_row), sum(by_column[1:], by_column[0])
-
-    def project(
-        self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, basis: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Raw channel 0 of this step, X, as seen from a subspace.
-
-        Args:
-            p: Parameters `(rows, rest)`.
-            g: Gradients, the same shape.
-            moments: Of the last step.
-            corrections: As in `passes.see`, of this step.
-            basis: `(rest, k)`.
-
-        Returns:
-            X basis, `(rows, k)`, and the sum of the squares of X, 0-d.
-        """
-        seen = corrections.new_empty((*p.shape[:-1], basis.shape[-1]))
-        energy = corrections.new_zeros(p.shape[:-2])
-        for part, x, size in self._directions(p, g, moments, corrections):
-            torch.matmul(x, basis, out=seen[part])
-            energy += size
-        return seen, energy
-
-    def image(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, polar: Tensor) -> Tensor:
-        """X^T polar, `(rest, k)`; polar `(rows, k)`, otherwise as `project`."""
-        found = polar.new_zeros((*p.shape[:-2], p.shape[-1], polar.shape[-1]))
-        for part, x, _ in self._directions(p, g, moments, corrections):
-            found += (polar[part].mT @ x).mT  # in this order the product is faster
-        return found
-
-    def _directions(
-        self, p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """X band by band: which rows, theirs, and the sum of their squares."""
-        compiles = self._compiles(p)
-        for part in self._bands(p):
-            now_p, now_g, *now = (x[part] for x in (p, g, *moments[:2]))
-            correction = _rows(corrections, part)
-            call = partial(run, direction) if compiles else direction
-            yield part, *call(now_p, _dense(now_g) if compiles else now_g, now, correction)
-
-    def move_(  # noqa: PLR0913, PLR0917 - as `passes.move_`
-        self,
-        p: Tensor,
-        g: Tensor,
-        moments: Sequence[Tensor],
-        corrections: Tensor,
-        heard: Tensor,
-        gain: Tensor | None,
-        network: Network | None,
-        ahead: tuple[Tensor, Tensor] | None,
-        still: bool,
-    ) -> None:
-        """The second pass, see `passes.move_`; D is given as the factors `(rows, k)` and `(k, rest)`."""
-        compiles = self._compiles(p)
-        call = partial(run, move_) if compiles else move_
-        bands = [*self._bands(p)] if ahead is not None or not compiles else [slice(None)]  # else nothing is held
-        held = corrections.new_empty(p[bands[0]].shape if ahead is not None else 0)  # the first one is the largest
-        for part in bands:
-            now_p, now_g, *now = (x[part] for x in (p, g, *moments))
-            said = _rows(corrections, part), _rows(heard, part)
-            inside = None if ahead is None else torch.matmul(ahead[0][part], ahead[1], out=held[: len(now_p)])
-            call(now_p, _dense(now_g) if compiles else now_g, now, *said, gain, network, inside, still, self.usable)
-
-    def call(self, function: Callable[..., Any], *args: Any, size: int) -> Any:
-        """Call a function of tensors that is no pass, compiled if it goes over so many numbers."""
-        return run(function, *args) if self.pays(size) else function(*args)
+    tile: int = 2**18
+    compile_from: int = 2**14
+    grads_finite: Tensor | None = None
 
     def pays(self, size: int) -> bool:
-        """Whether what goes over so many numbers is compiled."""
-        return self.compiled and size >= self.least
+        """Whether a function over this many numbers is compiled."""
+        return self.compiled and size >= self.compile_from
 
-    def _bands(self, p: Tensor) -> Iterator[slice]:
-        """Parts of the rows of an array, of `TOGETHER` rows at least; a stack is one."""
+
+class InPlaceExecutor:
+    """Passes that change parameters and moments; without batch dimensions, nothing is differentiated.
+
+    Args:
+        blocks: All blocks of the network. Small matrices may be stacks, `(count, rows, rest)` for `(rows, rest)`.
+        execution: How passes are run.
+    """
+
+    def __init__(self, blocks: Sequence[Block], execution: Execution) -> None:
+        self.blocks = blocks
+        self._execution = execution
+        self._cache = {index: passes.moments_and_features(*blocks[index].arrays) for index in self._cached()}
+
+    def sums(self, index: int) -> tuple[Tensor, Tensor]:
+        """See `Executor`."""
+        if index in self._cache:
+            return passes.sums_of(_learned(self._cache[index][1]))
+        p, g, moments, corrections = self.blocks[index].arrays
+        by_row, by_column = [], []
+        for rows in self._tiles(p):
+            tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments))
+            tile_corrections = _rows(corrections, rows)
+            if self._compiles(p):
+                row_unroll = ROW_UNROLL if len(tile_p) % ROW_UNROLL == 0 and len(corrections) == 1 else 1
+                partial_sums = run(
+                    passes.reduce_pass, tile_p, _dense(tile_g), tile_moments, tile_corrections, row_unroll
+                )
+                row_sums, column_sums = passes.finish_sums(*partial_sums)
+            else:
+                features = passes.moments_and_features(tile_p, tile_g, tile_moments, tile_corrections)[1]
+                row_sums, column_sums = passes.sums_of(_learned(features))
+            by_row.append(row_sums)
+            by_column.append(column_sums)
+        return by_row[0] if len(by_row) == 1 else torch.cat(by_row), sum(by_column[1:], by_column[0])
+
+    def project(self, index: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Executor`."""
+        if index in self._cache:
+            return _project(self._cache[index][1].adam, basis)
+        p, _, _, corrections = self.blocks[index].arrays
+        projected = corrections.new_empty((*p.shape[:-1], basis.shape[-1]))
+        energy = corrections.new_zeros(p.shape[:-2])
+        for rows, x, squares in self._directions(index):
+            torch.matmul(x, basis, out=projected[rows])
+            energy += squares
+        return projected, energy
+
+    def project_back(self, index: int, left: Tensor) -> Tensor:
+        """See `Executor`."""
+        if index in self._cache:
+            return self._cache[index][1].adam.mT @ left
+        p = self.blocks[index].arrays[0]
+        result = left.new_zeros((*p.shape[:-2], p.shape[-1], left.shape[-1]))
+        for rows, x, _ in self._directions(index):
+            result += (left[rows].mT @ x).mT  # in this order the product is faster
+        return result
+
+    def compiles(self, size: int) -> bool:
+        """See `Executor`."""
+        return self._execution.pays(size)
+
+    def apply_(
+        self, index: int, row_coeffs: Tensor, column_gain: Tensor | None, low_rank: LowRank | None, frozen: bool
+    ) -> None:
+        """Change a block's arrays, but the parameters not if `frozen`; arguments as of `passes.compute_update`."""
+        p, g, moments, corrections = self.blocks[index].arrays
+        grads_finite = self._execution.grads_finite
+        if index in self._cache:
+            new, features = self._cache[index]
+            direction = None if low_rank is None else low_rank[0] @ low_rank[1]
+            update = None if frozen else passes.compute_update(features, p, row_coeffs, column_gain, direction)
+            passes.store_(p, g, moments, corrections, update, new, grads_finite)
+            return
+        compiles = self._compiles(p)
+        apply_ = partial(run, passes.apply_) if compiles else passes.apply_
+        tiles = [*self._tiles(p)] if low_rank is not None or not compiles else [slice(None)]  # else nothing is held
+        buffer = corrections.new_empty(p[tiles[0]].shape if low_rank is not None else 0)  # the first is the largest
+        for rows in tiles:
+            tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments))
+            of_rows = _rows(corrections, rows), _rows(row_coeffs, rows)
+            direction = None
+            if low_rank is not None:
+                direction = torch.matmul(low_rank[0][rows], low_rank[1], out=buffer[: len(tile_p)])
+            tile_g = _dense(tile_g) if compiles else tile_g
+            apply_(tile_p, tile_g, tile_moments, *of_rows, column_gain, direction, frozen, grads_finite)
+
+    def _directions(self, index: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Adam's direction X tile by tile: which rows, X of them, and the sum of its squares."""
+        p, g, moments, corrections = self.blocks[index].arrays
+        compiles = self._compiles(p)
+        adam_direction = partial(run, passes.adam_direction) if compiles else passes.adam_direction
+        for rows in self._tiles(p):
+            tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments[:2]))
+            tile_g = _dense(tile_g) if compiles else tile_g
+            yield rows, *adam_direction(tile_p, tile_g, tile_moments, _rows(corrections, rows))
+
+    def _cached(self) -> list[int]:
+        """Indices of the smallest blocks, whose features are cached instead of recomputed; at most `tile` weights."""
+        params = [block.arrays[0] for block in self.blocks]
+        cached, weights = [], 0
+        for index in sorted(range(len(params)), key=lambda index: params[index].numel()):
+            weights += params[index].numel()
+            if weights > self._execution.tile or self._compiles(params[index]):
+                break
+            cached.append(index)
+        return cached
+
+    def _tiles(self, p: Tensor) -> Iterator[slice]:
+        """Tiles of the rows of an array, of at least `ROW_UNROLL` rows; a stack is one tile."""
         if p.dim() > 2:  # noqa: PLR2004 - rows and rest
             yield slice(None)
             return
         rows, rest = p.shape
-        step = max(self.band // max(rest, 1) // TOGETHER, 1) * TOGETHER
-        for start in range(0, rows, step) or (0,):  # an empty shard is one empty band
+        step = max(self._execution.tile // max(rest, 1) // ROW_UNROLL, 1) * ROW_UNROLL
+        for start in range(0, rows, step) or (0,):  # an empty shard is one empty tile
             yield slice(start, min(start + step, rows))
 
     def _compiles(self, p: Tensor) -> bool:
-        """Whether a pass over these weights is compiled."""
-        return p.dim() == 2 and self.pays(p.numel())  # noqa: PLR2004 - no stack
+        """Whether passes over these weights are compiled."""
+        return p.dim() == 2 and self._execution.pays(p.numel())  # noqa: PLR2004 - no stack
+
+
+def _project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    return x @ basis, x.square().sum((-2, -1))
+
+
+def _learned(features: WeightFeatures | AdamFeature) -> WeightFeatures:
+    """Features with a slow moment."""
+    assert isinstance(features, WeightFeatures)
+    return features
 
 
 def _dense(g: Tensor) -> Tensor:
-    """A gradient without holes in memory: that of a sum, for one, is one number for all."""
+    """A contiguous gradient: that of a sum, for one, is an expanded scalar."""
     return g if g.is_contiguous() else g.contiguous()
 
 
-def _rows(value: Tensor, part: slice) -> Tensor:
-    """Some rows of `(rows or 1, channels)`; one row is for all."""
-    return value[part] if len(value) > 1 else value
+def _rows(value: Tensor, rows: slice) -> Tensor:
+    """Some rows of `(rows or 1, channels)`; a single row is for all."""
+    return value[rows] if len(value) > 1 else value

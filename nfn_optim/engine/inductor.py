@@ -1,12 +1,11 @@
-"""Compilers: whether there is one, what it makes of a function, and what happens where it fails.
+"""Compiling functions of tensors with inductor, and falling back to eager execution where that fails.
 
-A function of tensors is recorded while it is called, on tensors that have symbols for their sizes, and what was
-recorded is compiled. The graph serves all tensors of these kinds (number of dimensions, which of their sizes are 1,
-precision, device) whose sizes meet the conditions that recording came upon; those are looked at once for each set of
-sizes. So to call it is to look into a dict. That, and all else around the loops, takes a seventh of what it takes with
-`torch.compile`, which counts where a pass goes over a large tensor in many bands.
+A function is traced once with symbolic sizes and the trace is compiled. The graph serves all tensors of the same kinds
+(number of dimensions, which sizes are 1, dtype, device) whose sizes meet the guards collected in tracing; guards are
+evaluated once for each set of sizes, so that a call costs one dictionary lookup. The overhead of a call is a seventh of
+`torch.compile`'s, which counts where a pass goes over a large tensor in many tiles.
 
-Compilation that fails once is not tried again in the process; all goes on uncompiled, with one warning.
+After one failure nothing is compiled any more in this process: everything continues uncompiled, with one warning.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ OPTIONS: dict[str, Any] = {
     "max_fusion_size": 10**5,
     "size_asserts": False,
 }
-"""Keep the compiler from storing what is cheaper computed again, and graphs from asking what `run` has asked."""
+"""Prefer recomputing to storing, and omit assertions on sizes, which `run` has checked."""
 
 _failures: list[str] = []  # in this process
-_one_at_a_time = threading.Lock()  # whoever trains in threads
+_compile_lock = threading.Lock()  # for training in threads
 
 
 @cache
@@ -50,101 +49,99 @@ def can_compile() -> bool:
 
 
 def has_failed() -> bool:
-    """Whether compilation is not to be tried any more."""
+    """Whether compilation has failed in this process."""
     return bool(_failures)
 
 
 def fail(error: Exception) -> None:
-    """Give compilation up, with a warning."""
+    """Stop compiling in this process, with a warning."""
     _failures.append(repr(error))
     warnings.warn(
-        f"the update rule could not be compiled and goes on uncompiled, which is slower: {error!r:.500}; "
-        f"install a C++ compiler, or say compile=False to silence this",
+        f"the update rule could not be compiled and continues uncompiled, which is slower: {error!r:.500}; "
+        f"install a C++ compiler, or pass compile=False to silence this",
         stacklevel=4,
     )
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What the compiler made of a function.
+    """A compiled function.
 
     Attributes:
-        run: From tensors to all tensors that it returns, in a list.
-        returned: From that list to what the function returns.
-        sizes: Symbol -> which argument, and which of its dimensions; of sizes that may be others.
-        conditions: That must hold of the symbols.
+        run: From tensors to the flat list of tensors returned.
+        unflatten: From that list to the function's return value.
+        sizes: Symbol of a dynamic size -> index of the argument, and of its dimension.
+        guards: Conditions on the symbols.
     """
 
     run: Callable[..., Any]
-    returned: Callable[[list[Tensor]], Any]
+    unflatten: Callable[[list[Tensor]], Any]
     sizes: Mapping[sympy.Symbol, tuple[int, int]]
-    conditions: Sequence[sympy.Basic]
+    guards: Sequence[sympy.Basic]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether it may be run for tensors of such sizes."""
-        sizes = {symbol: tensors[number].shape[dim] for symbol, (number, dim) in self.sizes.items()}
-        return all(condition.subs(sizes) == True for condition in self.conditions)  # noqa: E712 - sympy's, or undecided
+        """Whether the guards hold for tensors of these sizes."""
+        sizes = {symbol: tensors[index].shape[dim] for symbol, (index, dim) in self.sizes.items()}
+        return all(guard.subs(sizes) == True for guard in self.guards)  # noqa: E712 - sympy's, or undecided
 
 
-_graphs: dict[Hashable, list[Graph]] = {}  # by all that a graph is bound to
-_found: dict[Hashable, Graph | None] = {}  # the one for tensors of certain sizes
+_graphs: dict[Hashable, list[Graph]] = {}  # by everything that a graph is specialised to
+_graph_of_sizes: dict[Hashable, Graph | None] = {}
 
 
-def graphs() -> int:
-    """How many functions were compiled, for some sizes or for all."""
+def graph_count() -> int:
+    """Number of compiled graphs."""
     return sum(map(len, _graphs.values()))
 
 
-def forget() -> None:
-    """Compile everything anew that is asked for from now on."""
+def clear() -> None:
+    """Forget all graphs, so that everything is compiled anew."""
     _graphs.clear()
-    _found.clear()
+    _graph_of_sizes.clear()
 
 
-def run(function: Callable[..., Any], *args: Any, sizes: bool = True) -> Any:
-    """Call a function, which may change tensors, compiled when it is first called.
-
-    It is called as it is where tensors have holes in memory, and where the compiler fails.
+def run(function: Callable[..., Any], *args: Any, dynamic: bool = True) -> Any:
+    """Call a function compiled, and uncompiled where tensors are not contiguous or compilation fails.
 
     Args:
-        function: Decides nothing upon the tensors' values.
-        *args: For it: tensors, lists of tensors, and whatever else it is that makes a graph another one.
-        sizes: Whether one graph is to serve for all sizes; 0 and 1 are others.
+        function: May change tensors in place; must not depend on their values for its control flow.
+        *args: Tensors, lists of tensors, and hashable values, to which a graph is specialised.
+        dynamic: Whether one graph serves all sizes; 0 and 1 are always specialised.
 
     Returns:
-        What the function returns: tensors in tuples and lists.
+        The function's return value: tensors in tuples and lists.
     """
     if _failures:
         return function(*args)
-    tensors, form = _taken_apart(args)
+    tensors, form = _flatten(args)
     kinds = tuple([(x.shape, x.dtype, x.device, x.is_contiguous()) for x in tensors])
     key = function, form, kinds, torch.get_num_threads()
-    if key not in _found:
-        dense = all(x.is_contiguous() for x in tensors)
-        _found[key] = _graph_for(function, form, tensors, sizes=sizes) if dense else None
-    graph = _found[key]
+    if key not in _graph_of_sizes:
+        contiguous = all(x.is_contiguous() for x in tensors)
+        _graph_of_sizes[key] = _graph_for(function, form, tensors, dynamic=dynamic) if contiguous else None
+    graph = _graph_of_sizes[key]
     if graph is None:
         return function(*args)
-    return graph.returned(graph.run(*tensors))
+    return graph.unflatten(graph.run(*tensors))
 
 
 def _graph_for(
-    function: Callable[..., Any], form: tuple[Any, ...], tensors: Sequence[Tensor], *, sizes: bool
+    function: Callable[..., Any], form: tuple[Any, ...], tensors: Sequence[Tensor], *, dynamic: bool
 ) -> Graph | None:
-    """A graph that is there already or is made now, None if that fails; arguments as of `run`."""
-    least = 2 if sizes else sys.maxsize  # what is smaller must be the same
-    kinds = tuple((tuple(min(n, least) for n in x.shape), x.dtype, x.device) for x in tensors)
-    there = _graphs.setdefault((function, form, kinds, torch.get_num_threads()), [])
-    for graph in there:
+    """An existing graph or a new one, None if compilation fails; arguments as of `run`."""
+    limit = 2 if dynamic else sys.maxsize  # smaller sizes are specialised
+    kinds = tuple((tuple(min(n, limit) for n in x.shape), x.dtype, x.device) for x in tensors)
+    graphs = _graphs.setdefault((function, form, kinds, torch.get_num_threads()), [])
+    for graph in graphs:
         if graph.holds(tensors):
             return graph
-    made = graph_of(lambda *xs: function(*_put_together(form, iter(xs))), list(tensors), sizes=sizes)
-    there += [] if made is None else [made]
-    return made
+    new = compile_graph(lambda *xs: function(*_unflatten(form, iter(xs))), list(tensors), dynamic=dynamic)
+    graphs += [] if new is None else [new]
+    return new
 
 
-def _taken_apart(args: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """The tensors in arguments, and all the rest: for a tensor `Tensor`, for a list of some their number in a list."""
+def _flatten(args: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The tensors in arguments, and the form of the rest: `Tensor` for one, (`Tensor`, length) for a list of them."""
     tensors: list[Tensor] = []
     form: list[Any] = []
     for arg in args:
@@ -159,8 +156,8 @@ def _taken_apart(args: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
     return tensors, tuple(form)
 
 
-def _put_together(form: Sequence[Any], tensors: Iterator[Tensor]) -> Iterator[Any]:
-    """The inverse of `_taken_apart`."""
+def _unflatten(form: Sequence[Any], tensors: Iterator[Tensor]) -> Iterator[Any]:
+    """The inverse of `_flatten`."""
     for part in form:
         if part is Tensor:
             yield next(tensors)
@@ -170,39 +167,39 @@ def _put_together(form: Sequence[Any], tensors: Iterator[Tensor]) -> Iterator[An
             yield part
 
 
-def graph_of(function: Callable[..., Any], args: list[Tensor], *, sizes: bool = False) -> Graph | None:
-    """A function of tensors recorded, with all that it calls, and compiled; None if that fails.
+def compile_graph(function: Callable[..., Any], args: list[Tensor], *, dynamic: bool = False) -> Graph | None:
+    """Trace a function of tensors, with everything that it calls, and compile the trace; None if that fails.
 
     Args:
-        function: Decides nothing upon the tensors' values.
-        args: Tensors for it; they may be changed, unless it is for all sizes.
-        sizes: Whether sizes of 2 and more may be others when it is run; if so, tensors have no holes.
+        function: Must not depend on values of tensors for its control flow.
+        args: Example tensors; they may be changed, unless the graph is dynamic.
+        dynamic: Whether sizes of 2 and more may differ later; tensors are then contiguous.
     """
-    returned: list[Callable[[list[Tensor]], Any]] = []
+    unflatten: list[Callable[[list[Tensor]], Any]] = []
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        found = function(*tensors)
-        values, structure = pytree.tree_flatten(found)
-        if isinstance(found, tuple) and all(isinstance(x, Tensor) for x in found):  # putting a tree together takes long
-            returned.append(tuple)
+        result = function(*tensors)
+        values, structure = pytree.tree_flatten(result)
+        if isinstance(result, tuple) and all(isinstance(x, Tensor) for x in result):  # unflattening a tree is slow
+            unflatten.append(tuple)
         else:
-            returned.append(itemgetter(0) if len(values) == 1 else partial(pytree.tree_unflatten, treespec=structure))
+            unflatten.append(itemgetter(0) if len(values) == 1 else partial(pytree.tree_unflatten, treespec=structure))
         return tuple(values)
 
     try:
-        with _one_at_a_time, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its parts for each other
-            made, symbols, conditions = _compiled(flat, args, sizes=sizes)
-    except Exception as error:  # whatever it is, there is a way without
+        with _compile_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between parts of torch
+            compiled, symbols, guards = _compile(flat, args, dynamic=dynamic)
+    except Exception as error:  # eager execution is always possible
         fail(error)
         return None
-    return Graph(made, returned[-1], symbols, conditions)
+    return Graph(compiled, unflatten[-1], symbols, guards)
 
 
-def _compiled(
-    function: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor], *, sizes: bool
+def _compile(
+    function: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor], *, dynamic: bool
 ) -> tuple[Callable[..., Any], dict[sympy.Symbol, tuple[int, int]], tuple[sympy.Basic, ...]]:
-    """A graph but for `returned`, of a function that returns a tuple; arguments as of `graph_of`."""
+    """The parts of a `Graph` of a function that returns a tuple; arguments as of `compile_graph`."""
     _load()
     from sympy import Eq  # noqa: PLC0415 - heavy, as in `_load`
     from torch._guards import TracingContext, tracing  # noqa: PLC0415 - likewise
@@ -210,25 +207,25 @@ def _compiled(
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - likewise
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415 - likewise
 
-    # without a shape environment what was compiled would not be looked up on disk
+    # without a shape environment inductor does not use its cache on disk
     shapes = ShapeEnv()
-    mode = FakeTensorMode(shape_env=shapes, static_shapes=not sizes, allow_non_fake_inputs=True)
-    given: list[Any] = [_sized(x, mode) for x in args] if sizes else [*args]
-    symbols = {  # now: what turns out to be equal will be one symbol
-        size.node.expr: (number, dim)
-        for number, x in enumerate(given)
+    mode = FakeTensorMode(shape_env=shapes, static_shapes=not dynamic, allow_non_fake_inputs=True)
+    inputs: list[Any] = [_symbolic(x, mode) for x in args] if dynamic else [*args]
+    symbols = {  # before tracing, which merges symbols that turn out to be equal
+        size.node.expr: (index, dim)
+        for index, x in enumerate(inputs)
         for dim, size in enumerate(x.shape)
         if isinstance(size, torch.SymInt)
     }
     with tracing(TracingContext(mode)):
-        recorded = make_fx(function, tracing_mode="symbolic" if sizes else "real")(*given)
-        made: Callable[..., Any] = torch._inductor.compile(recorded, given, options=OPTIONS if sizes else None)
+        traced = make_fx(function, tracing_mode="symbolic" if dynamic else "real")(*inputs)
+        compiled: Callable[..., Any] = torch._inductor.compile(traced, inputs, options=OPTIONS if dynamic else None)
     equal = [Eq(symbol, value) for symbol, value in shapes.replacements.items()]
-    return made, symbols, tuple(dict.fromkeys([*(guard.expr for guard in shapes.guards), *equal]))
+    return compiled, symbols, tuple(dict.fromkeys([*(guard.expr for guard in shapes.guards), *equal]))
 
 
-def _sized(x: Tensor, mode: Any) -> Tensor:
-    """A tensor without values, and with symbols for its sizes."""
+def _symbolic(x: Tensor, mode: Any) -> Tensor:
+    """A fake tensor with symbolic sizes."""
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext  # noqa: PLC0415 - heavy
 
     kinds = [DimDynamic.STATIC if size < 2 else DimDynamic.DYNAMIC for size in x.shape]  # noqa: PLR2004
@@ -240,7 +237,7 @@ def _sized(x: Tensor, mode: Any) -> Tensor:
 
 @cache
 def _load() -> None:
-    """Import the compiler, which is heavy, and only for those who compile."""
+    """Import the compiler at its first use, since that takes seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
         import torch._inductor.compile_fx  # noqa: F401, PLC0415 - heavy, and what torch._inductor.compile needs

@@ -1,228 +1,188 @@
-"""The two passes over the weights: all of a step whose cost grows with the number of weights.
+"""The passes over the weights: every part of a step whose cost grows with the number of weights.
 
-    first     reads p, g and the moments, and sums products of raw channels over rows and over columns
-    second    reads the same and what was said to the weights since; yields the update and the new moments
+    reduce     reads p, g and the moments; sums products of features over rows and over columns
+    update     reads the same and the coefficients; yields the update and the new moments
 
-Both see a tensor as an array `(*batch, rows, rest)`: its first dimension, and all others. What follows from the sums
-for the weights of one row comes as one vector, `heard` `(*batch, rows or 1, heard channels)`, and what follows for
-columns and taps as one factor, `gain` `(*batch, 1, rest)`:
+Both see a tensor as an array `(*batch, rows, rest)`: its first dimension, and all others. The coefficients of a row are
+one vector, `RowCoefficients` `(*batch, rows or 1, 7)`; the gains of columns and taps are one factor `(*batch, 1,
+rest)`:
 
-    update = gain (h_0 f_0 + h_1 f_1 + h_2 f_2 + h_3 p + h_4 clip(h_5 m^) + D) + h_6 p             form "linear"
-    update = gain h_0 (f_0 + h_3 sum_j a_j tanh(w_j . f' + b_j + h_4+j)) + h_-1 p                  form "network"
+    update = gain (adam a + slow s + gradient n + weight w + clip(u momentum) k + D) + decay p
 
-with f the raw channels of `nfn_optim.rule.features` and f' the channels, their units h_1 and h_2, and D what of the
-orthogonal direction is not in f_0, if there is any (`nfn_optim.rule.orthogonal`). `take`, `sums_of` and
-`answer` are that mathematics. The rule calls them as they are where it is pure; `look` and `move_`, made of them, work
-in place, remember nothing from one pass to the next, and may be compiled.
+with D the part of the direction that is not proportional to Adam's, if there is one (`nfn_optim.rule.direction`).
+`moments_and_features`, `sums_of` and `compute_update` are that mathematics and pure. `reduce_pass` and `apply_` are
+made of them, work in place on a tile of rows, remember nothing from one pass to the next, and may be compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nfn_optim.engine.moments import BETA1, BETA2, BETA_SLOW, CLIP, EPS, ROW_CHANNELS, TINY
-from nfn_optim.engine.stochastic_rounding import rounded, widened
-
-Network = tuple[Tensor, Tensor, Tensor]
-"""The network per weight: `(*batch, hidden, CHANNELS)`, `(*batch, hidden)`, `(*batch, 1, hidden)`, batch or none."""
-
-
-def advance(g: Tensor, moments: Sequence[Tensor]) -> list[Tensor]:
-    """Take a gradient into the moments m, v and, if there is a third, M. All of one shape."""
-    m, v, *slow = moments
-    g = g.to(m.dtype)
-    return [
-        torch.lerp(m, g, 1 - BETA1),
-        torch.addcmul(v * BETA2, g, g, value=1 - BETA2),
-        *(torch.lerp(x, g, 1 - BETA_SLOW) for x in slow),
-    ]
+from nfn_optim.engine.moments import update_moments
+from nfn_optim.engine.stochastic_rounding import round_moments, to_compute_dtype
+from nfn_optim.engine.weight_features import (
+    CLIP,
+    STATISTICS,
+    AdamFeature,
+    WeightFeatures,
+    features_of,
+    products_of,
+)
 
 
-def see(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> list[Tensor]:
-    """The raw channels of every weight.
+class RowCoefficients(NamedTuple):
+    """Coefficients of a row's features in `compute_update`, learning rate and gains of the row included."""
 
-    Args:
-        p: Parameters `(*batch, rows, rest)`.
-        g: Gradients, the same shape.
-        moments: What `advance` returned for `g`.
-        corrections: Of the bias of m, v and M, `(*batch, rows or 1, 4)`: 1 / (1 - .9^t), 1 / sqrt(1 - .999^t) and
-            1 / (1 - .99^t); and t, for `store`.
-
-    Returns:
-        `CHANNELS` tensors `(*batch, rows, rest)`; the first one only where there is no M.
-    """
-    m, v, *slow = moments
-    correct_m, correct_v, correct_slow, _ = corrections.unsqueeze(-2).unbind(-1)
-    inverse = 1 / ((v + TINY).sqrt() * correct_v + EPS)
-    fast = m * correct_m
-    nominal = fast * inverse
-    if not slow:
-        return [nominal]
-    newest = (g.to(m.dtype) * inverse).clamp(-CLIP, CLIP)
-    return [nominal, slow[0] * correct_slow * inverse, newest, p.to(m.dtype), fast]
+    adam: Tensor
+    slow: Tensor
+    gradient: Tensor
+    weight: Tensor
+    momentum: Tensor
+    momentum_unit: Tensor  # u; no learning rate
+    decay: Tensor
 
 
-def products_of(raw: Sequence[Tensor]) -> list[Tensor]:
-    """What is summed over rows and columns: `ROW_CHANNELS` products, squares first."""
-    return [*(x * x for x in raw), raw[1] * raw[2]]
+def moments_and_features(
+    p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor
+) -> tuple[list[Tensor], WeightFeatures | AdamFeature]:
+    """The moments after a gradient, and the features with them; arguments as of `features_of`, moments before it."""
+    new = update_moments(g, to_compute_dtype(moments, corrections))
+    return new, features_of(p, g, new, corrections)
 
 
-def take(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """New moments and the raw channels with them: `see` after `advance`."""
-    new = advance(g, widened(moments, corrections))
-    return new, see(p, g, new, corrections)
-
-
-def sums_of(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of products over rows, `(*batch, rows, ROW_CHANNELS)`, and over columns, `(*batch, rest, ROW_CHANNELS)`."""
-    products = torch.stack(products_of(raw), -3)  # (*batch, ROW_CHANNELS, rows, rest)
+def sums_of(features: WeightFeatures) -> tuple[Tensor, Tensor]:
+    """Sums of `Statistics` over rows, `(*batch, rows, STATISTICS)`, and over columns, `(*batch, rest, STATISTICS)`."""
+    products = torch.stack(products_of(features), -3)  # (*batch, STATISTICS, rows, rest)
     return products.sum(-1).mT, products.sum(-2).mT
 
 
-def direction(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
-    """Raw channel 0 alone, of this step, `(*batch, rows, rest)`, and the sum of its squares, `(*batch,)`.
+def adam_direction(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's direction at this step, `(*batch, rows, rest)`, and the sum of its squares, `(*batch,)`.
 
-    Arguments as for `take`. Not differentiable at zero.
+    Arguments as of `moments_and_features`. Not differentiable at zero.
     """
-    x = take(p, g, moments[:2], corrections)[1][0]
+    x = moments_and_features(p, g, moments[:2], corrections)[1].adam
     return x, torch.linalg.vector_norm(x, dim=(-2, -1)).square()
 
 
-def answer(
-    raw: Sequence[Tensor],
+def compute_update(
+    features: WeightFeatures | AdamFeature,
     p: Tensor,
-    heard: Tensor,
-    gain: Tensor | None,
-    network: Network | None,
-    ahead: Tensor | None = None,
+    row_coeffs: Tensor,
+    column_gain: Tensor | None,
+    direction: Tensor | None = None,
 ) -> Tensor:
-    """The update.
+    """The update of every weight.
 
     Args:
-        raw: As `see` returns them.
+        features: See `features_of`.
         p: Parameters `(*batch, rows, rest)`.
-        heard: What rows and tensors say, `(*batch, rows or 1, heard channels)`; without M the first and the last alone.
-        gain: What columns and taps say, `(*batch, 1, rest)`.
-        network: The network per weight, if the form has one.
-        ahead: D, `(*batch, rows, rest)`.
+        row_coeffs: `RowCoefficients` packed, `(*batch, rows or 1, 7)`; with `AdamFeature` only adam and decay, `(...,
+        2)`.
+        column_gain: Product of the gains of columns and taps, `(*batch, 1, rest)`.
+        direction: D, `(*batch, rows, rest)`.
 
     Returns:
-        `(*batch, rows, rest)` in the precision of the moments.
+        `(*batch, rows, rest)` in the dtype of the moments.
     """
-    first, *said, decay = heard.unsqueeze(-2).unbind(-1)  # (*batch, rows or 1, 1) each
-    update = raw[0] * first
-    if network is not None:
-        relative, unit, activity, *said = said
-        channels = [*raw[:3], raw[3] * relative, (raw[4] * unit).clamp(-CLIP, CLIP)]
-        update = update + first * activity * _network(channels, said, network)
-    elif said:
-        *coefficients, unit = said
-        for x, c in zip([*raw[1:4], (raw[4] * unit).clamp(-CLIP, CLIP)], coefficients, strict=True):
-            update = torch.addcmul(update, x, c)
-    if ahead is not None:
-        update = update + ahead
-    if gain is not None:
-        update = update * gain
+    columns = row_coeffs.unsqueeze(-2).unbind(-1)  # (*batch, rows or 1, 1) each
+    update, decay = features.adam * columns[0], columns[-1]
+    if isinstance(features, WeightFeatures):
+        c = RowCoefficients(*columns)
+        update = torch.addcmul(update, features.slow, c.slow)
+        update = torch.addcmul(update, features.gradient, c.gradient)
+        update = torch.addcmul(update, features.weight, c.weight)
+        update = torch.addcmul(update, (features.momentum * c.momentum_unit).clamp(-CLIP, CLIP), c.momentum)
+    if direction is not None:
+        update = update + direction
+    if column_gain is not None:
+        update = update * column_gain
     return torch.addcmul(update, p.to(update.dtype), decay)
 
 
-def look(
-    p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, together: int = 1
+def reduce_pass(
+    p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, row_unroll: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The first pass over some rows of an array, but for additions that `collect` makes.
+    """The first pass over a tile of rows, but for the additions that `finish_sums` makes.
 
     Args:
         p: Parameters `(rows, rest)`.
         g: Gradients, the same shape.
         moments: Of the last step.
-        corrections: As in `see`, of this step.
-        together: So many rows are added up before anything is stored; divides their number.
+        corrections: Bias corrections of this step.
+        row_unroll: Number of rows added up before anything is stored; divides the number of rows.
 
     Returns:
-        For each of the `ROW_CHANNELS` products what is to be summed over columns, `(rows / together, rest)`; and sums
-        over rows, for every row of `together` of each product, `(rows / together,)`.
+        For each of the `STATISTICS` products partial sums over columns, `(rows / row_unroll, rest)`; and sums over
+        rows, for every unrolled row of each product, `(rows / row_unroll,)`.
     """
-    arrays = [torch.unflatten(x, -2, (-1, together)).unbind(-2) for x in (p, g, *moments)]
-    found = []
-    for now_p, now_g, *now_moments in zip(*arrays, strict=True):  # (rows / together, rest)
-        found.append(products_of(take(now_p, now_g, now_moments, corrections)[1]))
-    columns = [sum(x[1:], x[0]) for x in zip(*found, strict=True)]  # before rows: the compiler fuses in this order only
-    return columns, [x.sum(-1) for products in found for x in products]
+    arrays = [torch.unflatten(x, -2, (-1, row_unroll)).unbind(-2) for x in (p, g, *moments)]
+    products = []
+    for row_p, row_g, *row_moments in zip(*arrays, strict=True):  # (rows / row_unroll, rest)
+        features = moments_and_features(row_p, row_g, row_moments, corrections)[1]
+        assert isinstance(features, WeightFeatures)
+        products.append(products_of(features))
+    columns = [sum(x[1:], x[0]) for x in zip(*products, strict=True)]  # before rows: inductor fuses in this order only
+    return columns, [x.sum(-1) for row in products for x in row]
 
 
-def collect(columns: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The sums over rows `(rows, ROW_CHANNELS)` and over columns `(rest, ROW_CHANNELS)`, of what `look` returns."""
-    by_row = torch.stack(list(rows), -1)  # (rows / together, together ROW_CHANNELS)
+def finish_sums(columns: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums over rows `(rows, STATISTICS)` and over columns `(rest, STATISTICS)` from the results of `reduce_pass`."""
+    by_row = torch.stack(list(rows), -1)  # (rows / row_unroll, row_unroll STATISTICS)
     ones = by_row.new_ones(1, len(by_row))
     by_column = torch.cat([ones @ x for x in columns])  # a product is twice as fast as a sum
-    return by_row.reshape(-1, ROW_CHANNELS), by_column.mT
+    return by_row.reshape(-1, STATISTICS), by_column.mT
 
 
-def move_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made of
+def apply_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made of
     p: Tensor,
     g: Tensor,
     moments: Sequence[Tensor],
     corrections: Tensor,
-    heard: Tensor,
-    gain: Tensor | None,
-    network: Network | None,
-    ahead: Tensor | None,
-    still: bool,
-    usable: Tensor | None = None,
+    row_coeffs: Tensor,
+    column_gain: Tensor | None,
+    direction: Tensor | None,
+    frozen: bool,
+    grads_finite: Tensor | None = None,
 ) -> None:
-    """The second pass over some rows of an array, in place.
+    """The second pass over a tile of rows, in place.
 
     Args:
-        p: Parameters `(rows, rest)`, moved unless `still`.
+        p: Parameters `(rows, rest)`, updated unless `frozen`.
         g: Gradients, the same shape.
         moments: Of the last step; become those of this one.
-        corrections: As in `see`, of this step.
-        heard: As in `answer`; so are `gain` and `network`.
-        gain: See there.
-        network: See there.
-        ahead: See there.
-        still: Leave parameters as they are.
-        usable: Whether to change anything, 0-d; None if so.
+        corrections: Bias corrections of this step.
+        row_coeffs: As of `compute_update`; so are `column_gain` and `direction`.
+        column_gain: See there.
+        direction: See there.
+        frozen: Leave the parameters as they are.
+        grads_finite: 0-d; where False nothing changes. None: True.
     """
-    new, raw = take(p, g, moments, corrections)
-    store(p, g, moments, corrections, None if still else answer(raw, p, heard, gain, network, ahead), new, usable)
+    new, features = moments_and_features(p, g, moments, corrections)
+    update = None if frozen else compute_update(features, p, row_coeffs, column_gain, direction)
+    store_(p, g, moments, corrections, update, new, grads_finite)
 
 
-def store(
+def store_(
     p: Tensor,
     g: Tensor,
     moments: Sequence[Tensor],
     corrections: Tensor,
     update: Tensor | None,
-    new: Sequence[Tensor],
-    usable: Tensor | None = None,
+    new_moments: Sequence[Tensor],
+    grads_finite: Tensor | None = None,
 ) -> None:
-    """Write what a step has found: an update of the parameters, if any, and the new moments, as they are kept."""
+    """Add an update to the parameters, if there is one, and store the new moments in the dtype of the old ones."""
     if update is not None:
-        p.copy_(chosen(usable, p + update, p))
-    for old, value in zip(moments, rounded(new, moments, g, corrections[..., 3]), strict=True):
-        old.copy_(chosen(usable, value, old))
+        p.copy_(where_finite(grads_finite, p + update, p))
+    for old, value in zip(moments, round_moments(new_moments, moments, g, corrections[..., 3]), strict=True):
+        old.copy_(where_finite(grads_finite, value, old))
 
 
-def chosen(usable: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    """The new value, or the old one if the step is not to change anything; `usable` as in `move_`."""
-    return new if usable is None else torch.where(usable, new, old)
-
-
-def _network(channels: Sequence[Tensor], heard: Sequence[Tensor], network: Network) -> Tensor:
-    """The network per weight, one hidden unit after the other so that all of them are one loop over the weights.
-
-    Args:
-        channels: `CHANNELS` tensors `(*batch, rows, rest)`.
-        heard: For every hidden unit `(*batch, rows or 1, 1)`.
-        network: Its tensors.
-    """
-    weight, bias, answer = (x[..., None, None] for x in network)  # each a number for an array
-    units = [
-        a * torch.tanh(sum((x * w for x, w in zip(channels, row.unbind(-3), strict=True)), h + b))
-        for row, b, a, h in zip(weight.unbind(-4), bias.unbind(-3), answer.squeeze(-4).unbind(-3), heard, strict=True)
-    ]
-    return sum(units[1:], units[0])
+def where_finite(grads_finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """The new value, or the old one where the gradients are not finite; None means that they are."""
+    return new if grads_finite is None else torch.where(grads_finite, new, old)

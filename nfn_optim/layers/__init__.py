@@ -1,4 +1,35 @@
-"""NF-layers: networks over weight space that commute with the permutations of a `Symmetry`."""
+"""NF-layers: neural functionals, networks whose inputs are the weights (or gradients, ...) of other networks.
+
+Layers map feature dictionaries, name -> `(*batch, *shape, channels)`, to feature dictionaries or, if invariant, to
+vectors. They are equivariant to the permutations of neurons that a `Symmetry` describes, and combine with
+`nn.Sequential`.
+
+    networks <-> features    weight_features, state_dicts_of
+    equivariant, linear      NFLinear         every equivariant linear map: the default
+                             DeepSets         mean of the tensor only: cheap, for wide or many tensors
+                             Pointwise        no interaction between entries
+    equivariant, attention   WeightAttention  along every free axis and between tensors (NFT)
+    on pooled rows           MessagePassing   one set of parameters for all architectures (the update rule's)
+    between layers           Entrywise, Residual, ChannelDropout, ChannelNorm, TensorNorm, Scale
+    input encodings          SinusoidalValues, FourierValues   of values
+                             PositionEncoding, LearnedEncoding of positions on fixed axes
+    invariant, to a vector   InvariantPool    all invariant means
+                             Statistics       mean, variance and quartiles of every tensor (StatNN)
+    to and from latents      LatentEncoder, LatentDecoder      (INR2ARRAY)
+
+Inputs, outputs and kernel taps are fixed axes, with separate coefficients for every position (HNP): the most
+expressive, and large if there are many inputs. `free_ends(symmetry)` frees inputs and outputs (NP): far fewer
+coefficients; an encoding of positions restores the distinction between inputs.
+
+How `NFLinear` works, in order of dependence: `block` splits tensors into blocks with one axis per dimension;
+`equality_pattern` enumerates the ways to pool and broadcast a block, which give a basis of all equivariant maps;
+`pooling`, `mixing` and `broadcasting` compute them; `linear` puts them together.
+
+References:
+    Permutation Equivariant Neural Functionals (Zhou et al., 2023), arXiv:2302.14040
+    Neural Functional Transformers (Zhou et al., 2023), arXiv:2305.13546
+    Universal Neural Functionals (Zhou et al., 2024), arXiv:2402.05232
+"""
 
 from nfn_optim.layers.attention import WeightAttention
 from nfn_optim.layers.deepsets import DeepSets, Pointwise
@@ -9,7 +40,7 @@ from nfn_optim.layers.invariant import InvariantPool
 from nfn_optim.layers.io_axes import ends_of, free_ends
 from nfn_optim.layers.latent import CrossAttention, LatentDecoder, LatentEncoder
 from nfn_optim.layers.linear import NFLinear
-from nfn_optim.layers.message_passing import TiedStack
+from nfn_optim.layers.message_passing import MessagePassing
 from nfn_optim.layers.norm import ChannelNorm, Scale, TensorNorm
 from nfn_optim.layers.statistics import Statistics
 from nfn_optim.layers.weights import state_dicts_of, weight_features
@@ -27,6 +58,7 @@ __all__ = [
     "LatentDecoder",
     "LatentEncoder",
     "LearnedEncoding",
+    "MessagePassing",
     "NFLinear",
     "Pointwise",
     "PositionEncoding",
@@ -35,7 +67,6 @@ __all__ = [
     "SinusoidalValues",
     "Statistics",
     "TensorNorm",
-    "TiedStack",
     "WeightAttention",
     "ends_of",
     "free_ends",

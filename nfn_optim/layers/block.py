@@ -1,12 +1,14 @@
-"""A tensor cut into blocks whose dimensions are single axes.
+"""Tensors partitioned into blocks in which every dimension is a single axis.
 
     out (a + b)         two blocks, (out, a) and (out, b)
-    (h > d) (c y x)     one block with the atoms h, d, c, y, x
+    (h > d) (c y x)     one block with the dimensions h, d, c, y, x
 
-An *atom* is one occurrence of an axis in a block. What an axis is nested in is settled here, once: the atom of `d`
-knows which atom of `h` it belongs to, in its own dimension if `h` occurs there, else anywhere in the tensor. An axis
-that is nested in a *fixed* axis is another axis for each of its entries, so such a fixed axis is cut into its entries.
-A free axis of one entry cannot be permuted and counts as fixed.
+Sums split a tensor into blocks, products are unflattened. An axis may occur in several dimensions of a block. A
+dimension whose axis is nested knows its *parents*, the block's dimensions of the axes that it is nested in: those from
+the same dimension of the tensor, otherwise the only ones in the tensor.
+
+An axis nested in a *fixed* axis is a separate axis for each entry of the fixed one, so tensors are split along that
+fixed axis as well. A free axis of size 1 has no permutations and counts as fixed.
 
 References:
     Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +27,19 @@ from torch import Tensor
 from nfn_optim.symmetry import Symmetry
 from nfn_optim.symmetry.expression import Expression, Product
 
+BlockId = tuple[str, int]
+"""Name of the tensor, index of the block in the tensor."""
+
 
 @dataclass(frozen=True)
-class Atom:
-    """One occurrence of an axis in a block.
+class BlockDim:
+    """A dimension of a block: one occurrence of an axis.
 
     Attributes:
-        axis: Its name; with the entries of the fixed axes that it is nested in, if there are any.
-        size: Its number of entries.
-        free: Whether it is permuted.
-        parents: Positions of the free atoms that it is nested in.
+        axis: Name of the axis, with the entries of the fixed axes that it is nested in, if any (`d@g=1`).
+        size: Number of entries.
+        free: Whether the axis may be permuted.
+        parents: The free dimensions of the block that it is nested in.
     """
 
     axis: str
@@ -44,179 +49,256 @@ class Atom:
 
 
 @dataclass(frozen=True)
-class Term:
-    """A part of one dimension that is a product of axes: their names, the rows that it covers and the entries cut."""
-
-    axes: tuple[str, ...]
-    rows: tuple[int, ...]
-    cut: tuple[tuple[str, int], ...]
-
-    @property
-    def span(self) -> tuple[int, int] | None:
-        """First row and number of rows, where they lie side by side."""
-        start = self.rows[0] if self.rows else 0
-        return (start, len(self.rows)) if self.rows == tuple(range(start, start + len(self.rows))) else None
-
-
-@dataclass(frozen=True)
 class Block:
-    """A tensor, or a part of one, whose dimensions are single axes.
+    """A tensor, or a part of one, in which every dimension is a single axis.
 
     Attributes:
-        tensor: The name of the tensor.
-        number: Which of the tensor's blocks it is.
-        atoms: Its dimensions.
+        tensor: Name of the tensor.
+        index: Index of the block in the tensor.
+        dims: The dimensions.
     """
 
     tensor: str
-    number: int
-    atoms: tuple[Atom, ...]
+    index: int
+    dims: tuple[BlockDim, ...]
 
     @property
-    def free(self) -> tuple[int, ...]:
-        """Positions of the free atoms."""
-        return tuple(n for n, atom in enumerate(self.atoms) if atom.free)
+    def id(self) -> BlockId:
+        """Key of the block in dictionaries."""
+        return self.tensor, self.index
 
     @property
-    def fixed(self) -> tuple[int, ...]:
-        """Positions of the fixed atoms."""
-        return tuple(n for n, atom in enumerate(self.atoms) if not atom.free)
+    def free_dims(self) -> tuple[int, ...]:
+        """The dimensions of free axes."""
+        return tuple(d for d, dim in enumerate(self.dims) if dim.free)
 
     @property
-    def positions(self) -> int:
-        """The number of joint entries of the fixed atoms, each of which has coefficients of its own."""
-        return math.prod([self.atoms[n].size for n in self.fixed])
+    def fixed_dims(self) -> tuple[int, ...]:
+        """The dimensions of fixed axes."""
+        return tuple(d for d, dim in enumerate(self.dims) if not dim.free)
+
+    @property
+    def num_positions(self) -> int:
+        """Number of joint positions on the fixed axes; equivariant maps have separate coefficients for each."""
+        return math.prod([self.dims[d].size for d in self.fixed_dims])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes of the atoms."""
-        return tuple(atom.size for atom in self.atoms)
+        """Sizes of the dimensions."""
+        return tuple(dim.size for dim in self.dims)
 
 
-class Partition:
-    """A tensor and its blocks: how to cut it and how to put it together.
+class BlockPartition:
+    """The blocks of all tensors of a symmetry: splits features into blocks and joins them.
 
     Args:
-        symmetry: The axes of every tensor.
-        name: Which tensor.
+        symmetry: The tensors and their axes.
 
     Attributes:
-        shape: The tensor's.
+        tensors: Tensor name -> its partition.
+        blocks: All blocks, tensor by tensor.
+
+    Raises:
+        ValueError: It is ambiguous which dimension a nested axis belongs to.
+    """
+
+    def __init__(self, symmetry: Symmetry) -> None:
+        self.tensors = {name: TensorPartition(symmetry, name) for name in symmetry.dims}
+        self.blocks = tuple(block for tensor in self.tensors.values() for block in tensor.blocks)
+
+    def split(self, features: Mapping[str, Tensor], channels: int) -> tuple[torch.Size, dict[BlockId, Tensor]]:
+        """Split features into blocks.
+
+        Args:
+            features: Tensor name -> `(*batch, *shape, C)`.
+            channels: The expected C.
+
+        Returns:
+            The batch shape, and `(N, *block.shape, C)` for every block in the order of `blocks`, N = prod(batch).
+
+        Raises:
+            ValueError: The tensors are not those of the symmetry, or have other channels or different batch shapes.
+        """
+        shapes = {name: (*tensor.shape, channels) for name, tensor in self.tensors.items()}
+        batch = _batch_shape(shapes, features)
+        parts: list[Tensor] = []
+        for name, tensor in self.tensors.items():
+            parts += tensor.split(features[name].reshape(-1, *shapes[name]))
+        return batch, {block.id: x for block, x in zip(self.blocks, parts, strict=True)}
+
+    def join(self, batch: torch.Size, parts: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The inverse of `split`; `parts` in the order of `blocks`, consumed one tensor at a time."""
+        remaining = iter(parts)
+        joined = {}
+        for name, tensor in self.tensors.items():
+            x = tensor.join([next(remaining) for _ in tensor.blocks])
+            joined[name] = x.reshape(*batch, *tensor.shape, x.shape[-1])
+        return joined
+
+
+class TensorPartition:
+    """The blocks of one tensor.
+
+    Args:
+        symmetry: The tensors and their axes.
+        name: Name of the tensor.
+
+    Attributes:
+        shape: Shape of the tensor.
         blocks: One for every combination of the summands of its dimensions.
 
     Raises:
-        ValueError: It cannot be told which entry of its parent a nested axis belongs to.
+        ValueError: It is ambiguous which dimension a nested axis belongs to.
     """
 
     def __init__(self, symmetry: Symmetry, name: str) -> None:
         self.shape = symmetry.shape_of(name)
-        cut = {p for above in symmetry.nested.values() for p in above if p in symmetry.fixed and symmetry.sizes[p] > 1}
-        self._terms = [_terms_of(e, symmetry, cut) for e in symmetry.expressions_of(name)]
+        parents = {p for above in symmetry.nested.values() for p in above}
+        split_axes = {p for p in parents if p in symmetry.fixed and symmetry.sizes[p] > 1}
+        self._summands = [_summands_of(e, symmetry, split_axes) for e in symmetry.expressions_of(name)]
         self.blocks = tuple(
-            _block_of(symmetry, name, number, terms, cut)
-            for number, terms in enumerate(itertools.product(*self._terms))
+            _block_of(symmetry, name, index, summands, split_axes)
+            for index, summands in enumerate(itertools.product(*self._summands))
         )
         self._orders: list[Tensor | None] = []
-        for terms in self._terms:
-            rows = torch.tensor([row for term in terms for row in term.rows], dtype=torch.int64)
+        for summands in self._summands:
+            rows = torch.tensor([row for summand in summands for row in summand.rows], dtype=torch.int64)
             order = rows.argsort()
             self._orders.append(None if torch.equal(order, torch.arange(len(rows))) else order)
 
-    def cut(self, x: Tensor) -> list[Tensor]:
-        """`(N, *shape, C)` -> for every block `(N, *atoms, C)`."""
-        pieces = [x]
-        for dim, terms in enumerate(self._terms, 1):
-            if len(terms) > 1:
-                pieces = [_rows_of(piece, term, dim) for piece in pieces for term in terms]
-        if len(pieces) == 1 and x.shape[1:-1] == self.blocks[0].shape:
-            return pieces
+    def split(self, x: Tensor) -> list[Tensor]:
+        """`(N, *shape, C)` -> `(N, *block.shape, C)` for every block."""
+        parts = [x]
+        for dim, summands in enumerate(self._summands, 1):
+            if len(summands) > 1:
+                parts = [_select_rows(part, summand, dim) for part in parts for summand in summands]
+        if len(parts) == 1 and x.shape[1:-1] == self.blocks[0].shape:
+            return parts
         return [
-            piece.reshape(x.shape[0], *block.shape, x.shape[-1])
-            for piece, block in zip(pieces, self.blocks, strict=True)
+            part.reshape(x.shape[0], *block.shape, x.shape[-1]) for part, block in zip(parts, self.blocks, strict=True)
         ]
 
-    def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The inverse of `cut`."""
-        n, channels = pieces[0].shape[0], pieces[0].shape[-1]
-        combinations = itertools.product(*self._terms)
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        n, channels = parts[0].shape[0], parts[0].shape[-1]
+        combinations = itertools.product(*self._summands)
         flat = [
-            piece.reshape(n, *(len(term.rows) for term in terms), channels)
-            for piece, terms in zip(pieces, combinations, strict=True)
+            part.reshape(n, *(len(summand.rows) for summand in summands), channels)
+            for part, summands in zip(parts, combinations, strict=True)
         ]
-        for dim in range(len(self._terms), 0, -1):
-            count = len(self._terms[dim - 1])
+        for dim in range(len(self._summands), 0, -1):
+            count = len(self._summands[dim - 1])
             if count > 1:
                 flat = [torch.cat(flat[i : i + count], dim) for i in range(0, len(flat), count)]
                 order = self._orders[dim - 1]
                 if order is not None:
-                    flat = [piece.index_select(dim, order.to(piece.device)) for piece in flat]
+                    flat = [x.index_select(dim, order.to(x.device)) for x in flat]
         return flat[0]
 
 
-def _rows_of(x: Tensor, term: Term, dim: int) -> Tensor:
-    if term.span is not None:
-        return x.narrow(dim, *term.span)
-    return x.index_select(dim, torch.tensor(term.rows, device=x.device))
+@dataclass(frozen=True)
+class _Summand:
+    """A product of axes that is one summand of an expanded dimension.
+
+    Attributes:
+        axes: The factors.
+        rows: Entries of the dimension that it covers.
+        entries: (axis, entry) for the axes that were split into their entries.
+    """
+
+    axes: tuple[str, ...]
+    rows: tuple[int, ...]
+    entries: tuple[tuple[str, int], ...]
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """First row and number of rows, if they are contiguous."""
+        start = self.rows[0] if self.rows else 0
+        return (start, len(self.rows)) if self.rows == tuple(range(start, start + len(self.rows))) else None
 
 
-def _terms_of(expression: Expression, symmetry: Symmetry, cut: set[str]) -> list[Term]:
-    """Multiply out."""
+def _batch_shape(shapes: Mapping[str, tuple[int, ...]], features: Mapping[str, Tensor]) -> torch.Size:
+    """The leading dimensions, which all tensors have in common; `shapes` are the last ones, channels included."""
+    if set(features) != set(shapes):
+        missing, unknown = sorted(set(shapes) - set(features)), sorted(set(features) - set(shapes))
+        raise ValueError(f"expected the tensors of the symmetry: missing {missing}, not in the symmetry {unknown}")
+    common: torch.Size | None = None
+    for name, expected in shapes.items():
+        shape = features[name].shape
+        batch = shape[: -len(expected)]
+        if shape[-len(expected) :] != expected or common not in (None, batch):
+            raise ValueError(
+                f"expected {name!r} of shape (*batch, {', '.join(map(str, expected))}) and the same "
+                f"batch for all, found {tuple(shape)} after batch {None if common is None else tuple(common)}"
+            )
+        common = batch
+    return common or torch.Size()
+
+
+def _select_rows(x: Tensor, summand: _Summand, dim: int) -> Tensor:
+    if summand.span is not None:
+        return x.narrow(dim, *summand.span)
+    return x.index_select(dim, torch.tensor(summand.rows, device=x.device))
+
+
+def _summands_of(expression: Expression, symmetry: Symmetry, split_axes: set[str]) -> list[_Summand]:
+    """Expand an expression into a sum of products."""
     if isinstance(expression, str):
         size = symmetry.sizes[expression]
-        if expression in cut:
-            return [Term((), (entry,), ((expression, entry),)) for entry in range(size)]
-        return [Term((expression,), tuple(range(size)), ())]
+        if expression in split_axes:
+            return [_Summand((), (entry,), ((expression, entry),)) for entry in range(size)]
+        return [_Summand((expression,), tuple(range(size)), ())]
     if isinstance(expression, Product):
-        terms = [Term((), (0,), ())]
+        summands = [_Summand((), (0,), ())]
         for factor in expression.factors:
-            inner = _terms_of(factor, symmetry, cut)
-            length = sum(len(term.rows) for term in inner)
-            terms = [
-                Term(a.axes + b.axes, tuple(i * length + j for i in a.rows for j in b.rows), a.cut + b.cut)
-                for a in terms
+            inner = _summands_of(factor, symmetry, split_axes)
+            length = sum(len(summand.rows) for summand in inner)
+            summands = [
+                _Summand(a.axes + b.axes, tuple(i * length + j for i in a.rows for j in b.rows), a.entries + b.entries)
+                for a in summands
                 for b in inner
             ]
-        return terms
-    found: list[Term] = []
-    start = 0
+        return summands
+    summands, start = [], 0
     for part in expression.parts:
-        inner = _terms_of(part, symmetry, cut)
-        found += [Term(t.axes, tuple(start + row for row in t.rows), t.cut) for t in inner]
-        start += sum(len(t.rows) for t in inner)
-    return found
+        inner = _summands_of(part, symmetry, split_axes)
+        summands += [_Summand(s.axes, tuple(start + row for row in s.rows), s.entries) for s in inner]
+        start += sum(len(s.rows) for s in inner)
+    return summands
 
 
-def _block_of(symmetry: Symmetry, name: str, number: int, terms: Sequence[Term], cut: set[str]) -> Block:
-    places = [(axis, dim) for dim, term in enumerate(terms) for axis in term.axes]
-    entries = [(axis, entry, dim) for dim, term in enumerate(terms) for axis, entry in term.cut]
-    atoms = []
-    for axis, dim in places:
-        above = [p for p in symmetry.nested.get(axis, ()) if symmetry.sizes[p] > 1]
-        marks = []
-        for p in above:
-            if p in cut:
-                here = [(entry, d) for a, entry, d in entries if a == p]
-                marks.append(f"{p}={_only(here, dim, lambda e: e[1], (name, axis, p))[0]}")
-        parents = []
-        for p in above:
-            if p not in cut:
-                candidates = [(n, d) for n, (a, d) in enumerate(places) if a == p]
-                parents.append(_only(candidates, dim, lambda e: e[1], (name, axis, p))[0])
+def _block_of(symmetry: Symmetry, name: str, index: int, summands: Sequence[_Summand], split_axes: set[str]) -> Block:
+    occurrences = [(axis, dim) for dim, summand in enumerate(summands) for axis in summand.axes]
+    entries = [(axis, entry, dim) for dim, summand in enumerate(summands) for axis, entry in summand.entries]
+    dims = []
+    for axis, dim in occurrences:
+        suffixes, parents = [], []
+        for parent in (p for p in symmetry.nested.get(axis, ()) if symmetry.sizes[p] > 1):
+            if parent in split_axes:
+                candidates = [(entry, d) for a, entry, d in entries if a == parent]
+                suffixes.append(f"{parent}={_unambiguous(candidates, dim, (name, axis, parent))}")
+            else:
+                candidates = [(n, d) for n, (a, d) in enumerate(occurrences) if a == parent]
+                parents.append(_unambiguous(candidates, dim, (name, axis, parent)))
         size = symmetry.sizes[axis]
         free = axis not in symmetry.fixed and size > 1
-        atoms.append(Atom("@".join([axis, *marks]), size, free, tuple(parents) if free else ()))
-    return Block(name, number, tuple(atoms))
+        dims.append(BlockDim("@".join([axis, *suffixes]), size, free, tuple(parents) if free else ()))
+    return Block(name, index, tuple(dims))
 
 
-def _only(
-    found: list[tuple[int, int]], dim: int, dim_of: Callable[[tuple[int, int]], int], asked: tuple[str, str, str]
-) -> tuple[int, int]:
-    """The one that stands in the same dimension, else the only one."""
-    near = [f for f in found if dim_of(f) == dim] or found
-    if len(near) != 1:
-        name, axis, parent = asked
+def _unambiguous(candidates: list[tuple[int, int]], dim: int, names: tuple[str, str, str]) -> int:
+    """The candidate from the same dimension of the tensor, otherwise the only one.
+
+    Args:
+        candidates: (value, dimension of the tensor).
+        dim: The dimension of the nested axis.
+        names: Tensor, nested axis and parent, for the error.
+    """
+    nearest = [c for c in candidates if c[1] == dim] or candidates
+    if len(nearest) != 1:
+        name, axis, parent = names
         raise ValueError(
-            f"expected {parent!r}, which {axis!r} is nested in, once beside it in {name!r}, found it {len(near)} times"
-            f"; name the two of them differently or make {axis!r} fixed"
+            f"expected one occurrence of {parent!r}, in which {axis!r} is nested, in {name!r}, found {len(nearest)}; "
+            f"give them different names or make {axis!r} fixed"
         )
-    return near[0]
+    return nearest[0][0]

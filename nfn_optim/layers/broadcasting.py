@@ -1,7 +1,7 @@
-"""What a block hears: values over some of its neurons, added along all the others.
+"""Sums of pooled values that are broadcast back to a block, the adjoint of pooling.
 
-The values are added from small to large, each into the smallest that covers it, so that the block itself is written
-once for every neuron axis; in place, since nothing else holds it.
+Values are added from small to large, each to the smallest one that it broadcasts to, so that the block itself is
+written once per axis; in place where the memory is not shared.
 """
 
 from __future__ import annotations
@@ -12,76 +12,75 @@ import torch
 from torch import Tensor
 
 from nfn_optim.layers.block import Block
-from nfn_optim.layers.equality_pattern import View
+from nfn_optim.layers.equality_pattern import EqualityPattern
 from nfn_optim.layers.mixing import add_into
 
-Term = tuple[View, Tensor]
-"""By which view, `(N, *kept classes, P * C)`."""
+Addend = tuple[EqualityPattern, Tensor]
+"""A pattern of the block, and values on its kept classes, `(N, *kept classes, P * C)`."""
 
 
-def spread(block: Block, whole: Term, terms: Sequence[Term], shared: bool) -> Tensor:
-    """Sum up what a block hears.
+def broadcast_sum(block: Block, whole: Addend, others: Sequence[Addend], in_place: bool) -> Tensor:
+    """Broadcast values to a block and sum them up.
 
     Args:
-        block: Which block.
-        whole: The term that keeps every atom.
-        terms: All the others.
-        shared: Whether the tensor of `whole` must not be written to.
+        block: The block.
+        whole: The values of the identity pattern.
+        others: The values of other patterns: zero off the diagonals, constant along classes that are not kept.
+        in_place: Whether the tensor of `whole` may be overwritten.
 
     Returns:
-        `(N, *atoms, C)`.
+        `(N, *block.shape, C)`.
     """
-    view, out = whole  # (N, *free atoms in the order kept, P * C)
-    order = [view.classes[n][0] for n in view.kept]
-    for value in _folded([_placed(block, order, term, value) for term, value in terms]):
-        out, shared = (out + value if shared else add_into(out, value)), False
-    return _laid_out(block, out, order)
+    pattern, out = whole  # (N, *free dims in the order of the pattern, P * C)
+    order = pattern.kept_dims
+    for value in _merge_small([_expand_dims(block, order, other) for other in others]):
+        out, in_place = (add_into(out, value) if in_place else out + value), True
+    return _restore_dims(block, out, order)
 
 
-def _placed(block: Block, order: list[int], view: View, value: Tensor) -> Tensor:
-    """One dimension for every atom of `order`, of one entry where nothing depends on it; zero off the diagonals."""
-    value = _aligned(value, [view.classes[n][0] for n in view.kept], order)
-    for members in view.classes:
-        size = block.atoms[members[0]].size
+def _expand_dims(block: Block, order: list[int], addend: Addend) -> Tensor:
+    """One dimension per dimension in `order`, of size 1 where the values are constant; zero off the diagonals."""
+    pattern, value = addend
+    value = _align(value, pattern.kept_dims, order)
+    for members in pattern.classes:
+        size = block.dims[members[0]].size
         for other in members[1:]:
-            shape = [size if label in (members[0], other) else 1 for label in order]
+            shape = [size if d in (members[0], other) else 1 for d in order]
             value = value * torch.eye(size, device=value.device, dtype=value.dtype).reshape(1, *shape, 1)
     return value
 
 
-def _aligned(value: Tensor, kept: list[int], order: list[int]) -> Tensor:
-    """One dimension for every label of `order`, of one entry where it is not kept. The last dimension stays."""
-    sequence = [kept.index(label) for label in order if label in kept]
+def _align(value: Tensor, kept: list[int], order: list[int]) -> Tensor:
+    """`(N, *kept, C)` to one dimension per dimension in `order`, of size 1 where it is not kept."""
+    sequence = [kept.index(d) for d in order if d in kept]
     if sequence != sorted(sequence):
-        value = value.permute(0, *(1 + place for place in sequence), value.dim() - 1)
-    shape, sizes = [value.shape[0]], iter(value.shape[1:-1])
-    shape += [next(sizes) if label in kept else 1 for label in order]
-    return value.reshape(*shape, value.shape[-1])
+        value = value.permute(0, *(1 + n for n in sequence), value.dim() - 1)
+    sizes = iter(value.shape[1:-1])
+    return value.reshape(value.shape[0], *(next(sizes) if d in kept else 1 for d in order), value.shape[-1])
 
 
-def _folded(values: list[Tensor]) -> list[Tensor]:
-    """Add small values into larger ones that they fit in."""
+def _merge_small(values: list[Tensor]) -> list[Tensor]:
+    """Add every value to the smallest larger one that it broadcasts to, if there is any."""
     pending = sorted(values, key=torch.Tensor.numel)
-    found = []
+    merged = []
     while pending:
         value = pending.pop(0)
         for n, other in enumerate(pending):
-            if all(own in (1, length) for own, length in zip(value.shape, other.shape, strict=True)):
+            if all(own in (1, size) for own, size in zip(value.shape, other.shape, strict=True)):
                 pending[n] = other + value
                 break
         else:
-            found.append(value)
-    return found
+            merged.append(value)
+    return merged
 
 
-def _laid_out(block: Block, out: Tensor, order: list[int]) -> Tensor:
-    """`(N, *order, P * C)` -> `(N, *atoms, C)`."""
-    labels = [*order, *block.fixed]
-    if block.fixed:
-        sizes = [block.atoms[n].size for n in block.fixed]
-        channels = out.shape[-1] // block.positions
-        out = out.reshape(*out.shape[:-1], *sizes, channels)
-    wanted = list(range(len(block.atoms)))
+def _restore_dims(block: Block, out: Tensor, order: list[int]) -> Tensor:
+    """`(N, *order, P * C)` -> `(N, *block.shape, C)`."""
+    labels = [*order, *block.fixed_dims]
+    if block.fixed_dims:
+        sizes = [block.dims[d].size for d in block.fixed_dims]
+        out = out.reshape(*out.shape[:-1], *sizes, out.shape[-1] // block.num_positions)
+    wanted = list(range(len(block.dims)))
     if labels == wanted:
         return out
-    return out.permute(0, *(1 + labels.index(n) for n in wanted), out.dim() - 1)
+    return out.permute(0, *(1 + labels.index(d) for d in wanted), out.dim() - 1)

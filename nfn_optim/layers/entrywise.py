@@ -1,4 +1,4 @@
-"""What is done to every entry, or every channel, alike: activations, dropout, residual blocks.
+"""Activations, dropout and residual blocks.
 
 References:
     Permutation Equivariant Neural Functionals (Zhou et al., 2023), App. E, arXiv:2302.14040
@@ -24,16 +24,19 @@ class Entrywise(nn.Module):
         self.function = function
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Apply it. Name -> `(*batch, *shape, channels)` to what `function` makes of it."""
+        """Apply the function. Name -> `(*batch, *shape, channels)`, the output as `function` returns it."""
         return {name: self.function(x) for name, x in features.items()}
 
 
 class ChannelDropout(nn.Module):
-    """In training, set channels to zero: each for all entries of a tensor at once, so that no neuron is told apart.
+    """Drop whole channels of a tensor in training: the same ones for all entries, which keeps the layer equivariant.
 
     Args:
-        p: Probability that a channel is dropped; the others are divided by `1 - p`.
-        batch_dims: How many leading dimensions are batch, every member of which draws its own channels.
+        p: Probability of dropping a channel; the others are divided by `1 - p`.
+        batch_dims: Number of leading batch dimensions; every member of the batch drops other channels.
+
+    Raises:
+        ValueError: `p` is not in [0, 1).
     """
 
     def __init__(self, p: float = 0.5, *, batch_dims: int = 1) -> None:
@@ -43,13 +46,13 @@ class ChannelDropout(nn.Module):
         self.p, self.batch_dims = p, batch_dims
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop. Name -> `(*batch, *shape, channels)`, both ways."""
+        """Drop channels. Name -> `(*batch, *shape, channels)`, in and out."""
         if not self.training or self.p == 0:
             return dict(features)
         out = {}
         for name, x in features.items():
-            inner = x.dim() - self.batch_dims - 1
-            shape = (*x.shape[: self.batch_dims], *(1,) * inner, x.shape[-1])
+            ndim = x.dim() - self.batch_dims - 1
+            shape = (*x.shape[: self.batch_dims], *(1,) * ndim, x.shape[-1])
             out[name] = x * torch.empty(shape, device=x.device).bernoulli_(1 - self.p).to(x.dtype).div_(1 - self.p)
         return out
 
@@ -58,10 +61,10 @@ class Residual(nn.Module):
     """`x + dropout(activation(layer(norm(x))))`.
 
     Args:
-        layer: An NF-layer of as many channels out as in.
-        activation: An NF-layer such as `Entrywise(nn.ReLU())`; none if not given.
-        norm: An NF-layer such as `ChannelNorm`; none if not given.
-        dropout: An NF-layer such as `ChannelDropout`; none if not given.
+        layer: An NF-layer with as many output as input channels.
+        activation: For example `Entrywise(nn.ReLU())`; optional.
+        norm: For example `ChannelNorm`; optional.
+        dropout: For example `ChannelDropout`; optional.
     """
 
     def __init__(
@@ -72,10 +75,10 @@ class Residual(nn.Module):
         dropout: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        given = (norm, layer, activation, dropout)
-        self.body = nn.Sequential(*(part for part in given if part is not None))
+        stages = (norm, layer, activation, dropout)
+        self.body = nn.Sequential(*(stage for stage in stages if stage is not None))
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Apply the block. Name -> `(*batch, *shape, channels)`, both ways."""
-        changed = self.body(features)
-        return {name: x + changed[name] for name, x in features.items()}
+        """Apply the block. Name -> `(*batch, *shape, channels)`, in and out."""
+        change = self.body(features)
+        return {name: x + change[name] for name, x in features.items()}

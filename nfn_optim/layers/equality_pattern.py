@@ -1,20 +1,23 @@
-"""The ways in which a block can be pooled, or listened to: partitions of its free atoms.
+"""Equality patterns: all ways to pool a block over free axes, and to broadcast back to it.
 
-A *class* is a set of atoms of one axis that are kept equal, the diagonal of these dimensions. A *view* puts every free
-atom into a class and keeps some of the classes:
+An equality pattern is a partition of the free dimensions of a block into *classes* of dimensions with the same axis,
+whose indices are set equal (a diagonal), some of which are *kept*:
 
-    pooled    x -> diagonals over the classes, means over the classes that are not kept
-    heard     values over the kept classes -> the same value all along the others, on the diagonals
+    pool         take the diagonal of every class, average over the classes that are not kept
+    broadcast    the adjoint: write to the diagonal of every class, constant along those that are not kept
 
-Every equivariant linear map from one block to another is a sum of: pool by a view of the one, mix the channels, be
-heard by a view of the other, where the kept classes of both are matched, axis by axis. Counting: each orbit of pairs of
-entries is one way of being equal, and "equal or whatever" spans the same space as "equal or distinct". Atoms of nested
-axes can only be equal where what they are nested in is equal, and only be kept together with it: the group is a wreath
-product.
+Every equivariant linear map between two blocks is a sum of terms
+
+    pool by a pattern of the input block, mix channels, broadcast by a pattern of the output block
+
+over all pairs of patterns that keep the same axes. These terms are a basis: one for each orbit of pairs of entries,
+"equal or arbitrary" indices spanning the same space as "equal or distinct" ones. Indices of nested axes are comparable
+only where their parents are equal, so that dimensions of one class have parents of one class, and a class is kept only
+together with its parents (the group is a wreath product).
 
 References:
-    Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
     Invariant and Equivariant Graph Networks (Maron et al., 2019), Sec. 3, arXiv:1812.09902
+    Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
 """
 
 from __future__ import annotations
@@ -25,84 +28,95 @@ from dataclasses import dataclass
 
 from nfn_optim.layers.block import Block
 
-Structure = tuple[tuple[str, tuple[int, ...]], ...]
-"""Of the kept classes in some order: axis, and the numbers of the classes that it is nested in."""
+Classes = tuple[tuple[int, ...], ...]
+"""The dimensions of every class."""
+
+KeptAxes = tuple[tuple[str, tuple[int, ...]], ...]
+"""For every kept class in order: its axis, and which of the kept classes are its parents.
+
+Tensors pooled to equal `KeptAxes` have the same dimensions and are permuted in the same way.
+"""
 
 
 @dataclass(frozen=True)
-class View:
-    """A partition of the free atoms of a block, some classes of which are kept.
+class EqualityPattern:
+    """A partition of the free dimensions of a block, some classes of which are kept.
 
     Attributes:
-        classes: Positions of the atoms of every class.
-        kept: Numbers of the classes that are kept, in an order in which their structure is the canonical one.
+        classes: The dimensions of every class.
+        kept: Indices of the kept classes, in the order of the dimensions of the pooled tensor.
     """
 
-    classes: tuple[tuple[int, ...], ...]
+    classes: Classes
     kept: tuple[int, ...]
 
     @property
-    def full(self) -> bool:
-        """Whether it keeps every atom apart."""
-        return len(self.kept) == len(self.classes) and all(len(c) == 1 for c in self.classes)
+    def is_identity(self) -> bool:
+        """Whether nothing is pooled: every dimension is a class of its own, and kept."""
+        return len(self.kept) == len(self.classes) and all(len(members) == 1 for members in self.classes)
+
+    @property
+    def kept_dims(self) -> list[int]:
+        """One dimension of the block for every kept class, in order."""
+        return [self.classes[c][0] for c in self.kept]
 
 
-def views_of(block: Block) -> list[tuple[Structure, list[View]]]:
-    """All views of a block.
+def equality_patterns_of(block: Block) -> list[tuple[KeptAxes, list[EqualityPattern]]]:
+    """All equality patterns of a block.
 
     Returns:
-        For each, the structure of its kept classes, and the view with its kept classes in each order that has this
-        structure: several where classes may change places.
+        For every partition and choice of kept classes, the canonical `KeptAxes` and the orders of the kept classes
+        that have them, one pattern each. There are several orders if several kept classes have the same axis.
     """
-    found = []
-    for classes in _class_choices(block):
-        class_of = {atom: n for n, members in enumerate(classes) for atom in members}
-        above = [{class_of[p] for p in block.atoms[members[0]].parents} for members in classes]
+    patterns = []
+    for classes in _classes_of(block):
+        class_of = _class_of(classes)
+        parents = [{class_of[p] for p in block.dims[members[0]].parents} for members in classes]
         for count in range(len(classes) + 1):
             for kept in itertools.combinations(range(len(classes)), count):
-                if all(above[n] <= set(kept) for n in kept):
-                    found.append(_ordered(block, classes, kept, above))
-    return found
+                if all(parents[c] <= set(kept) for c in kept):
+                    patterns.append(_canonical_orders(block, classes, kept, parents))
+    return patterns
 
 
-def _ordered(
-    block: Block, classes: tuple[tuple[int, ...], ...], kept: Sequence[int], above: list[set[int]]
-) -> tuple[Structure, list[View]]:
-    axis_of = [block.atoms[members[0]].axis for members in classes]
-    groups = [
-        list(group) for _, group in itertools.groupby(sorted(kept, key=lambda n: axis_of[n]), lambda n: axis_of[n])
-    ]
-    orders: dict[Structure, list[View]] = {}
-    for choice in itertools.product(*(itertools.permutations(group) for group in groups)):
-        order = tuple(n for group in choice for n in group)
-        place = {n: position for position, n in enumerate(order)}
-        structure = tuple((axis_of[n], tuple(sorted(place[p] for p in above[n]))) for n in order)
-        orders.setdefault(structure, []).append(View(classes, order))
-    least = min(orders)
-    return least, orders[least]
+def _canonical_orders(
+    block: Block, classes: Classes, kept: Sequence[int], parents: list[set[int]]
+) -> tuple[KeptAxes, list[EqualityPattern]]:
+    axis_of = [block.dims[members[0]].axis for members in classes]
+    by_axis = itertools.groupby(sorted(kept, key=lambda c: axis_of[c]), lambda c: axis_of[c])
+    patterns: dict[KeptAxes, list[EqualityPattern]] = {}
+    for choice in itertools.product(*[list(itertools.permutations(group)) for _, group in by_axis]):
+        order = tuple(c for group in choice for c in group)
+        index = {c: n for n, c in enumerate(order)}
+        kept_axes = tuple((axis_of[c], tuple(sorted(index[p] for p in parents[c]))) for c in order)
+        patterns.setdefault(kept_axes, []).append(EqualityPattern(classes, order))
+    canonical = min(patterns)
+    return canonical, patterns[canonical]
 
 
-def _class_choices(block: Block) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """All partitions in which atoms of one class have parents of one class."""
+def _classes_of(block: Block) -> Iterator[Classes]:
+    """All partitions in which the dimensions of a class have parents of the same classes."""
     by_axis: dict[str, list[int]] = {}
-    for atom in block.free:
-        by_axis.setdefault(block.atoms[atom].axis, []).append(atom)
-    for choice in itertools.product(*(list(_partitions(atoms)) for atoms in by_axis.values())):
+    for d in block.free_dims:
+        by_axis.setdefault(block.dims[d].axis, []).append(d)
+    for choice in itertools.product(*(list(_set_partitions(dims)) for dims in by_axis.values())):
         classes = tuple(sorted(tuple(members) for partition in choice for members in partition))
-        class_of = {atom: n for n, members in enumerate(classes) for atom in members}
-        if all(
-            len({tuple(class_of[p] for p in block.atoms[atom].parents) for atom in members}) == 1 for members in classes
-        ):
+        class_of = _class_of(classes)
+        if all(len({tuple(class_of[p] for p in block.dims[d].parents) for d in members}) == 1 for members in classes):
             yield classes
 
 
-def _partitions(items: list[int]) -> Iterator[list[list[int]]]:
-    """All set partitions."""
+def _class_of(classes: Classes) -> dict[int, int]:
+    """Dimension -> index of its class."""
+    return {d: c for c, members in enumerate(classes) for d in members}
+
+
+def _set_partitions(items: list[int]) -> Iterator[list[list[int]]]:
     if not items:
         yield []
         return
     first, rest = items[0], items[1:]
-    for partition in _partitions(rest):
+    for partition in _set_partitions(rest):
         yield [[first], *partition]
         for n in range(len(partition)):
             yield [*partition[:n], [first, *partition[n]], *partition[n + 1 :]]

@@ -7,13 +7,14 @@ The rows of all dimensions of all tensors are concatenated, grouped by *role* (t
     neurons    A x channels    one for every entry of every axis
     tensors    T x channels    one for every tensor
 
-and two index lists say how they meet: a row of a plain dimension is one neuron; a row of a product `(c h w)` meets one
-neuron of every factor; a row of a sum one of its block. A nested axis has neurons for every entry of what it is nested
-in. Where a tensor carries a nested axis in one dimension and what it is nested in in another, pooling would add neurons
-that have nothing to do with each other; such a dimension is *mute*: all its rows say the same.
+and two index lists relate them: a row of a plain dimension is one neuron; a row of a product `(c h w)` belongs to one
+neuron of every factor; a row of a sum to one neuron of its part. A nested axis has neurons for every entry of the axis
+that it is nested in. Where a tensor carries a nested axis in one dimension and the axis that it is nested in in
+another, pooling would add unrelated neurons; such a dimension is *masked*: all its rows carry the features of the
+tensor.
 
-Sums over these lists are all the communication that an equivariant map between axes needs: it costs O(neurons),
-however many weights there are.
+Sums over these lists are all the communication that an equivariant map between axes needs: O(neurons), however many
+weights there are.
 
 References:
     Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
@@ -43,7 +44,7 @@ class Segment:
     role: str
     start: int
     length: int
-    mute: bool
+    masked: bool
 
 
 class Incidence:
@@ -58,14 +59,16 @@ class Incidence:
         segments: The segments of every tensor, `segments[t][d]`.
         role_spans: Role -> (first row, one past the last row); rows of one role are contiguous.
         lengths: Number of *leading rows* of each tensor, those of its first dimension; 1 for a scalar, without rows.
-        mutes: Whether there are mute rows.
-        plain: Whether every row meets one neuron, and only one.
-        indices: The lists. `row` and `neuron` meet with weight `share`; `tensor_of_row`, and `row_share`, the weight of
-            a row in the mean of its tensor; `mute` rows; `gathered`, the place of every row where the rows of tensor 0
-            come first, then those of tensor 1; `leading`, the row that every leading row is (N for that of a scalar),
-            with `tensor_of_leading` and `leading_share`, its weight in a mean; `kin`, who shares an axis; `matrix`,
-            which tensors have two dimensions or more; `static`,
-            what never changes about a tensor, `(T, STATIC)`: its order, log sizes, log number of entries.
+        has_masked: Whether there are masked rows.
+        plain: Whether every row belongs to exactly one neuron.
+        indices: The lists, by name. `row`, `neuron` and `pair_weight`: pairs that belong together, and the weight of
+        the
+            row in the mean of the neuron. `tensor_of_row`; `row_weight`, in the mean of its tensor; `masked`, rows.
+            `gathered`: position of every row in the order tensor 0, tensor 1, ... . `leading`: the row that every
+            leading row is (N for that of a scalar), with `tensor_of_leading` and `leading_weight`, in the mean of its
+            tensor. `neighbours`: tensors that share an axis, see `_neighbours`. `matrix`: tensors of two dimensions or
+            more. `entries`: of every tensor. `static`: constant features of a tensor, `(T, STATIC)`: its order, log
+            sizes, log number of entries.
     """
 
     STATIC = 6
@@ -83,8 +86,8 @@ class Incidence:
             for t, shape in enumerate(shapes):
                 for d, length in enumerate(shape):
                     if role_of(d, len(shape)) == role:
-                        mute = not _is_whole(symmetry, expressions[t][d])
-                        self.segments[t].append(Segment(t, d, role, start, length, mute))
+                        masked = not _is_whole(symmetry, expressions[t][d])
+                        self.segments[t].append(Segment(t, d, role, start, length, masked))
                         start += length
             self.role_spans[role] = (first, start)
         self.rows = start
@@ -95,25 +98,25 @@ class Incidence:
         for axis, size in symmetry.sizes.items():
             offsets[axis], total = total, total + symmetry.copies_of(axis) * size
         self.neurons = total
-        everyone = [s for segments in self.segments for s in segments]
-        spoken = [s for s in everyone if not s.mute]
-        carriers = Counter(axis for s in spoken for axis in axes_of(expressions[s.tensor][s.dim]))
-        row, neuron, share = [], [], []
-        tensor_of_row, row_share = torch.zeros(self.rows, dtype=torch.int64), torch.zeros(self.rows)
-        silent = torch.zeros(self.rows, dtype=torch.bool)
-        for segment in everyone:
+        all_segments = [s for segments in self.segments for s in segments]
+        unmasked = [s for s in all_segments if not s.masked]
+        carriers = Counter(axis for s in unmasked for axis in axes_of(expressions[s.tensor][s.dim]))
+        row, neuron, pair_weight = [], [], []
+        tensor_of_row, row_weight = torch.zeros(self.rows, dtype=torch.int64), torch.zeros(self.rows)
+        is_masked = torch.zeros(self.rows, dtype=torch.bool)
+        for segment in all_segments:
             span = slice(segment.start, segment.start + segment.length)
             tensor_of_row[span] = segment.tensor
-            row_share[span] = 1.0 / max(segment.length * self.ndims[segment.tensor], 1)
-            silent[span] = segment.mute
-        self.mutes = bool(silent.any())
+            row_weight[span] = 1.0 / max(segment.length * self.ndims[segment.tensor], 1)
+            is_masked[span] = segment.masked
+        self.has_masked = bool(is_masked.any())
         self.lengths = [shape[0] if shape else 1 for shape in shapes]
         leading = [torch.arange(s[0].length) + s[0].start if s else torch.tensor([self.rows]) for s in self.segments]
-        order = sorted(everyone, key=lambda s: s.start)
-        position = {(s.tensor, s.dim): k for k, s in enumerate(everyone)}
-        starts = torch.tensor([0, *(s.length for s in everyone)]).cumsum(0)
+        order = sorted(all_segments, key=lambda s: s.start)
+        position = {(s.tensor, s.dim): k for k, s in enumerate(all_segments)}
+        starts = torch.tensor([0, *(s.length for s in all_segments)]).cumsum(0)
         gathered = [torch.arange(s.length) + starts[position[s.tensor, s.dim]] for s in order]
-        for segment in spoken:
+        for segment in unmasked:
             occurrences = symmetry.occurrences_of(expressions[segment.tensor][segment.dim])
             for o in occurrences:
                 size = symmetry.sizes[o.axis]
@@ -122,22 +125,22 @@ class Incidence:
                 entry = copy * size + o.entries
                 row.append(segment.start + o.rows)
                 neuron.append(offsets[o.axis] + entry)
-                share.append(1.0 / torch.bincount(entry)[entry] / carriers[o.axis])
+                pair_weight.append(1.0 / torch.bincount(entry)[entry] / carriers[o.axis])
         empty = torch.zeros(0, dtype=torch.int64)
         rows, by_row = torch.sort(torch.cat([empty, *row]), stable=True)
         self.plain = torch.equal(rows, torch.arange(self.rows))
         self.indices = {
             "row": rows,
             "neuron": torch.cat([empty, *neuron])[by_row],
-            "share": torch.cat([torch.zeros(0), *share])[by_row, None],
+            "pair_weight": torch.cat([torch.zeros(0), *pair_weight])[by_row, None],
             "tensor_of_row": tensor_of_row,
-            "mute": silent[:, None],
+            "masked": is_masked[:, None],
             "gathered": torch.cat([empty, *gathered]),
             "leading": torch.cat([empty, *leading]),
-            "leading_share": torch.cat([torch.full((n,), 1.0 / max(n, 1)) for n in self.lengths]),
+            "leading_weight": torch.cat([torch.full((n,), 1.0 / max(n, 1)) for n in self.lengths]),
             "tensor_of_leading": torch.repeat_interleave(torch.arange(len(shapes)), torch.tensor(self.lengths)),
-            "row_share": row_share[:, None],
-            "kin": _kinship(symmetry, shapes),
+            "row_weight": row_weight[:, None],
+            "neighbours": _neighbours(symmetry, shapes),
             "entries": torch.tensor([float(shape.numel()) for shape in map(torch.Size, shapes)]),
             "matrix": torch.tensor([float(len(shape) > 1) for shape in shapes]),
             "static": torch.tensor([_static(shape) for shape in shapes]).reshape(len(shapes), self.STATIC),
@@ -157,7 +160,9 @@ class Incidence:
     def rows_to_neurons(self, rows: Tensor) -> Tensor:
         """Mean over all the rows of a neuron. `(*batch, N, C) -> (*batch, A, C)`."""
         index = self.at(rows)
-        messages = (rows if self.plain else rows.index_select(-2, index["row"])) * index["share"]  # (*batch, pairs, C)
+        messages = (rows if self.plain else rows.index_select(-2, index["row"])) * index[
+            "pair_weight"
+        ]  # (*batch, pairs, C)
         zeros = rows.new_zeros((*rows.shape[:-2], self.neurons, rows.shape[-1]))
         return zeros.index_add(-2, index["neuron"], messages)
 
@@ -174,7 +179,7 @@ class Incidence:
         """Mean over the rows of a tensor, each dimension weighing the same. `(*batch, N, C) -> (*batch, T, C)`."""
         index = self.at(rows)
         zeros = rows.new_zeros((*rows.shape[:-2], len(self.names), rows.shape[-1]))
-        return zeros.index_add(-2, index["tensor_of_row"], rows * index["row_share"])
+        return zeros.index_add(-2, index["tensor_of_row"], rows * index["row_weight"])
 
     def tensors_to_rows(self, tensors: Tensor) -> Tensor:
         """Copy to every row of a tensor. `(*batch, T, C) -> (*batch, N, C)`."""
@@ -182,7 +187,7 @@ class Incidence:
 
 
 def _is_whole(symmetry: Symmetry, expression: Expression) -> bool:
-    """Whether a dimension contains all that its axes are nested in."""
+    """Whether a dimension contains every axis that its axes are nested in."""
     occurrences = symmetry.occurrences_of(expression)
     nested = [(o, symmetry.nested.get(o.axis, ())) for o in occurrences]
     return all(entries_within(o, occurrences, above, symmetry.sizes) is not None for o, above in nested)
@@ -206,12 +211,12 @@ def _static(shape: tuple[int, ...]) -> list[float]:
     ]
 
 
-def _kinship(symmetry: Symmetry, shapes: list[tuple[int, ...]]) -> Tensor:
-    """`(T, T)`: row t averages over the matrices (two dimensions or more), other than t, that share an axis with t."""
+def _neighbours(symmetry: Symmetry, shapes: list[tuple[int, ...]]) -> Tensor:
+    """`(T, T)`: 1 in row t for every other matrix (two dimensions or more) that shares an axis with t."""
     axes = [set(symmetry.axes_of(name)) for name in symmetry.dims]
-    kin = torch.zeros(len(axes), len(axes))
+    neighbours = torch.zeros(len(axes), len(axes))
     for t, own in enumerate(axes):
-        for other, theirs in enumerate(axes):
-            if other != t and len(shapes[other]) > 1 and own & theirs:
-                kin[t, other] = 1.0
-    return kin
+        for other, its_axes in enumerate(axes):
+            if other != t and len(shapes[other]) > 1 and own & its_axes:
+                neighbours[t, other] = 1.0
+    return neighbours

@@ -1,8 +1,8 @@
-"""Invariant pooling: from weight space to one vector that renaming neurons does not change.
+"""Invariant pooling: from weight space to one vector that no permutation changes.
 
-The means of every tensor in all the ways in which nothing is kept: over the whole tensor; where an axis occurs twice,
-over the diagonal too; one for every position of the fixed axes (the paper's HNP pooling; its NP pooling is the same
-with `free_ends(symmetry)`). They span all invariant linear maps.
+All means by equality patterns that keep nothing: of every tensor, over the whole tensor and, where an axis occurs
+twice, over the diagonal; one for every position on the fixed axes. They span all invariant linear maps. This is the
+paper's HNP pooling, or with `free_ends(symmetry)` its NP pooling.
 
 References:
     Permutation Equivariant Neural Functionals (Zhou et al., 2023), Sec. 2.3, arXiv:2302.14040
@@ -15,22 +15,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from nfn_optim.layers.block import Block, Partition
-from nfn_optim.layers.equality_pattern import View, views_of
-from nfn_optim.layers.linear import batch_of
-from nfn_optim.layers.pooling import Pooled
+from nfn_optim.layers.block import BlockPartition
+from nfn_optim.layers.equality_pattern import equality_patterns_of
+from nfn_optim.layers.pooling import PooledBlock
 from nfn_optim.symmetry import Symmetry
 
 
 class InvariantPool(nn.Module):
-    """All means of all tensors, side by side.
+    """All invariant means of all tensors, concatenated.
 
     Args:
         symmetry: The tensors and their axes.
-        channels: Channels of every tensor's features.
+        channels: Channels of every tensor.
 
     Attributes:
-        out_features: How many numbers come out.
+        out_features: Length of the vector.
 
     Example:
         >>> s = Symmetry({"w": ("h", "in"), "b": ("h",)}, sizes={"h": 3, "in": 2}, fixed=frozenset({"in"}))
@@ -43,30 +42,19 @@ class InvariantPool(nn.Module):
 
     def __init__(self, symmetry: Symmetry, channels: int) -> None:
         super().__init__()
-        self._partitions = {name: Partition(symmetry, name) for name in symmetry.dims}
-        self._views = {
-            (name, block.number): _invariant(block)
-            for name, partition in self._partitions.items()
-            for block in partition.blocks
-        }
-        positions = sum(
-            block.positions * len(self._views[name, block.number])
-            for name, partition in self._partitions.items()
-            for block in partition.blocks
-        )
-        self.out_features = positions * channels
+        self._partition = BlockPartition(symmetry)
+        self.channels = channels
+        self._patterns = [
+            (block, [pattern for kept, patterns in equality_patterns_of(block) if not kept for pattern in patterns])
+            for block in self._partition.blocks
+        ]
+        self.out_features = channels * sum(block.num_positions * len(patterns) for block, patterns in self._patterns)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Pool. Name -> `(*batch, *shape, channels)` to `(*batch, out_features)`."""
-        batch = batch_of(self._partitions, features)
+        batch, parts = self._partition.split(features, self.channels)
         means = []
-        for name, partition in self._partitions.items():
-            flat = features[name].reshape(-1, *features[name].shape[len(batch) :])  # (N, *shape, C)
-            for block, x in zip(partition.blocks, partition.cut(flat), strict=True):
-                pooled = Pooled(block, x)
-                means += [pooled.by(view.classes, view.kept) for view in self._views[name, block.number]]
+        for block, patterns in self._patterns:
+            pooled = PooledBlock(block, parts[block.id])
+            means += [pooled.pool(pattern) for pattern in patterns]
         return torch.cat(means, -1).reshape(*batch, self.out_features)
-
-
-def _invariant(block: Block) -> list[View]:
-    return [view for structure, views in views_of(block) if not structure for view in views]

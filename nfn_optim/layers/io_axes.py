@@ -1,8 +1,8 @@
-"""The ends of a network: its input and output neurons, permutable (NP) or not (HNP).
+"""Input and output axes of a network: fixed (HNP) or free (NP).
 
-    HNP    hidden neurons are permuted, inputs and outputs have positions       NFLinear(symmetry, ...)
-    NP     inputs and outputs are permuted too: fewer coefficients, less         NFLinear(free_ends(symmetry), ...)
-           expressive; encodings of the positions give back what is lost
+    HNP    only hidden neurons are permuted, inputs and outputs have positions   NFLinear(symmetry, ...)
+    NP     inputs and outputs are permuted, too: fewer coefficients and less     NFLinear(free_ends(symmetry), ...)
+           expressive, unless their positions are encoded in the features
 
 References:
     Permutation Equivariant Neural Functionals (Zhou et al., 2023), Sec. 2.2, arXiv:2302.14040
@@ -18,7 +18,9 @@ from nfn_optim.symmetry.expression import axes_of
 
 
 def ends_of(symmetry: Symmetry) -> tuple[str, ...]:
-    r"""The fixed axes that are the whole first or second dimension of a matrix or kernel, and never a tap.
+    r"""The input and output axes: fixed axes that are a row or column dimension of a matrix or kernel.
+
+    Axes that also occur as a tap, or within a product or sum, are excluded.
 
     Example:
         >>> ends_of(Symmetry.parse("w  h in ky\nfree  h=3\nfixed  in=2 ky=3"))
@@ -32,19 +34,19 @@ def ends_of(symmetry: Symmetry) -> tuple[str, ...]:
             else:
                 for axis in axes_of(expression):
                     roles[axis].add("factor")
-    wanted, other = {"row", "column"}, {"tap", "factor"}
-    return tuple(a for a in symmetry.sizes if a in symmetry.fixed and roles[a] & wanted and not roles[a] & other)
+    ends, others = {"row", "column"}, {"tap", "factor"}
+    return tuple(a for a in symmetry.sizes if a in symmetry.fixed and roles[a] & ends and not roles[a] & others)
 
 
 def free_ends(symmetry: Symmetry, ends: Iterable[str] | None = None) -> Symmetry:
-    """The symmetry in which inputs and outputs may be permuted too.
+    """The symmetry in which inputs and outputs may be permuted, too (NP).
 
     Args:
-        symmetry: Of a network.
-        ends: The fixed axes to set free; `ends_of(symmetry)` if not given.
+        symmetry: The tensors and their axes.
+        ends: The fixed axes to free; default `ends_of(symmetry)`.
 
     Raises:
-        ValueError: One of them is not a fixed axis.
+        ValueError: One of the axes is not fixed.
     """
     freed = set(ends_of(symmetry) if ends is None else ends)
     if unknown := freed - symmetry.fixed:

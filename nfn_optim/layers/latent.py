@@ -1,9 +1,10 @@
-"""Attention to and from a latent array: any weight space in a few vectors, and back.
+"""Cross-attention between weight space and a latent array (INR2ARRAY).
 
-    LatentEncoder    learned latents attend to all entries of all tensors     an invariant array
-    LatentDecoder    every entry attends to the latents                       an equivariant reading
+    LatentEncoder    learned latents attend to all entries of all tensors     invariant
+    LatentDecoder    every entry attends to the latents                       equivariant
 
-The decoder asks by the features of an entry; encode the places of fixed axes (`LearnedEncoding`) to tell entries apart.
+The decoder's queries are the features of the entries, so entries with equal features have equal outputs; add a
+`LearnedEncoding` to distinguish the positions on fixed axes.
 
 References:
     Neural Functional Transformers (Zhou et al., 2023), Sec. 3.3 (INR2ARRAY), arXiv:2305.13546
@@ -18,18 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from nfn_optim.layers.feature_dict import flatten_entries
 from nfn_optim.symmetry import Symmetry
 
 
 class CrossAttention(nn.Module):
-    """Attention of some tokens to others.
+    """Multi-head cross-attention.
 
     Args:
-        channels: Channels of both.
-        heads: Number of heads, which divides the channels.
+        channels: Channels of queries, of keys and values, and of the output.
+        heads: Number of heads.
 
     Raises:
-        ValueError: The heads do not divide the channels.
+        ValueError: `heads` does not divide `channels`.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -37,74 +39,69 @@ class CrossAttention(nn.Module):
         if channels % heads:
             raise ValueError(f"expected a number of heads that divides {channels} channels, found {heads}")
         self.heads = heads
-        self.ask, self.answer = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
+        self.query, self.key_value = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, asking: Tensor, asked: Tensor) -> Tensor:
-        """Attend. `(*batch, A, C)` and `(*batch, B, C)` to `(*batch, A, C)`."""
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """Attend from queries to context. `(*batch, A, C)` and `(*batch, B, C)` to `(*batch, A, C)`."""
         q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-            for part in (self.ask(asking), *self.answer(asked).chunk(2, -1))
+            x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # (*batch, heads, tokens, c)
+            for x in (self.query(queries), *self.key_value(context).chunk(2, -1))
         )
-        heard: Tensor = self.out(scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
-        return heard
+        y: Tensor = self.out(scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+        return y
 
 
 class LatentEncoder(nn.Module):
     """From weight space to a latent array.
 
     Args:
-        symmetry: The tensors; of their axes only the number matters.
-        channels: Channels of every tensor's features.
-        latents: Vectors in the array.
-        heads: Number of heads, which divides the channels.
+        symmetry: The tensors; only their numbers of dimensions are used.
+        channels: Channels of every tensor and of the latents.
+        latents: Number of latents.
+        heads: Number of heads, a divisor of `channels`.
     """
 
     def __init__(self, symmetry: Symmetry, channels: int, latents: int, heads: int = 1) -> None:
         super().__init__()
-        self._orders = {name: len(dims) for name, dims in symmetry.dims.items()}
+        self._ndims = {name: len(dims) for name, dims in symmetry.dims.items()}
         self.latents = nn.Parameter(torch.randn(latents, channels))
         self.attention = CrossAttention(channels, heads)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Encode. Name -> `(*batch, *shape, channels)` to `(*batch, latents, channels)`."""
-        parts = [
-            features[name].flatten(-1 - order, -2) if order else features[name].unsqueeze(-2)
-            for name, order in self._orders.items()
-        ]
+        parts = [flatten_entries(features[name], ndim) for name, ndim in self._ndims.items()]
         entries = torch.cat(parts, -2)  # (*batch, entries, C)
         latents = self.latents.expand(*entries.shape[:-2], *self.latents.shape)
-        found: Tensor = self.attention(latents, entries)
-        return found
+        y: Tensor = self.attention(latents, entries)
+        return y
 
 
 class LatentDecoder(nn.Module):
     """From a latent array back to weight space.
 
     Args:
-        symmetry: The tensors; of their axes only the number matters.
-        channels: Channels of every tensor's features.
-        heads: Number of heads, which divides the channels.
+        symmetry: The tensors; only their numbers of dimensions are used.
+        channels: Channels of every tensor and of the latents.
+        heads: Number of heads, a divisor of `channels`.
     """
 
     def __init__(self, symmetry: Symmetry, channels: int, heads: int = 1) -> None:
         super().__init__()
-        self._orders = {name: len(dims) for name, dims in symmetry.dims.items()}
+        self._ndims = {name: len(dims) for name, dims in symmetry.dims.items()}
         self.attention = CrossAttention(channels, heads)
 
     def forward(self, features: Mapping[str, Tensor], latents: Tensor) -> dict[str, Tensor]:
         """Decode.
 
         Args:
-            features: What the entries ask by: name -> `(*batch, *shape, channels)`.
+            features: The queries, name -> `(*batch, *shape, channels)`.
             latents: `(*batch, latents, channels)`.
 
         Returns:
             Name -> `(*batch, *shape, channels)`.
         """
-        out = {}
-        for name, order in self._orders.items():
-            x = features[name]
-            asking = x.flatten(-1 - order, -2) if order else x.unsqueeze(-2)
-            out[name] = self.attention(asking, latents).reshape(x.shape)
-        return out
+        return {
+            name: self.attention(flatten_entries(features[name], ndim), latents).reshape(features[name].shape)
+            for name, ndim in self._ndims.items()
+        }

@@ -1,18 +1,18 @@
 """NFLinear: every equivariant linear map between weight spaces.
 
-    N batch, C channels, K entries of the axes in a *key*
-    y_T  =  sum over keys k   heard_T,k( W_k [ pooled_k(x_1), pooled_k(x_2), ... ] )
+    y_T  =  sum over terms k   broadcast_T,k( W_k [ pool_k(x_1), pool_k(x_2), ... ] )  +  b_T
 
-A key is a set of neuron axes that two tensors can have in common: none, one axis, the two axes of a matrix. For each
-key the tensors are pooled to it in all the ways there are, the channels of all of them are mixed by one matrix with a
-coefficient for every pair, and each tensor hears its share in all the ways there are
-(`nfn_optim.layers.equality_pattern` says why
-this is every equivariant map). Only the key that keeps all the axes of a tensor works at the tensor's size; everything
-else happens on pooled vectors.
+    N batch, C channels, P positions on the fixed axes, K sizes of the axes of a term
 
-A fixed axis has coefficients of its own for every position, or pair of positions. Whether the neurons of the input and
-output may be permuted, which is the paper's NP, or may not, its HNP, is therefore the symmetry's to say:
-`NFLinear(free_ends(symmetry), ...)` or `NFLinear(symmetry, ...)`; likewise taps.
+There is a *basis term* for every set of free axes that tensors may have in common: no axis, one axis (the rows of one
+weight matrix, the columns of the next and the bias between them), both axes of a matrix. For each term, all tensors are
+pooled to its axes by all of their equality patterns, one matrix mixes the channels of all pooled tensors, and the
+result is split among the tensors and broadcast back (`nfn_optim.layers.equality_pattern`). Only the term that keeps all
+axes of a tensor works on tensors of that size; the others work on pooled ones.
+
+Entries of fixed axes are positions, which have separate coefficients for every pair of positions. So whether input and
+output neurons have positions (the paper's HNP) or may be permuted (its NP) depends on the symmetry only:
+`NFLinear(symmetry, ...)` is HNP, `NFLinear(free_ends(symmetry), ...)` is NP. The same holds for kernel taps.
 
 References:
     Permutation Equivariant Neural Functionals (Zhou et al., 2023), Sec. 2.2 and App. B, arXiv:2302.14040
@@ -22,74 +22,89 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from nfn_optim.layers.block import Block, Partition
-from nfn_optim.layers.broadcasting import Term, spread
-from nfn_optim.layers.equality_pattern import Structure, View, views_of
-from nfn_optim.layers.pooling import Pooled
+from nfn_optim.layers.block import Block, BlockId, BlockPartition
+from nfn_optim.layers.broadcasting import Addend, broadcast_sum
+from nfn_optim.layers.equality_pattern import EqualityPattern, KeptAxes, equality_patterns_of
+from nfn_optim.layers.pooling import PooledBlock
 from nfn_optim.symmetry import Symmetry
+
+INVARIANT = "no axes"
+"""Name of the basis term without axes, whose pooled values are invariant."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which channels of a key belong to which view of which block: `start ... start + width`."""
+class ChannelSlice:
+    """The channels `start ... start + width` of a basis term, which belong to one pattern of one block."""
 
     block: Block
-    view: View
+    pattern: EqualityPattern
     start: int
     width: int
 
+    @property
+    def span(self) -> slice:
+        """The channels as a slice."""
+        return slice(self.start, self.start + self.width)
+
+    @property
+    def axes(self) -> list[str]:
+        """The axes that the pattern keeps, sorted."""
+        return sorted(self.block.dims[d].axis for d in self.pattern.kept_dims)
+
 
 @dataclass
-class Key:
-    """All that is pooled to the same axes, and all that hears it.
+class BasisTerm:
+    """The part of the map that goes through tensors pooled to the same axes.
 
     Attributes:
-        name: The axes, as one text.
-        sources: What is pooled.
-        targets: What hears.
+        name: The axes, key of the parameter.
+        sources: Slices of the input channels: everything that is pooled to these axes.
+        targets: Slices of the output channels: everything that is broadcast from these axes.
     """
 
     name: str
-    sources: list[Share] = field(default_factory=list)
-    targets: list[Share] = field(default_factory=list)
+    sources: list[ChannelSlice] = field(default_factory=list)
+    targets: list[ChannelSlice] = field(default_factory=list)
 
     @property
-    def width(self) -> int:
-        """Channels of all that is pooled."""
-        return sum(share.width for share in self.sources)
+    def in_width(self) -> int:
+        """Input channels, those of all sources together."""
+        return sum(source.width for source in self.sources)
 
     @property
-    def own(self) -> bool:
-        """Whether it is that of all the axes of one block, which has at least two and shares them with no other."""
-        alone = len(self.sources) == len(self.targets) == 1
-        return alone and self.sources[0].view.full and len(self.sources[0].view.kept) > 1
+    def out_width(self) -> int:
+        """Output channels, those of all targets together."""
+        return sum(target.width for target in self.targets)
 
     @property
-    def height(self) -> int:
-        """Channels of all that is heard."""
-        return sum(share.width for share in self.targets)
+    def is_entrywise(self) -> bool:
+        """Whether it only maps one block, of at least two free axes, entry by entry to itself."""
+        one_to_one = len(self.sources) == len(self.targets) == 1
+        return one_to_one and self.sources[0].pattern.is_identity and len(self.sources[0].pattern.kept) > 1
 
 
 class NFLinear(nn.Module):
-    """All linear maps that commute with the permutations of a symmetry, channels to channels.
+    """All linear maps that commute with the permutations of a symmetry.
 
     Args:
         symmetry: The tensors and their axes.
-        in_channels: Channels of every tensor's features.
-        out_channels: Channels that come out.
-        bias: Whether to add what is constant over the neurons.
-        pointwise: Let every term but the one from a tensor's entry to the same entry start at zero.
+        in_channels: Input channels of every tensor.
+        out_channels: Output channels of every tensor.
+        bias: Whether to add a learned constant, one for every tensor, position and channel.
+        pointwise: Initialise the layer as a map from every entry to itself, all other coefficients being zero.
 
     Attributes:
-        weights: For every key, `(channels heard, channels pooled)`.
-        bias: `(channels heard,)` of the key without axes, or None.
+        weights: For every basis term, `(output channels, input channels)` of all tensors together; keys such as
+            `"axes h0 in"`, or `"no axes"`.
+        bias: `(output channels,)` of the term without axes, or None.
 
     Example:
         >>> s = Symmetry({"w": ("h", "in"), "b": ("h",)}, sizes={"h": 3, "in": 2}, fixed=frozenset({"in"}))
@@ -104,88 +119,87 @@ class NFLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.symmetry, self.in_channels, self.out_channels = symmetry, in_channels, out_channels
-        self._partitions = {name: Partition(symmetry, name) for name in symmetry.dims}
-        self._keys = _keys_of(self._partitions, in_channels, out_channels)
+        self._partition = BlockPartition(symmetry)
+        self._terms = _basis_terms_of(self._partition, in_channels, out_channels)
         self.weights = nn.ParameterDict(
-            {key.name: nn.Parameter(torch.empty(key.height, key.width)) for key in self._keys}
+            {term.name: nn.Parameter(torch.empty(term.out_width, term.in_width)) for term in self._terms}
         )
-        heights = [key.height for key in self._keys if key.name == _TOTAL]
-        self.bias = nn.Parameter(torch.empty(heights[0])) if bias and heights else None
+        widths = [term.out_width for term in self._terms if term.name == INVARIANT]
+        self.bias = nn.Parameter(torch.empty(widths[0])) if bias and widths else None
         self.reset_parameters(pointwise=pointwise)
 
     def reset_parameters(self, *, pointwise: bool = False) -> None:
-        """Draw new coefficients.
+        """Draw new coefficients, uniformly in +-1/sqrt(fan-in) as in the paper's code.
 
         Args:
-            pointwise: Only from a tensor's entry to the same entry; all other coefficients are zero. Otherwise uniform
-                within one over the root of how many numbers an entry hears, as the paper's code has it.
+            pointwise: Only the coefficients from every entry to itself; all others become zero, the bias too.
         """
-        heard: dict[tuple[str, int], int] = {}
-        for key in self._keys:
-            for share in key.targets:
-                place = share.block.tensor, share.block.number
-                heard[place] = heard.get(place, 0) + key.width
+        fan_in: Counter[BlockId] = Counter()
+        for term in self._terms:
+            for target in term.targets:
+                fan_in[target.block.id] += term.in_width
         with torch.no_grad():
-            for key in self._keys:
-                weight = self.weights[key.name]
+            for term in self._terms:
+                weight = self.weights[term.name]
                 weight.zero_()
-                for share in key.targets:
-                    bound = 1 / math.sqrt(heard[share.block.tensor, share.block.number])
-                    rows = slice(share.start, share.start + share.width)
+                for target in term.targets:
+                    bound = 1 / math.sqrt(fan_in[target.block.id])
                     if not pointwise:
-                        weight[rows].uniform_(-bound, bound)
-                    elif share.view.full:
-                        self._draw_pointwise(weight, key, share)
-                    if key.name == _TOTAL and self.bias is not None:
-                        self.bias[rows].uniform_(-bound, bound)
+                        weight[target.span].uniform_(-bound, bound)
+                    elif target.pattern.is_identity:
+                        self._reset_pointwise(weight, term, target)
+                    if term.name == INVARIANT and self.bias is not None:
+                        self.bias[target.span].uniform_(-bound, bound)
             if pointwise and self.bias is not None:
                 self.bias.zero_()
 
-    def _draw_pointwise(self, weight: Tensor, key: Key, target: Share) -> None:
-        for source in key.sources:
-            if source.block == target.block and source.view == target.view:
-                bound, positions = 1 / math.sqrt(self.in_channels), target.block.positions
-                rows = weight[target.start : target.start + target.width]
-                both = rows[:, source.start : source.start + source.width]
-                for n in range(positions):
-                    row, column = n * self.out_channels, n * self.in_channels
-                    both[row : row + self.out_channels, column : column + self.in_channels].uniform_(-bound, bound)
+    def _reset_pointwise(self, weight: Tensor, term: BasisTerm, target: ChannelSlice) -> None:
+        bound = 1 / math.sqrt(self.in_channels)
+        for source in term.sources:
+            if source.block == target.block and source.pattern == target.pattern:
+                part = weight[target.span, source.span]  # (P * out_channels, P * in_channels)
+                for position in range(target.block.num_positions):
+                    row, column = position * self.out_channels, position * self.in_channels
+                    part[row : row + self.out_channels, column : column + self.in_channels].uniform_(-bound, bound)
 
     def coefficients(self, target: str, source: str, axes: tuple[str, ...] = ()) -> Tensor:
-        """The coefficients by which a tensor hears another one along some axes, to be read or written.
+        """A view of the coefficients from one tensor to another, to be read or written.
 
         Args:
-            target: Which tensor hears.
-            source: Which tensor is heard: its mean over all the neurons but those of `axes`.
-            axes: Free axes that the tensors share.
+            target: Name of the output tensor.
+            source: Name of the input tensor, which is averaged over all its free axes except `axes`.
+            axes: Free axes that both tensors have.
 
         Returns:
-            A part of a parameter, `(P * out_channels, P' * in_channels)`, positions of fixed axes slower than channels.
+            A slice of a parameter, `(P * out_channels, P' * in_channels)`, channels varying faster than positions.
 
         Raises:
-            ValueError: There is no such pair, or more than one (an axis occurs twice, or there are several blocks).
+            ValueError: There is none, or more than one (an axis occurs twice in a tensor, or a tensor has several
+                blocks).
         """
-        found = []
-        for key in self._keys:
-            heard = [t for t in key.targets if t.block.tensor == target and _axes_of(t) == sorted(axes)]
-            given = [s for s in key.sources if s.block.tensor == source and _axes_of(s) == sorted(axes)]
-            found += [(key, t, s) for t in heard for s in given]
-        if len(found) != 1:
-            raise ValueError(f"expected one way for {target!r} to hear {source!r} along {axes}, found {len(found)}")
-        key, t, s = found[0]
-        weight: Tensor = self.weights[key.name]
-        return weight[t.start : t.start + t.width, s.start : s.start + s.width]
+        matches = [
+            (term, t, s)
+            for term in self._terms
+            for t in term.targets
+            for s in term.sources
+            if (t.block.tensor, s.block.tensor) == (target, source) and t.axes == s.axes == sorted(axes)
+        ]
+        if len(matches) != 1:
+            raise ValueError(f"expected one map from {source!r} to {target!r} along {axes}, found {len(matches)}")
+        term, t, s = matches[0]
+        weight: Tensor = self.weights[term.name]
+        return weight[t.span, s.span]
 
     def constants(self, target: str) -> Tensor:
-        """What is added to a tensor whatever the features are, to be read or written: `(P * out_channels,)`.
+        """A view of the bias of a tensor, to be read or written: `(P * out_channels,)`.
 
         Raises:
             ValueError: The layer has no bias, or more than one for this tensor (as for `coefficients`).
         """
-        found = [t for key in self._keys for t in key.targets if t.block.tensor == target and not t.view.kept]
-        if len(found) != 1 or self.bias is None:
-            raise ValueError(f"expected one constant for {target!r}, found {0 if self.bias is None else len(found)}")
-        return self.bias[found[0].start : found[0].start + found[0].width]
+        matches = [t for term in self._terms for t in term.targets if t.block.tensor == target and not t.pattern.kept]
+        if len(matches) != 1 or self.bias is None:
+            raise ValueError(f"expected one bias of {target!r}, found {0 if self.bias is None else len(matches)}")
+        return self.bias[matches[0].span]
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Apply the layer.
@@ -195,115 +209,89 @@ class NFLinear(nn.Module):
 
         Returns:
             Tensor name -> `(*batch, *shape, out_channels)`.
+
+        Raises:
+            ValueError: The tensors are not those of the symmetry, or have other channels or different batch shapes.
         """
-        batch = batch_of(self._partitions, features)
-        pooled: dict[tuple[str, int], Pooled] = {}
-        for name, partition in self._partitions.items():
-            flat = features[name].reshape(-1, *partition.shape, self.in_channels)  # (N, *shape, C)
-            for block, x in zip(partition.blocks, partition.cut(flat), strict=True):
-                pooled[name, block.number] = Pooled(block, x)
-        terms: dict[tuple[str, int], list[Term]] = {place: [] for place in pooled}
-        wholes: dict[tuple[str, int], tuple[Term, bool]] = {}
-        for key in self._keys:
-            if key.own:
-                share = key.sources[0]
-                place = share.block.tensor, share.block.number
-                y = pooled[place].mixed(share.view, self.weights[key.name])
-                wholes[place] = (key.targets[0].view, y), False
-        for key in self._keys:
-            if key.own:
-                continue
-            parts = [pooled[s.block.tensor, s.block.number].by(s.view.classes, s.view.kept) for s in key.sources]
-            x = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (N, *K, channels pooled)
-            y = linear(x, self.weights[key.name], self.bias if key.name == _TOTAL else None)
-            for t in key.targets:
-                alone = len(key.targets) == 1
-                term = t.view, (y if alone else y.narrow(-1, t.start, t.width))
-                place = t.block.tensor, t.block.number
-                if t.view.full:
-                    wholes[place] = term, not alone
-                else:
-                    terms[place].append(term)
-        out = {}
-        for name, partition in self._partitions.items():
-            pieces = []
-            for block in partition.blocks:
-                whole, shared = wholes.pop((name, block.number))
-                pieces.append(spread(block, whole, terms.pop((name, block.number)), shared))
-            y = partition.join(pieces)
-            out[name] = y.reshape(*batch, *partition.shape, self.out_channels)
-        return out
+        batch, parts = self._partition.split(features, self.in_channels)
+        pooled = {block.id: PooledBlock(block, parts[block.id]) for block in self._partition.blocks}
+        whole: dict[BlockId, tuple[Addend, bool]] = {}  # and whether its memory may be reused
+        others: dict[BlockId, list[Addend]] = {block.id: [] for block in self._partition.blocks}
+        for term in self._terms:  # first, since this caches means
+            if term.is_entrywise:
+                source, target = term.sources[0], term.targets[0]
+                y = pooled[source.block.id].mix(source.pattern, self.weights[term.name])
+                whole[target.block.id] = (target.pattern, y), True
+        for term in self._terms:
+            if not term.is_entrywise:
+                for target, y in self._apply_term(term, pooled):
+                    if target.pattern.is_identity:
+                        whole[target.block.id] = (target.pattern, y), len(term.targets) == 1
+                    else:
+                        others[target.block.id].append((target.pattern, y))
+
+        def outputs() -> Iterator[Tensor]:
+            for block in self._partition.blocks:
+                addend, in_place = whole.pop(block.id)
+                yield broadcast_sum(block, addend, others.pop(block.id), in_place)
+
+        return self._partition.join(batch, outputs())
+
+    def _apply_term(
+        self, term: BasisTerm, pooled: Mapping[BlockId, PooledBlock]
+    ) -> Iterator[tuple[ChannelSlice, Tensor]]:
+        """`(N, *K, P * out_channels)` for every target."""
+        means = [pooled[source.block.id].pool(source.pattern) for source in term.sources]
+        x = means[0] if len(means) == 1 else torch.cat(means, -1)  # (N, *K, in_width)
+        y = linear(x, self.weights[term.name], self.bias if term.name == INVARIANT else None)
+        for target in term.targets:
+            yield target, (y if len(term.targets) == 1 else y.narrow(-1, target.start, target.width))
 
     def extra_repr(self) -> str:
         """Channels and coefficients."""
         count = sum(p.numel() for p in self.parameters())
-        return f"{self.in_channels}, {self.out_channels}, tensors={len(self._partitions)}, coefficients={count}"
+        return f"{self.in_channels}, {self.out_channels}, tensors={len(self.symmetry.dims)}, coefficients={count}"
 
 
-_TOTAL = "on nothing"
+def _name_of(kept_axes: KeptAxes) -> str:
+    axes = [axis + (f"[{','.join(map(str, parents))}]" if parents else "") for axis, parents in kept_axes]
+    return f"axes {' '.join(axes)}".replace(".", "/") if axes else INVARIANT
 
 
-def batch_of(partitions: Mapping[str, Partition], features: Mapping[str, Tensor]) -> torch.Size:
-    """The leading dimensions that all the tensors share.
+def _basis_terms_of(partition: BlockPartition, in_channels: int, out_channels: int) -> list[BasisTerm]:
+    """All basis terms, those of fewest axes first.
 
-    Raises:
-        ValueError: The tensors are not those of the symmetry, or do not have the same leading dimensions.
+    Permuting the kept classes of source and target alike gives the same map, so the targets have one order each.
     """
-    if set(features) != set(partitions):
-        missing, unknown = sorted(set(partitions) - set(features)), sorted(set(features) - set(partitions))
-        raise ValueError(f"expected the tensors of the symmetry: missing {missing}, not in the symmetry {unknown}")
-    found: torch.Size | None = None
-    for name, partition in partitions.items():
-        shape, last = features[name].shape, -1 - len(partition.shape)
-        batch = shape[:last]
-        if len(shape) + last < 0 or shape[last:-1] != partition.shape or found not in (None, batch):
-            raise ValueError(
-                f"expected {name!r} of shape (*batch, {', '.join(map(str, (*partition.shape, 'channels')))}) and the "
-                f"same batch for all, found {tuple(shape)} after batch {None if found is None else tuple(found)}"
-            )
-        found = batch
-    return found or torch.Size()
+    sources: dict[KeptAxes, list[tuple[Block, EqualityPattern]]] = {}
+    targets: dict[KeptAxes, list[tuple[Block, EqualityPattern]]] = {}
+    for block in partition.blocks:
+        for kept_axes, patterns in equality_patterns_of(block):
+            targets.setdefault(kept_axes, []).append((block, patterns[0]))
+            sources.setdefault(kept_axes, []).extend((block, pattern) for pattern in patterns)
+    terms = []
+    for kept_axes in sorted(sources, key=lambda axes: (len(axes), axes)):
+        order = _dim_order(targets[kept_axes], len(kept_axes))
+        sliced_sources = _slices(sources[kept_axes], order, in_channels)
+        terms.append(BasisTerm(_name_of(kept_axes), sliced_sources, _slices(targets[kept_axes], order, out_channels)))
+    return terms
 
 
-def _axes_of(share: Share) -> list[str]:
-    return sorted(share.block.atoms[share.view.classes[n][0]].axis for n in share.view.kept)
+def _slices(patterns: list[tuple[Block, EqualityPattern]], order: list[int], channels: int) -> list[ChannelSlice]:
+    """Consecutive channels for patterns, the kept classes of which are reordered."""
+    slices, start = [], 0
+    for block, pattern in patterns:
+        width = block.num_positions * channels
+        reordered = EqualityPattern(pattern.classes, tuple(pattern.kept[n] for n in order))
+        slices.append(ChannelSlice(block, reordered, start, width))
+        start += width
+    return slices
 
 
-def _name_of(structure: Structure) -> str:
-    axes = [axis + (f"[{','.join(map(str, above))}]" if above else "") for axis, above in structure]
-    return f"on {' '.join(axes)}".replace(".", "/") if axes else _TOTAL
-
-
-def _keys_of(partitions: Mapping[str, Partition], in_channels: int, out_channels: int) -> list[Key]:
-    """All keys, and who takes part in each; the key of fewest axes first."""
-    sources: dict[Structure, list[tuple[Block, View]]] = {}
-    targets: dict[Structure, list[tuple[Block, View]]] = {}
-    for partition in partitions.values():
-        for block in partition.blocks:
-            for structure, views in views_of(block):
-                targets.setdefault(structure, []).append((block, views[0]))
-                sources.setdefault(structure, []).extend((block, view) for view in views)
-    keys = []
-    for structure in sorted(sources, key=lambda s: (len(s), s)):
-        order = _layout(targets[structure], len(structure))
-        key = Key(_name_of(structure))
-        for made, given, channels in (
-            (key.sources, sources[structure], in_channels),
-            (key.targets, targets[structure], out_channels),
-        ):
-            start = 0
-            for block, view in given:
-                width = block.positions * channels
-                made.append(Share(block, View(view.classes, tuple(view.kept[n] for n in order)), start, width))
-                start += width
-        keys.append(key)
-    return keys
-
-
-def _layout(targets: list[tuple[Block, View]], count: int) -> list[int]:
-    """In which order the largest tensor that keeps all its axes has them."""
-    whole = [(math.prod(block.shape), block, view) for block, view in targets if view.full]
+def _dim_order(targets: list[tuple[Block, EqualityPattern]], count: int) -> list[int]:
+    """The order in which the largest whole block has the axes, so that it need not be transposed."""
+    whole = [(math.prod(block.shape), pattern) for block, pattern in targets if pattern.is_identity]
     if not whole:
         return list(range(count))
-    _, _, view = max(whole, key=lambda entry: entry[0])
-    return sorted(range(count), key=lambda n: view.classes[view.kept[n]][0])
+    _, largest = max(whole, key=lambda entry: entry[0])
+    return sorted(range(count), key=lambda n: largest.classes[largest.kept[n]][0])

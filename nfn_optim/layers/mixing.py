@@ -1,10 +1,10 @@
-"""Mix the channels of a large tensor and sum it over some of its dimensions, as one differentiable function.
+"""Channel mixing of a large tensor and its sums over some dimensions, as one differentiable function.
 
-    y = x W^T                 x (N, *K, F), W (G, F), y (N, *K, G)
-    s_d = sum of x over d     one for each dimension d of K that is asked for
+    y = x W^T                 x (N, *K, C), W (D, C), y (N, *K, D)
+    s_d = sum of x over d     for each requested dimension d of K
 
-Written as one function for its gradient: dx = g W + (what comes back through the sums), which is added into the one
-tensor just made. Left to automatic differentiation, each sum would add a copy as large as x.
+The gradient dx = dy W + sum_d ds_d (broadcast along d) is accumulated in one buffer of the size of x; automatic
+differentiation would allocate another one for every sum.
 """
 
 from __future__ import annotations
@@ -34,44 +34,44 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> tuple[Tensor, ...]:
         x, weight = ctx.saved_tensors
-        moved = torch.zeros_like(x) if dx is None else dx
-        y = linear(moved, weight)
-        return (y if dweight is None else y + linear(x, dweight), *(moved.sum(dim) for dim in ctx.dims))
+        dx = torch.zeros_like(x) if dx is None else dx
+        y = linear(dx, weight)
+        return (y if dweight is None else y + linear(x, dweight), *(dx.sum(dim) for dim in ctx.dims))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        given, *sums = grads
+        dy, *dsums = grads
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = (given @ weight.to(given.dtype)).to(x.dtype)  # they differ under autocast
-            for dim, grad in zip(ctx.dims, sums, strict=True):
-                other = grad.unsqueeze(dim)
+            dx = (dy @ weight.to(dy.dtype)).to(x.dtype)  # dtypes differ under autocast
+            for dim, dsum in zip(ctx.dims, dsums, strict=True):
+                other = dsum.unsqueeze(dim)
                 dx = dx + other if torch.is_grad_enabled() else add_into(dx, other)
         if ctx.needs_input_grad[1]:
-            dw = (given.flatten(0, -2).mT @ x.flatten(0, -2).to(given.dtype)).to(weight.dtype)
+            dw = (dy.flatten(0, -2).mT @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)
         return dx, dw, None
 
 
-def add_into(made: Tensor, other: Tensor) -> Tensor:
-    """The sum, in place if `made` can hold it: not where `other` is one of many under vmap and `made` is not."""
+def add_into(x: Tensor, other: Tensor) -> Tensor:
+    """`x + other`, in place unless vmap forbids it (`other` is batched and `x` is not)."""
     try:
-        return made.add_(other)
+        return x.add_(other)
     except RuntimeError:
-        return made + other
+        return x + other
 
 
 def mix_and_sum(x: Tensor, weight: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Mix the channels, and sum.
+    """Mix channels, and sum over dimensions.
 
     Args:
-        x: `(N, *K, F)`.
-        weight: `(G, F)`.
-        dims: Over which dimensions of `x` to sum, one at a time.
+        x: `(N, *K, C)`.
+        weight: `(D, C)`.
+        dims: Dimensions of `x`; one sum is returned for each.
 
     Returns:
-        `(N, *K, G)`, and for every entry of `dims` the sum, `(N, *K without it, F)`.
+        `(N, *K, D)`, and for every one of `dims` the sum of `x`, `(N, *K without it, C)`.
     """
-    if torch.compiler.is_compiling() or not x.requires_grad:  # the compiler arranges gradients itself
+    if torch.compiler.is_compiling() or not x.requires_grad:  # the compiler plans the memory of gradients itself
         return (linear(x, weight), *(x.sum(dim) for dim in dims))
     return _Mix.apply(x, weight, dims)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,8 +1,8 @@
-"""Normalisation that commutes with renaming neurons.
+"""Equivariant normalisation.
 
     ChannelNorm    every entry over its channels, or over its channels and fixed positions (the paper's form)
-    TensorNorm     every channel of a tensor over all its entries
-    Scale          no statistics: one learned factor for each tensor
+    TensorNorm     every channel of a tensor over all entries
+    Scale          no normalisation: one learned factor for each tensor
 
 References:
     Permutation Equivariant Neural Functionals (Zhou et al., 2023), App. E, arXiv:2302.14040
@@ -17,102 +17,89 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from nfn_optim.layers.block import Partition
-from nfn_optim.layers.deepsets import slot_of
-from nfn_optim.layers.linear import batch_of
+from nfn_optim.layers.block import Block, BlockPartition
+from nfn_optim.layers.feature_dict import module_key
 from nfn_optim.symmetry import Symmetry
 
 
 class ChannelNorm(nn.Module):
-    """Mean 0 and variance 1 over the channels of an entry, then a learned gain and shift for each tensor.
+    """Layer normalisation over the channels of every entry, with a learned gain and shift for each tensor.
 
     Args:
         symmetry: The tensors and their axes.
-        channels: Channels of every tensor's features.
-        positions: Normalise over all positions of the fixed axes together with the channels, each position and channel
-            with its own gain and shift.
+        channels: Channels of every tensor.
+        positions: Normalise over channels and all positions on the fixed axes, with a gain and shift for each of them.
         eps: Added to the variance.
     """
 
     def __init__(self, symmetry: Symmetry, channels: int, *, positions: bool = False, eps: float = 1e-5) -> None:
         super().__init__()
-        self._partitions = {name: Partition(symmetry, name) for name in symmetry.dims}
-        self._positions, self._eps = positions, eps
+        self._partition = BlockPartition(symmetry)
+        self.channels, self._positions, self._eps = channels, positions, eps
         self.gains, self.shifts = nn.ParameterDict(), nn.ParameterDict()
-        for name, partition in self._partitions.items():
-            for block in partition.blocks:
-                slot = _place(name, block.number)
-                width = (block.positions if positions else 1) * channels
-                self.gains[slot], self.shifts[slot] = (
-                    nn.Parameter(torch.ones(width)),
-                    nn.Parameter(torch.zeros(width)),
-                )
+        for block in self._partition.blocks:
+            width = (block.num_positions if positions else 1) * channels
+            self.gains[_key_of(block)] = nn.Parameter(torch.ones(width))
+            self.shifts[_key_of(block)] = nn.Parameter(torch.zeros(width))
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Normalise. Name -> `(*batch, *shape, channels)`, both ways."""
-        batch = batch_of(self._partitions, features)
-        out = {}
-        for name, partition in self._partitions.items():
-            shape = features[name].shape
-            flat = features[name].reshape(-1, *shape[len(batch) :])  # (N, *shape, C)
-            pieces = []
-            for block, x in zip(partition.blocks, partition.cut(flat), strict=True):
-                slot = _place(name, block.number)
-                gain, shift = self.gains[slot], self.shifts[slot]
-                if not self._positions or not block.fixed:
-                    pieces.append(layer_norm(x, (x.shape[-1],), gain, shift, self._eps))
-                    continue
-                order = [0, *(1 + n for n in (*block.free, *block.fixed)), x.dim() - 1]
-                last = x.permute(order)  # (N, *free, *fixed, C)
-                folded = last.flatten(1 + len(block.free))
-                y = layer_norm(folded, (folded.shape[-1],), gain, shift, self._eps).reshape(last.shape)
-                pieces.append(y.permute([order.index(n) for n in range(len(order))]))
-            out[name] = partition.join(pieces).reshape(shape)
-        return out
+        """Normalise. Name -> `(*batch, *shape, channels)`, in and out."""
+        batch, parts = self._partition.split(features, self.channels)
+        return self._partition.join(batch, (self._normalise(b, parts[b.id]) for b in self._partition.blocks))
+
+    def _normalise(self, block: Block, x: Tensor) -> Tensor:
+        gain, shift = self.gains[_key_of(block)], self.shifts[_key_of(block)]
+        if not self._positions or not block.fixed_dims:
+            return layer_norm(x, (x.shape[-1],), gain, shift, self._eps)
+        order = [0, *(1 + d for d in (*block.free_dims, *block.fixed_dims)), x.dim() - 1]
+        x = x.permute(order)  # (N, *free, *fixed, C)
+        flat = x.flatten(1 + len(block.free_dims))  # (N, *free, P * C)
+        y = layer_norm(flat, (flat.shape[-1],), gain, shift, self._eps).reshape(x.shape)
+        return y.permute([order.index(d) for d in range(len(order))])
 
 
 class TensorNorm(nn.Module):
-    """Mean square 1 over the entries of a tensor, channel by channel, then a learned gain for each tensor and channel.
+    """RMS normalisation of every channel over all entries of a tensor, with a learned gain for each.
 
     Args:
-        symmetry: The tensors; of their axes only the number matters.
-        channels: Channels of every tensor's features.
+        symmetry: The tensors; only their numbers of dimensions are used.
+        channels: Channels of every tensor.
         eps: Added to the mean square.
     """
 
     def __init__(self, symmetry: Symmetry, channels: int, *, eps: float = 1e-8) -> None:
         super().__init__()
-        self._orders = {name: len(dims) for name, dims in symmetry.dims.items()}
+        self._ndims = {name: len(dims) for name, dims in symmetry.dims.items()}
         self._eps = eps
-        self.gains = nn.ParameterDict({slot_of(name): nn.Parameter(torch.ones(channels)) for name in symmetry.dims})
+        self.gains = nn.ParameterDict({module_key(name): nn.Parameter(torch.ones(channels)) for name in symmetry.dims})
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Normalise. Name -> `(*batch, *shape, channels)`, both ways."""
+        """Normalise. Name -> `(*batch, *shape, channels)`, in and out."""
         out = {}
-        for name, order in self._orders.items():
+        for name, ndim in self._ndims.items():
             x = features[name]
-            dims = tuple(range(-1 - order, -1))
+            dims = tuple(range(-1 - ndim, -1))
             square = x.square().mean(dims, keepdim=True) if dims else x.square()
-            out[name] = x * torch.rsqrt(square + self._eps) * self.gains[slot_of(name)]
+            out[name] = x * torch.rsqrt(square + self._eps) * self.gains[module_key(name)]
         return out
 
 
 class Scale(nn.Module):
-    """Multiply every tensor by a learned number.
+    """Multiply every tensor by a learned factor.
 
     Args:
-        symmetry: The tensors.
-        start: The numbers to begin with.
+        symmetry: The tensors; their axes are not used.
+        start: Initial factor.
     """
 
     def __init__(self, symmetry: Symmetry, start: float = 1.0) -> None:
         super().__init__()
-        self.factors = nn.ParameterDict({slot_of(n): nn.Parameter(torch.tensor(start)) for n in symmetry.dims})
+        self.factors = nn.ParameterDict({module_key(n): nn.Parameter(torch.tensor(start)) for n in symmetry.dims})
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Multiply. Name -> `(*batch, *shape, channels)`, both ways."""
-        return {name: x * self.factors[slot_of(name)] for name, x in features.items()}
+        """Multiply. Name -> `(*batch, *shape, channels)`, in and out."""
+        return {name: x * self.factors[module_key(name)] for name, x in features.items()}
 
 
-def _place(name: str, number: int) -> str:
-    return f"{slot_of(name)}#{number}"
+def _key_of(block: Block) -> str:
+    return f"{module_key(block.tensor)}#{block.index}"

@@ -1,4 +1,4 @@
-"""Watch an optimizer in TensorBoard: what the rule does to every layer. Nothing below knows that it is watched."""
+"""`watch`: TensorBoard charts of the updates of every layer."""
 
 from nfn_optim.monitor.observer import Observer, watch
 

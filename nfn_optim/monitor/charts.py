@@ -1,4 +1,4 @@
-"""What the pages show: how charts are laid out, how to read them, which rule and which symmetry are at work."""
+"""Charts and text: titles and meanings of the quantities, the layout of the charts, the rule and the symmetry."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from nfn_optim import pretrained
-from nfn_optim.monitor.grouping import WHOLE, Part, lines_of
-from nfn_optim.monitor.sampling import MOST
-from nfn_optim.monitor.writer import Layout
+from nfn_optim.monitor.grouping import WHOLE_NETWORK, Group, groups_of
+from nfn_optim.monitor.sampling import MAX_ENTRIES
+from nfn_optim.monitor.writer import ChartLayout
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
 
-QUANTITIES = {  # word in the tag -> title of its chart, what that shows
+QUANTITIES = {  # quantity in the tag -> title of its chart, meaning
     "update_over_weight": (
         "update / weight (RMS)",
         "how far one step moves the weights, in units of their size: 0.001 is usual, at 0.1 ten steps rebuild a layer",
     ),
     "gain": (
         "gain (1: as AdamW)",
-        "what the rule multiplies a direction by: the step size that it chooses, in units of `lr`; geometric mean",
+        "factor of the update: the step size that the rule chooses, in units of `lr`; geometric mean",
     ),
     "cosine": (
         "cosine to AdamW's update",
-        "1: the direction that AdamW would take from here with the same gradients; 0: at a right angle to it",
+        "1: the direction of AdamW's update from the same state with the same gradients; 0: orthogonal to it",
     ),
     "learned_over_nominal": (
         "learned / nominal (RMS)",
-        "how large what the rule adds to Adam's direction is beside that direction; 0: AdamW but for the gain",
+        "size of what the rule adds to Adam's direction, relative to that direction; 0: AdamW but for the gain",
     ),
     "gradient_norm": ("gradient norm", "of the gradient that the optimizer gets, after any clipping"),
     "first_moment_norm": ("norm of the first moment", "of the mean gradient of the last ten steps or so"),
@@ -38,94 +38,96 @@ QUANTITIES = {  # word in the tag -> title of its chart, what that shows
     ),
     "fallbacks": (
         "fallbacks",
-        "learned updates that were out of range, in place of which a tensor got AdamW's; should stay 0",
+        "learned updates that were out of range and were replaced by AdamW's; should stay 0",
     ),
 }
-IN_A_PART = ("update_over_weight", "gain", "cosine", "learned_over_nominal", "gradient_norm", "first_moment_norm")
-OTHERS = {  # title of the chart -> words and lines of the tags, what it shows
-    "skipped steps": ({"steps": ["skipped"]}, "steps not taken because a gradient was not finite; should stay 0"),
-    "learning rate": ({}, "`lr` of every group of parameters, as schedulers set it"),
-    "seconds": ({"seconds": ["training_step", "optimizer_step"]}, "of a whole step of training, and of the optimizer"),
-    "optimizer's share of the time": ({"share_of_time": ["optimizer"]}, "in a step of training"),
+PART_QUANTITIES = ("update_over_weight", "gain", "cosine", "learned_over_nominal", "gradient_norm", "first_moment_norm")
+OTHER_CHARTS = {  # title of the chart -> quantities and last words of the tags, meaning
+    "skipped steps": ({"steps": ["skipped"]}, "steps skipped because a gradient was not finite; should stay 0"),
+    "learning rate": ({}, "`lr` of every parameter group, as set by schedulers"),
+    "seconds": ({"seconds": ["training_step", "optimizer_step"]}, "per training step, and of that in the optimizer"),
+    "optimizer's share of the time": ({"share_of_time": ["optimizer"]}, "of a training step"),
 }
-NEURONS = (
-    "what the gains of all weights of a neuron have in common, as a power of two: +1 is a step twice as long; "
-    "all near 0: the rule tells no neuron from another"
+NEURON_GAIN = (
+    "mean over the gains of a neuron's rows, as a power of two: +1 doubles the step; "
+    "all near 0: the rule treats all neurons alike"
 )
 
 
-def tag(name: str, word: str, line: str) -> str:
-    """The tag of a line: charts are grouped by what stands before the slash."""
-    return f"{name}.{word}/{line}"
+def tag(name: str, quantity: str, group: str) -> str:
+    """The tag of a curve; TensorBoard groups charts by the words before the slash."""
+    return f"{name}.{quantity}/{group}"
 
 
-def layout_of(name: str, parts: Mapping[str, Part], groups: int) -> Layout:
-    """Lay out the page of custom scalars.
+def layout_of(name: str, parts: Mapping[str, Group], param_groups: int) -> ChartLayout:
+    """The layout of the Custom Scalars page.
 
     Args:
         name: Of the optimizer.
         parts: The parts of the network.
-        groups: Number of groups of parameters.
+        param_groups: Number of parameter groups.
     """
-    network = {title: _tags(name, word, parts) for word, (title, _) in QUANTITIES.items()}
-    for title, (tags, _) in OTHERS.items():
-        network[title] = [found for word, lines in tags.items() for found in _tags(name, word, lines)]
-    network["learning rate"] += _tags(name, "lr", [f"group{number}" for number in range(groups)])
+    network = {title: _tags(name, quantity, parts) for quantity, (title, _) in QUANTITIES.items()}
+    for title, (tags, _) in OTHER_CHARTS.items():
+        network[title] = [found for quantity, words in tags.items() for found in _tags(name, quantity, words)]
+    network["learning rate"] += _tags(name, "lr", [f"group{index}" for index in range(param_groups)])
     layout = {f"{name}: the network": network}
     for part, tensors in parts.items():
-        if list(lines := lines_of(tensors)) != [part]:
-            layout[f"{name}: {part}"] = {QUANTITIES[word][0]: _tags(name, word, lines) for word in IN_A_PART}
+        if list(groups := groups_of(tensors)) != [part]:
+            charts = {QUANTITIES[quantity][0]: _tags(name, quantity, groups) for quantity in PART_QUANTITIES}
+            layout[f"{name}: {part}"] = charts
     return layout
 
 
-def texts_of(rule: UpdateRule, symmetry: Symmetry | None, facts: Mapping[str, object]) -> dict[str, str]:
-    """The pages of text.
+def texts_of(rule: UpdateRule, symmetry: Symmetry | None, hparams: Mapping[str, object]) -> dict[str, str]:
+    """The entries of the Text page.
 
     Args:
         rule: The rule.
         symmetry: The symmetry, if it is known.
-        facts: What else is to be said of the optimizer.
+        hparams: Hyperparameters of the optimizer.
 
     Returns:
         Title -> Markdown.
     """
-    meanings = dict([*QUANTITIES.values(), *((title, meaning) for title, (_, meaning) in OTHERS.items())])
-    name = name_of(rule)
+    other_meanings = ((title, meaning) for title, (_, meaning) in OTHER_CHARTS.items())
+    meanings = dict([*QUANTITIES.values(), *other_meanings])
+    name = rule_name_of(rule)
     card = pretrained.card(name) if name in pretrained.names()[1:] else "This rule has no card."
     return {
         "1_how_to_read": "\n\n".join(
             [
-                "**Custom Scalars** has the charts: in its first section those of the network, with a line for each of "
-                "its parts; below it a section for each part. Point at a chart for the names of its lines. The charts "
-                "of single tensors are under **Scalars**, final values under **HParams**.",
-                _table("chart", "what it shows", meanings),
-                f"**Histograms** have the gain by neuron: {NEURONS}. `log2_gain/fc.weight.h0` is about the neurons of "
-                f"axis `h0`, which `fc.weight` and all tensors with `h0` in the symmetry below have in common.",
-                f"A line over several tensors treats them as one long vector: `{WHOLE}` is the whole network, "
-                f"`blocks.0-3.mlp` the tensors of `mlp` in blocks 0 to 3. In a tensor of more than {MOST} entries as "
-                f"many of them, chosen at random once, are looked at, except for norms.",
+                "**Custom Scalars** has the charts: first those of the network, with a curve for each of its parts; "
+                "then a section for each part. Hover over a chart for the names of its curves. The charts of single "
+                "tensors are under **Scalars**, final values under **HParams**.",
+                _table("chart", "meaning", meanings),
+                f"**Histograms** show the gain of every neuron: {NEURON_GAIN}. `log2_gain/fc.weight.h0` is for the "
+                f"neurons of axis `h0`, which `fc.weight` shares with all tensors with `h0` in the symmetry below.",
+                f"A curve of several tensors treats them as one long vector: `{WHOLE_NETWORK}` is the whole network, "
+                f"`blocks.0-3.mlp` the tensors of `mlp` in blocks 0 to 3. Of a tensor with more than {MAX_ENTRIES} "
+                f"entries a fixed random sample of that many is used, except for norms.",
             ]
         ),
-        "2_rule": f"{_table('setting', 'value', {**facts, **asdict(rule.config)})}\n\n{card}",
+        "2_rule": f"{_table('setting', 'value', {**hparams, **asdict(rule.config)})}\n\n{card}",
         "3_symmetry": "Which dimensions of which tensors are the same neurons; *free* axes may be permuted.\n\n"
-        f"```\n{symmetry if symmetry is not None else 'not known'}\n```",
+        f"```\n{symmetry if symmetry is not None else 'unknown'}\n```",
     }
 
 
-def name_of(rule: UpdateRule) -> str:
-    """What a rule is called inside the package, or "custom"."""
-    if not rule.learns:
+def rule_name_of(rule: UpdateRule) -> str:
+    """The name of a rule inside the package, or "custom"."""
+    if not rule.learned:
         return "adamw"
     sha256 = pretrained.digest(rule)
     return next((n for n in pretrained.names() if pretrained.digest(pretrained.load(n)) == sha256), "custom")
 
 
-def _tags(name: str, word: str, lines: Iterable[str]) -> list[str]:
-    """Regular expressions that match exactly the tags of some lines."""
-    return [f"{re.escape(tag(name, word, line))}$" for line in lines]
+def _tags(name: str, quantity: str, groups: Iterable[str]) -> list[str]:
+    """Regular expressions that match exactly the tags of some groups."""
+    return [f"{re.escape(tag(name, quantity, group))}$" for group in groups]
 
 
 def _table(first: str, second: str, rows: Mapping[str, object]) -> str:
-    """A table of two columns in Markdown."""
+    """A Markdown table of two columns."""
     lines = [f"| {first} | {second} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Which tensors share a line in a chart, so that a large network stays readable.
+"""Groups of tensors that share a curve in a chart, so that the charts of a large network stay readable.
 
-The tree of names is cut into *parts* until there are as many as a chart has room for. Repeated blocks in one part are
-then laid on top of each other, so that what is shown of it are the *kinds* of tensors in it:
+The tree of names is cut into *parts*, at most as many as a chart has curves. Repeated blocks in a part are then merged,
+so that its curves are the *kinds* of tensors in it:
 
     blocks.0.mlp.weight, blocks.1.mlp.weight, ... blocks.11.mlp.weight      blocks.0-11.mlp.weight
 """
@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-ROOM = 6  # lines in a chart, which TensorBoard draws in one colour
-MANY = 128  # tensors with a line each
-WHOLE = "all"  # the line of the whole network
+MAX_CURVES = 6  # in a chart; TensorBoard draws all of them in one colour
+MAX_SINGLE_TENSORS = 128  # in networks with a group for every single tensor
+WHOLE_NETWORK = "all"  # the group of all tensors
 
-Part = tuple[str, ...]
+Group = tuple[str, ...]
+"""Names of the tensors in a group."""
 
 
-def parts_of(names: Sequence[str]) -> dict[str, Part]:
-    """Cut the tree of names into at most `ROOM` parts.
+def parts_of(names: Sequence[str]) -> dict[str, Group]:
+    """Cut the tree of names into at most `MAX_CURVES` parts.
 
-    At every turn the parts with the most tensors are cut, all of that size or none. A part that holds more than half of
-    the names and has too many children for a line each is cut into ranges.
+    Every round cuts the parts with the most tensors, all parts of that size or none. A part that holds more than half
+    of the names and has too many children for a curve each is cut into ranges.
 
     Args:
         names: Of the tensors, dotted, in order.
@@ -35,31 +36,31 @@ def parts_of(names: Sequence[str]) -> dict[str, Part]:
         ['stem.weight', 'blocks.0-1', 'blocks.2-3', 'blocks.4-5', 'blocks.6-7', 'blocks.8']
     """
     parts = [tuple(names)] if names else []
-    while parts and (most := max(map(len, parts))) > 1:
-        cut = [_children(part) if len(part) == most else [part] for part in parts]
-        if sum(map(len, cut)) > ROOM and 2 * most > len(names):
-            cut = [_ranges(children, ROOM - len(parts) + 1) for children in cut]
-        if not len(parts) < sum(map(len, cut)) <= ROOM:
+    while parts and (largest := max(map(len, parts))) > 1:
+        cut = [_children(part) if len(part) == largest else [part] for part in parts]
+        if sum(map(len, cut)) > MAX_CURVES and 2 * largest > len(names):
+            cut = [_ranges(children, MAX_CURVES - len(parts) + 1) for children in cut]
+        if not len(parts) < sum(map(len, cut)) <= MAX_CURVES:
             break
         parts = [child for children in cut for child in children]
     return {_label(part, names): part for part in parts}
 
 
-def lines_of(part: Part) -> dict[str, Part]:
-    """What a part is shown as: its tensors or, if there are too many, what it or its kinds are cut into.
+def groups_of(part: Group) -> dict[str, Group]:
+    """The groups shown in the charts of a part: single tensors or, if these are too many, parts or merged kinds of it.
 
     Args:
         part: Names of its tensors.
 
     Returns:
-        At most `ROOM` labels -> tensors.
+        At most `MAX_CURVES` labels -> tensors.
 
     Example:
         >>> part = [f"blocks.{k}.{name}" for k in range(3) for name in ("mlp.weight", "mlp.bias", "norm.weight")]
-        >>> list(lines_of(tuple(part)))
+        >>> list(groups_of(tuple(part)))
         ['blocks.0-2.mlp.weight', 'blocks.0-2.mlp.bias', 'blocks.0-2.norm.weight']
     """
-    if len(part) <= ROOM:
+    if len(part) <= MAX_CURVES:
         return {name: (name,) for name in part}
     kinds = kinds_of(part)
     return {
@@ -67,25 +68,25 @@ def lines_of(part: Part) -> dict[str, Part]:
     }
 
 
-def all_lines(names: Sequence[str]) -> dict[str, Part]:
-    """Every line that is written: the network, its parts, what these are shown as, and the tensors.
+def all_groups(names: Sequence[str]) -> dict[str, Group]:
+    """Every group that is written: the network, its parts, the groups of these, and the tensors.
 
     Args:
-        names: Of the tensors. Of more than `MANY` there is no line for each, but for each kind in a part.
+        names: Of the tensors. If there are more than `MAX_SINGLE_TENSORS`, the kinds in each part replace the tensors.
 
     Returns:
         Label -> tensors.
     """
     parts = parts_of(names)
-    lines = {WHOLE: tuple(names), **parts}
+    groups = {WHOLE_NETWORK: tuple(names), **parts}
     for part in parts.values():
-        lines |= lines_of(part)
-        lines |= kinds_of(part) if len(names) > MANY else {name: (name,) for name in part}
-    return lines
+        groups |= groups_of(part)
+        groups |= kinds_of(part) if len(names) > MAX_SINGLE_TENSORS else {name: (name,) for name in part}
+    return groups
 
 
-def kinds_of(part: Part) -> dict[str, Part]:
-    """Lay repeated blocks on top of each other: names that differ in the number behind their common prefix only.
+def kinds_of(part: Group) -> dict[str, Group]:
+    """Merge repeated blocks: names that differ only in the number behind their common prefix.
 
     Args:
         part: Names of its tensors.
@@ -106,8 +107,8 @@ def kinds_of(part: Part) -> dict[str, Part]:
     return labelled
 
 
-def _children(part: Part) -> list[Part]:
-    """What a part consists of, by the word behind the common prefix."""
+def _children(part: Group) -> list[Group]:
+    """The children of a part, by the word behind the common prefix."""
     depth = len(_prefix(part))
     children: dict[str, list[str]] = {}
     for name in part:
@@ -115,25 +116,25 @@ def _children(part: Part) -> list[Part]:
     return [tuple(child) for child in children.values()]
 
 
-def _ranges(children: Sequence[Part], room: int) -> list[Part]:
-    """Put neighbours together until there are at most `room`."""
-    each = -(-len(children) // max(room, 1))
+def _ranges(children: Sequence[Group], count: int) -> list[Group]:
+    """Join adjacent children into at most `count` groups."""
+    each = -(-len(children) // max(count, 1))
     ranges = [children[first : first + each] for first in range(0, len(children), each)]
     return [tuple(name for child in found for name in child) for found in ranges]
 
 
-def _label(part: Part, names: Sequence[str]) -> str:
-    """The common prefix and, where others share it, the first and the last of the children."""
+def _label(part: Group, names: Sequence[str]) -> str:
+    """The common prefix and, if other names share it, the first and the last child."""
     if len(part) == 1:
         return part[0]
     prefix = _prefix(part)
     words = [name.split(".")[len(prefix)] for name in part]
-    others = sum(name.split(".")[: len(prefix)] == prefix for name in names) > len(part)
-    return ".".join([*prefix, *([f"{words[0]}-{words[-1]}"] if others else [])]) or WHOLE
+    is_shared = sum(name.split(".")[: len(prefix)] == prefix for name in names) > len(part)
+    return ".".join([*prefix, *([f"{words[0]}-{words[-1]}"] if is_shared else [])]) or WHOLE_NETWORK
 
 
 def _prefix(names: Sequence[str]) -> list[str]:
-    """The words that all names begin with; at least one word is left of each."""
+    """The words that all names begin with; at least one word of each name is not part of it."""
     split = [name.split(".")[:-1] for name in names]
     prefix = []
     for words in zip(*split, strict=False):

@@ -7,14 +7,13 @@
         loss(fmodel(x_held), y_held).backward()        to theta, and whatever else requires gradients
         diffopt.write_back()                           model and optimizer now stand where the inner loop ended
 
-A step calls the same rule as `NFNOptimizer.step`, with gradients on; there is no mathematics here. `higher` copies
+A step calls the same rule as `NFNOptimizer.step`, differentiably; there is no mathematics here. `higher` copies
 groups, state, weights and buffers when the context is entered, so entering it anew for every window of a long run
 truncates the history, and `write_back` carries the run over. Moments are in full precision inside, whatever the
-optimizer's `state_dtype`; `write_back` rounds them to the nearest. What `override` may name, besides the entries of
-groups:
+optimizer's `state_dtype`; `write_back` rounds them to nearest. `override` accepts, besides the entries of groups:
 
-    theta           a mapping from names of the rule's tensors to what takes their place; by default the rule's own
-                    tensors, which get gradients themselves where they require them
+    theta           a mapping from names of the rule's tensors to replacements; by default the rule's own tensors,
+                    which receive gradients where they require them
     second_order    whether the gradient of the inner loss is differentiated too, by default True
 
 References:
@@ -31,25 +30,25 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from nfn_optim.optimizer import state as param_state
 from nfn_optim.optimizer.discovery import unwrap
-from nfn_optim.optimizer.gradient_check import is_usable
+from nfn_optim.optimizer.gradient_check import grads_finite
 from nfn_optim.optimizer.optimizer import NFNOptimizer
 from nfn_optim.optimizer.param_groups import COUNTERS
+from nfn_optim.optimizer.state import read_state
 
 
-class Entry(NamedTuple):
-    """One parameter at one step: its group, the states of that, its number in both, and its gradient."""
+class DifferentiableSlot(NamedTuple):
+    """One parameter at one step: its group, the states of the group, its index in both, and its gradient."""
 
     group: dict[str, Any]
     states: dict[int, dict[str, Tensor]]
-    number: int
+    position: int
     grad: Tensor
 
     @property
     def param(self) -> Tensor:
         """The parameter."""
-        p: Tensor = self.group["params"][self.number]
+        p: Tensor = self.group["params"][self.position]
         return p
 
 
@@ -59,15 +58,16 @@ def register() -> None:
 
 
 class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type: ignore[misc]
-    """What `higher` makes of an `NFNOptimizer`. It takes the same steps, and skips the same ones.
+    """The differentiable counterpart of an `NFNOptimizer` in `higher`. It takes and skips the same steps.
 
-    The symmetry is the optimizer's; where that has seen no forward pass yet, it is traced from the first one of the
-    functional module, and the optimizer keeps it.
+    The symmetry is the optimizer's; if that has seen no forward pass yet, it is traced from the first one of the
+    functional
+    module, and the optimizer adopts it.
 
     Args:
-        other: The optimizer, left as it is until `write_back`.
+        other: The optimizer, unchanged until `write_back`.
         reference_params: The parameters of the module, in its order.
-        *args: As `higher.optim.DifferentiableOptimizer` has them.
+        *args: As of `higher.optim.DifferentiableOptimizer`.
         **kwargs: Likewise.
     """
 
@@ -82,7 +82,7 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
         """Take one differentiable step.
 
         Args:
-            *args: The loss, 0-d, and more as `higher.optim.DifferentiableOptimizer.step` has it.
+            *args: The loss, 0-d, and more as of `higher.optim.DifferentiableOptimizer.step`.
             **kwargs: Likewise.
 
         Returns:
@@ -93,41 +93,41 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Set the module's parameters and buffers, and the optimizer's state, to where the inner loop stands now."""
+        """Copy parameters, buffers and state of the inner loop to the module and the optimizer."""
         for p, newest in zip(self._reference, self._newest, strict=True):
             p.copy_(newest)
         if self._fmodel is not None:
             module = unwrap(self._fmodel)
             for name, part in self._fmodel.named_modules(remove_duplicate=False):
-                theirs = module.get_submodule(name)._buffers
+                buffers = module.get_submodule(name)._buffers
                 for key, buffer in part._buffers.items():
-                    if (old := theirs[key]) is not None:
+                    if (old := buffers[key]) is not None:
                         old.copy_(buffer)
         for group, real, states in zip(self.param_groups, self._optimizer.param_groups, self.state, strict=True):
             real |= {key: int(group[key]) for key in COUNTERS}
             for i, state in states.items():
                 p = real["params"][i]
-                kept_in = self._optimizer._state_dtype
-                self._optimizer.state[p] = param_state.read(self._optimizer.rule, f"{i}", p, state, kept_in)
+                state_dtype = self._optimizer._state_dtype
+                self._optimizer.state[p] = read_state(self._optimizer.rule, f"{i}", p, state, state_dtype)
 
     def _update(self, grouped_grads: Sequence[Sequence[Tensor | None]], **_: Any) -> None:
-        """Replace parameters and state by what the rule makes of them; called by `step`."""
+        """Replace parameters and state by those after a step of the rule; called by `step`."""
         self._optimizer._resolve()
-        entries = self._entries(grouped_grads)
-        if not entries:
+        slots = self._slots(grouped_grads)
+        if not slots:
             return
-        if not is_usable([entry.grad.detach() for entry in entries.values()]):
+        if not grads_finite([slot.grad.detach() for slot in slots.values()]):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             return
-        for device in dict.fromkeys(entry.param.device for entry in entries.values()):
-            self._advance({name: entry for name, entry in entries.items() if entry.param.device == device}, device)
+        for device in dict.fromkeys(slot.param.device for slot in slots.values()):
+            self._step({name: slot for name, slot in slots.items() if slot.param.device == device}, device)
         for group in self.param_groups:
             group["steps_taken"] = group["steps_taken"] + 1
 
-    def _entries(self, grouped_grads: Sequence[Sequence[Tensor | None]]) -> dict[str, Entry]:
-        """The parameters that have a gradient, by name; what is frozen has none, though `higher` may thaw it."""
-        entries = {}
+    def _slots(self, grouped_grads: Sequence[Sequence[Tensor | None]]) -> dict[str, DifferentiableSlot]:
+        """The parameters with a gradient, by name; frozen ones have none, even if `higher` unfreezes them."""
+        slots = {}
         names = iter(self._optimizer.names)
         reference = (p for group in self._optimizer.param_groups for p in group["params"])
         for group, states, grads in zip(self.param_groups, self.state, grouped_grads, strict=True):
@@ -135,34 +135,34 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
                 name, trained = next(names), next(reference).requires_grad
                 if g is not None and trained and g.numel():
                     grad = g if group.get("second_order", True) else g.detach()
-                    entries[name] = Entry(group, states, i, -grad if group["maximize"] else grad)
-        return entries
+                    slots[name] = DifferentiableSlot(group, states, i, -grad if group["maximize"] else grad)
+        return slots
 
-    def _advance(self, entries: dict[str, Entry], device: torch.device) -> None:
-        """Call the rule for parameters of one device."""
+    def _step(self, slots: dict[str, DifferentiableSlot], device: torch.device) -> None:
+        """Call the rule for the parameters of one device."""
         optimizer, symmetry = self._optimizer, self._optimizer.symmetry
         assert symmetry is not None
-        params = {name: entry.param for name, entry in entries.items()}
-        fresh = optimizer.rule.init(params)
-        state = {name: entry.states[entry.number] or fresh[name] for name, entry in entries.items()}
+        params = {name: slot.param for name, slot in slots.items()}
+        initial = optimizer.rule.init(params)
+        state = {name: slot.states[slot.position] or initial[name] for name, slot in slots.items()}
         dtype = max((s["step"].dtype for s in state.values()), key=lambda d: d.itemsize)
         state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
-        grads = {name: entry.grad for name, entry in entries.items()}
+        grads = {name: slot.grad for name, slot in slots.items()}
         hypers: dict[str, Any] = {
-            key: {n: entry.group[key] for n, entry in entries.items()} for key in ("lr", "weight_decay")
+            key: {n: slot.group[key] for n, slot in slots.items()} for key in ("lr", "weight_decay")
         }
         hypers["total_steps"] = self.param_groups[0]["total_steps"]
-        hypers["talk"] = optimizer.rule.talks(int(self.param_groups[0]["steps_taken"]))
+        hypers["refresh"] = optimizer.rule.refreshes(int(self.param_groups[0]["steps_taken"]))
         symmetry = symmetry if params.keys() == symmetry.dims.keys() else symmetry.restrict(params)
         with torch.set_grad_enabled(self._track_higher_grads), torch.autocast(device.type, enabled=False):
             theta = self._theta(device, dtype)
             update, new = functional_call(optimizer.rule, theta, (params, grads, state, symmetry), hypers)
-        for name, (group, states, i, _) in entries.items():
+        for name, (group, states, i, _) in slots.items():
             group["params"][i] = (params[name] + update[name]).to(params[name].dtype)
             states[i] = new[name]
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The rule's tensors, or what was put in their place, where and in which dtype they are needed."""
+        """The rule's tensors, or their replacements, on a device and in a dtype."""
         rule, given = self._optimizer.rule, self.param_groups[0].get("theta", {})
         theta = {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
         if unknown := [name for name in given if name not in theta]:

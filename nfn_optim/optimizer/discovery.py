@@ -1,17 +1,17 @@
-"""Finding the module that owns the parameters, and what it is called with.
+"""Finding the module that owns the parameters, and the inputs of its calls.
 
-Nobody hands their module to an optimizer: trainers pass bare parameters or groups. So the optimizer listens, from its
-construction to its first step, to the forward calls of all modules, and keeps those that no other one contains:
+Trainers pass bare parameters or groups to an optimizer, never their module. So the optimizer observes the forward calls
+of all modules from its construction to its first step, and keeps those that no other one contains:
 
-    calls heard, in this order          kept
-    encoder.0, encoder.1, encoder       encoder                  a call ends after the calls inside it
+    calls, in order of return           kept
+    encoder.0, encoder.1, encoder       encoder                  a call returns after the calls inside it
     decoder.0, decoder                  encoder, decoder         two outermost calls: both are traced
 
 Of a call the shapes, dtypes and devices of its tensors are kept, never the tensors; of a module a weak reference.
-Nothing is looked up by parameter before the first step, for wrappers may exchange the parameters until then.
+Nothing is keyed by parameter before the first step, since wrappers may replace the parameters until then.
 
 References:
-    torch.nn.modules.module.register_module_forward_hook: it alone sees keyword arguments, the pre-hook does not.
+    torch.nn.modules.module.register_module_forward_hook: it alone receives keyword arguments, the pre-hook does not.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry, symmetry_of
 from nfn_optim.symmetry.merging import complete, merge
 
-_TRACING = ContextVar("tracing", default=False)  # other listeners should not hear what is traced
+_TRACING = ContextVar("tracing", default=False)  # calls while tracing are not observed
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is remembered of an input tensor.
+    """Shape, dtype and device of an input tensor.
 
     Args:
         shape: Its shape.
         dtype: Its dtype.
-        device: Where it was.
+        device: Its device.
     """
 
     shape: tuple[int, ...]
@@ -52,16 +52,16 @@ class TensorSpec:
     device: torch.device
 
     def zeros(self) -> Tensor:
-        """A tensor that can stand in for the input while a module is traced."""
+        """A substitute for the input in tracing."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
 class Call:
-    """One outermost call of a module; whoever heard it has the same object, so that it is traced once.
+    """One outermost call of a module, shared by all observers, so that it is traced once.
 
     Args:
         module: The module that was called. Only weakly referenced.
-        args: Its positional arguments; of a tensor the `TensorSpec` is kept.
+        args: Its positional arguments; tensors are replaced by their `TensorSpec`.
         kwargs: Its keyword arguments, likewise.
     """
 
@@ -72,7 +72,7 @@ class Call:
 
     @property
     def module(self) -> nn.Module:
-        """The module that was called, without wrappers; it must still be there."""
+        """The module that was called, without wrappers; it must still be alive."""
         module = self._module()
         assert module is not None
         return unwrap(module)
@@ -80,17 +80,18 @@ class Call:
     def symmetry(self) -> Symmetry:
         """Trace the call.
 
-        Inputs come in the precision of the parameters: autocast and FSDP2, which compute in another one, are not there.
+        Inputs are in the precision of the parameters, since autocast and FSDP2, which compute in another, are not
+        active.
         """
         if self._symmetry is None:
             module = self.module
-            own = {p.dtype for p in module.parameters() if p.is_floating_point()}
+            dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
 
-            def stand_in(spec: TensorSpec) -> Tensor:
-                cast = spec.dtype.is_floating_point and len(own) == 1
-                return replace(spec, dtype=next(iter(own))).zeros() if cast else spec.zeros()
+            def substitute(spec: TensorSpec) -> Tensor:
+                cast = spec.dtype.is_floating_point and len(dtypes) == 1
+                return replace(spec, dtype=next(iter(dtypes))).zeros() if cast else spec.zeros()
 
-            args, kwargs = tree_map_only(TensorSpec, stand_in, (self.args, self.kwargs))
+            args, kwargs = tree_map_only(TensorSpec, substitute, (self.args, self.kwargs))
             token = _TRACING.set(True)
             try:
                 self._symmetry = symmetry_of(module, *args, **kwargs)
@@ -100,14 +101,14 @@ class Call:
 
 
 class Discovery:
-    """Listens to the forward calls of modules until it is closed or garbage collected.
+    """Observes the forward calls of modules until it is closed or garbage collected.
 
     Args:
-        model: The model if it is known. A compiled one is then listened to from outside of its graph; all others are
-            found by a global hook, because what is called may be a wrapper or a part of the model.
+        model: The model if it is known. A compiled one is then observed from outside of its graph; all others through
+            a global hook, because the module called may be a wrapper or a part of the model.
     """
 
-    _latest: tuple[Any, ...] = (None,)  # what identifies the call that somebody heard last, and a reference to it
+    _latest: tuple[Any, ...] = (None,)  # identity of the call observed last, and a reference to it
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._calls: dict[int, tuple[weakref.ref[nn.Module], Call]] = {}
@@ -115,30 +116,30 @@ class Discovery:
         if model is not None and "_orig_mod" in model._modules:
             handle = model.register_forward_hook(hook, with_kwargs=True)
         else:
-            # A compiled model would warn about the hook, which is gone before it could do any harm.
+            # A compiled model would warn about the hook, which is removed before it does harm.
             warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
             handle = torch_module.register_module_forward_hook(hook, with_kwargs=True)
         self._finalizer = weakref.finalize(self, _remove, handle)
         self._finalizer.atexit = False
 
     def close(self) -> None:
-        """Remove the hook and forget the calls."""
+        """Remove the hook and drop the calls."""
         self._finalizer()
         self._calls.clear()
 
     def calls_that_own(self, params: Iterable[Tensor]) -> list[Call]:
-        """The outermost calls heard, in the order in which they were last made, of modules that own some of `params`.
+        """The outermost calls of modules that own some of `params`, in the order in which they were last made.
 
-        Other calls are forgotten.
+        Other calls are dropped.
         """
         wanted = {id(p) for p in params}
-        heard = [(module(), call) for module, call in list(self._calls.values())]
+        observed = [(module(), call) for module, call in list(self._calls.values())]
         self._calls.clear()
-        calls = [call for module, call in heard if module is not None]
+        calls = [call for module, call in observed if module is not None]
         return [call for call in calls if any(id(p) in wanted for p in call.module.parameters())]
 
-    def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note of a call that has ended; the calls inside it are not outermost any more."""
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a call that has returned; the calls inside it are no longer outermost."""
         if next(module.parameters(), None) is None:
             return
         key, calls = id(module), self._calls
@@ -153,7 +154,7 @@ class Discovery:
 
     @staticmethod
     def _shared(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: Call | None) -> Call:
-        """The call as the listener before us noted it, if it is the same one: all are told of it in turn."""
+        """The call as another observer has recorded it, if it is the same one: observers are notified in turn."""
         event = id(module), id(args), id(kwargs)
         *latest, reference = Discovery._latest
         call: Call | None = reference() if tuple(latest) == event else None
@@ -164,10 +165,11 @@ class Discovery:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module that others stand for which take the same arguments.
+    """The module inside of wrappers that take the same arguments.
 
-    It is inside `torch.compile`, DistributedDataParallel and DataParallel; of what `higher` makes functional, module
-    and parts alike, it is in the closure of the forward.
+    Those are `torch.compile`, DistributedDataParallel and DataParallel; and functional modules of `higher`, which have
+    it
+    in the closure of their forward.
     """
     while True:
         kind = type(module)
@@ -183,16 +185,16 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def names_of(groups: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module], before: Sequence[str]) -> list[str]:
-    """Name every parameter of an optimizer, each differently.
+    """Unique names of all parameters of an optimizer.
 
     Args:
         groups: The optimizer's groups.
-        modules: Modules that own parameters of it; of several, the number comes before the name.
-        before: The names so far. They hold by position: wrappers exchange the parameters of a group for others.
+        modules: Modules that own parameters of it; of several, their index is a prefix of names.
+        before: The previous names, by position, since wrappers replace the parameters of a group.
 
     Returns:
-        In the order of the groups: the name that was given with the parameter, or its name in a module, or the one
-        before, or "group.index".
+        In the order of the groups: the name given with the parameter, or its name in a module, or the previous one,
+        or "group.index".
     """
     params = [p for group in groups for p in group["params"]]
     unnamed = [""] * len(params)
@@ -212,7 +214,7 @@ def names_of(groups: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module], 
 
 
 def symmetry_of_calls(calls: Sequence[Call], params: Mapping[str, Tensor]) -> Symmetry:
-    """Trace calls and say what they tell about some parameters.
+    """The symmetry of some parameters, traced from calls.
 
     Args:
         calls: Outermost calls of modules.
@@ -238,22 +240,22 @@ def symmetry_of_calls(calls: Sequence[Call], params: Mapping[str, Tensor]) -> Sy
 
 
 def _hook_of(discovery: weakref.ref[Discovery]) -> Callable[..., None]:
-    """A forward hook that does not keep its listener alive, and does nothing while a graph is being compiled."""
+    """A forward hook that does not keep its observer alive, and does nothing while a graph is being compiled."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        listener = None if torch.compiler.is_compiling() or _TRACING.get() else discovery()
-        if listener is not None:  # once it is gone, in the midst of a call perhaps, torch leaves out the keywords
-            listener.hear(module, args, rest[0])
+        observer = None if torch.compiler.is_compiling() or _TRACING.get() else discovery()
+        if observer is not None:  # without it, perhaps removed during the call, torch omits the keywords
+            observer.record(module, args, rest[0])
 
     return hook
 
 
 def _spec_of(tensor: Tensor) -> TensorSpec | Tensor:
-    """Describe a tensor; a nested one has no shape to describe and is kept."""
+    """Describe a tensor; a nested one has no shape and is kept."""
     return tensor if tensor.is_nested else TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
 def _remove(handle: RemovableHandle) -> None:
-    """Remove a hook; the flag that it wants keyword arguments is left behind by the handle of a global one."""
+    """Remove a hook, and the flag for keyword arguments, which the handle of a global hook leaves behind."""
     handle.remove()
     torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)

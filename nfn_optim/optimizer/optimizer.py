@@ -1,14 +1,11 @@
 """NFNOptimizer: the update rule behind the interface of `torch.optim.Optimizer`.
 
-There is no mathematics here. A step gathers parameters, gradients and state by name, calls the rule, and writes back:
+There is no mathematics here. A step gathers parameters, gradients and state by name and calls
 
-    update, new_state = rule(params, grads, state, symmetry, lr=..., weight_decay=...)
-    p += update          in place, in the dtype of p
-    state <- new_state   in place, float32 (float64 for float64 parameters, moments bfloat16 if wanted)
+    rule.step_(params, grads, state, symmetry, lr=..., weight_decay=..., ...)
 
-What a rule needs besides is the symmetry of the network. It is found at the first step
-(`nfn_optim.optimizer.discovery`), so that
-only the construction differs from `torch.optim.AdamW`.
+which changes parameters and state in place. The symmetry of the network is found at the first step
+(`nfn_optim.optimizer.discovery`), so that only the construction differs from `torch.optim.AdamW`.
 """
 
 from __future__ import annotations
@@ -23,40 +20,42 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
-from torch.func import functional_call
 
-from nfn_optim.engine.executor import Kernel
+from nfn_optim.engine.executor import Execution
 from nfn_optim.engine.inductor import can_compile
-from nfn_optim.engine.sharding import Shards, everywhere, is_divided, local
-from nfn_optim.engine.stochastic_rounding import is_short
-from nfn_optim.optimizer import state as param_state
-from nfn_optim.optimizer.compiled_step import StepGraphs, is_small
-from nfn_optim.optimizer.gradient_check import is_near, is_usable, usability
-from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, Slot, by_name, check_betas, check_numbers, moves
-from nfn_optim.optimizer.parameter_index import Layout
+from nfn_optim.engine.sharding import Shards, all_processes, is_sharded, local
+from nfn_optim.engine.stochastic_rounding import is_bfloat16
+from nfn_optim.optimizer.compiled_step import CompiledSteps, is_small
+from nfn_optim.optimizer.gradient_check import grads_finite, grads_finite_tensor, on_cpu
+from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, ParamSlot, by_name, check_betas, check_numbers, moves
+from nfn_optim.optimizer.parameter_index import ParameterIndex
 from nfn_optim.optimizer.real_view import real
-from nfn_optim.optimizer.state import ParamState
-from nfn_optim.optimizer.state_dict import arrange
+from nfn_optim.optimizer.state import ParamState, fits, init_state, read_state, real_views
+from nfn_optim.optimizer.state_dict import match_state
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.update_rule import step_with_theta_
 from nfn_optim.symmetry import Symmetry
 
-PATIENCE = 10**9  # updates of single weights after which compilation has paid
-LEAST_WORK = 10**5  # a step costs at least as much as if it updated so many
+COMPILE_AFTER = 10**9  # weight updates after which compilation pays
+MIN_WORK = 10**5  # a step of fewer weights costs as much as one of this many
 
 
 class NFNOptimizer(torch.optim.Optimizer):
     """A learned optimizer; use it as `torch.optim.AdamW`.
 
-    The symmetry of the network is, in this order: `symmetry`; traced from the inputs of the forward passes before the
-    first step, of the module given or of whatever modules are found to own the parameters; or none, every dimension of
-    every tensor an axis of its own, with one warning. In the last case it is still adopted once a forward is seen.
+    The symmetry of the network is `symmetry` if given; else traced from the forward passes before the first step, of
+    the
+    module given or of the modules found to own the parameters; else trivial (every dimension an axis of its own) with
+    one warning, and replaced once a forward pass is seen.
 
-    The entry `betas` of the groups is there for schedulers that expect one (OneCycleLR, CyclicLR). The decay of the
-    moments is part of the rule: a group that is given other betas is refused, and what schedulers write is ignored.
+    The entry `betas` of the groups exists for schedulers that expect one (OneCycleLR, CyclicLR). The decay of the
+    moments
+    is part of the rule: a group with other betas is refused, and values that schedulers write are ignored.
 
-    Numbers are kept in the groups, tensors in `state[p]`, by the names of AdamW; a state of AdamW can be loaded. A
-    complex parameter is optimized as its real view.
+    Numbers are in the groups, tensors in `state[p]`, under the names of AdamW; a state of AdamW can be loaded. A
+    complex
+    parameter is optimized as its real view.
 
     Args:
         params_or_model: A module, or an iterable of parameters, of (name, parameter) pairs or of groups.
@@ -67,14 +66,15 @@ class NFNOptimizer(torch.optim.Optimizer):
         symmetry: The symmetry of the parameters by name, or in order when the parameters have no names.
         total_steps: The horizon in steps, if known.
         maximize: Ascend instead of descend.
-        state_dtype: `torch.bfloat16` keeps the moments in 16 bits, rounded up or down by chance
-            (`nfn_optim.engine.stochastic_rounding`):
-            half the state. Counters and the numbers of neurons stay as they are, and so do the moments of complex
-            parameters, since there is no complex bfloat16. None: float32, or float64 for float64 parameters.
-        compile: Whether steps are compiled, ten seconds to two minutes once and a few in each later process. By
-            default they are as soon as that has paid: after `PATIENCE` updates of single weights, 100 steps of ten
-            million parameters or 10,000 of a small network, and where there is a compiler. Compiled and uncompiled
-            steps differ by rounding.
+        state_dtype: `torch.bfloat16` stores the moments in 16 bits with stochastic rounding
+            (`nfn_optim.engine.stochastic_rounding`): half the state. Counters and coefficients keep their precision,
+            and
+            so do the moments of complex parameters. None: float32, or float64 for float64 parameters.
+        compile: Whether to compile steps, which takes ten seconds to minutes once and a few seconds in each later
+            process. By default as soon as it pays: after `COMPILE_AFTER` weight updates (100 steps of ten million
+            parameters, 10,000 of a small network), where there is a compiler. Compiled and uncompiled steps are equal
+            to
+            rounding.
 
     Raises:
         ValueError: No parameters, a hyperparameter out of range, or a symmetry or rule that does not fit.
@@ -135,43 +135,43 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._compile, self._work, self._state_dtype = compile, 0, state_dtype
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[int, int]], dict[str, Tensor]]] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._graphs = StepGraphs()
-        self._unsettled: Tensor | None = None
-        self._layout = Layout(model)
+        self._compiled_steps = CompiledSteps()
+        self._pending_skips: Tensor | None = None
+        self._index = ParameterIndex(model)
         super().__init__(params_or_model, defaults)
-        self._layout.label(self.param_groups)
+        self._index.label(self.param_groups)
         if symmetry is not None:
-            self._layout.adopt(symmetry, self.param_groups)
-        elif self.rule.learns:
-            self._layout.seek(model)
+            self._index.adopt(symmetry, self.param_groups)
+        elif self.rule.learned:
+            self._index.discover(model)
 
-    # ------------------------------------------------------------------------------------------------ what it says
+    # --------------------------------------------------------------------------------------------------- properties
 
     @property
     def symmetry(self) -> Symmetry | None:
         """The symmetry of all parameters by `names`; None before it is known."""
-        return self._layout.symmetry
+        return self._index.symmetry
 
     @property
     def names(self) -> tuple[str, ...]:
         """The name of every parameter in the order of the groups: given, the module's, or "group.index"."""
-        self._layout.renew(self.param_groups)
-        return tuple(self._layout.names)
+        self._index.update(self.param_groups)
+        return tuple(self._index.names)
 
     @property
     def skipped_steps(self) -> int:
         """Steps not taken because a gradient was not finite, or so large that its square is not."""
-        self._settle()
+        self._count_pending_skips()
         return int(self.param_groups[0]["skipped_steps"])
 
     @property
     def fallbacks(self) -> int:
-        """How often the learned update of one tensor was out of range and the nominal one was taken."""
+        """How often the update of a tensor was out of range and fell back to Adam's."""
         states = [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
         return sum(int(s["fallbacks"].item()) for s in states if "fallbacks" in s)
 
     def __repr__(self) -> str:
-        self._settle()
+        self._count_pending_skips()
         lines = [f"{type(self).__name__} (", f"Rule {self._rule_name}"]
         for k, group in enumerate(self.param_groups):
             shown = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -179,7 +179,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             lines += [f"    {key}: {value}" for key, value in sorted(shown.items())]
         return "\n".join([*lines, ")"])
 
-    # -------------------------------------------------------------------------------------------------- the one step
+    # --------------------------------------------------------------------------------------------------------- step
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -187,18 +187,19 @@ class NFNOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo  # type: ignore[attr-defined] # a step decides on values, which a graph cannot
+    @torch._disable_dynamo  # type: ignore[attr-defined] # control flow depends on values
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; a step with a non-finite gradient is counted and otherwise leaves everything as it is.
+        """Take one step; a step with a non-finite gradient is skipped and counted.
 
-        Where gradients are not on a CPU it waits for nothing, and such steps are counted when `skipped_steps` is asked.
+        A step never synchronises with a device other than the CPU, not even to check for non-finite gradients; there,
+        skipped steps are counted when `skipped_steps` is read.
 
         Args:
             closure: Reevaluates the model with gradients and returns the loss.
 
         Returns:
-            What `closure` returned.
+            The return value of `closure`.
 
         Raises:
             RuntimeError: A gradient is sparse.
@@ -207,30 +208,30 @@ class NFNOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        everyone = [(p, group) for group in self.param_groups for p in group["params"]]
-        grads = [real(p.grad) for p, _ in everyone if p.grad is not None]
+        all_params = [(p, group) for group in self.param_groups for p in group["params"]]
+        grads = [real(p.grad) for p, _ in all_params if p.grad is not None]
         if not grads:
             return loss
-        usable, here = None, [local(g) for g in grads]
-        if is_near(here) or any(is_divided(g) for g in grads):
-            if not everywhere(is_usable(here), grads):
+        finite, local_grads = None, [local(g) for g in grads]
+        if on_cpu(local_grads) or any(is_sharded(g) for g in grads):
+            if not all_processes(grads_finite(local_grads), grads):
                 self._count(skipped=1)
                 return loss
         else:
-            usable = usability(here)
-            self._unsettled = ~usable + (0 if self._unsettled is None else self._unsettled)
+            finite = grads_finite_tensor(local_grads)
+            self._pending_skips = ~finite + (0 if self._pending_skips is None else self._pending_skips)
         self._resolve()
-        named = zip(self._layout.names, everyone, strict=True)
-        slots = [Slot(name, p, group) for name, (p, group) in named if p.grad is not None]
+        named = zip(self._index.names, all_params, strict=True)
+        slots = [ParamSlot(name, p, group) for name, (p, group) in named if p.grad is not None]
         for _, p, _ in slots:
             if not self.state[p]:
-                self.state[p] = param_state.fresh(self.rule, p, self._state_dtype)
+                self.state[p] = init_state(self.rule, p, self._state_dtype)
         if not any(moves(group) for group in self.param_groups) and not any(g.any() for g in grads):
-            return loss  # a checkpoint that wants the state to be there
+            return loss  # distributed checkpoints take such a step to create the state
         full = [slot for slot in slots if slot.param.numel() > 0]
-        talk = self.rule.talks(self.param_groups[0]["steps_taken"])
+        refresh = self.rule.refreshes(self.param_groups[0]["steps_taken"])
         for device in dict.fromkeys(slot.param.device for slot in full):
-            self._update([slot for slot in full if slot.param.device == device], talk, usable)
+            self._update([slot for slot in full if slot.param.device == device], refresh, finite)
         self._count(taken=1)
         return loss
 
@@ -240,56 +241,61 @@ class NFNOptimizer(torch.optim.Optimizer):
             group["steps_taken"] += taken
             group["skipped_steps"] += skipped
 
-    def _settle(self) -> None:
-        """Count the steps of which it was left to the device whether they are taken; waits for it."""
-        if self._unsettled is not None:
-            skipped, self._unsettled = int(self._unsettled.item()), None
+    def _count_pending_skips(self) -> None:
+        """Count the skipped steps that are known to the device only; synchronises."""
+        if self._pending_skips is not None:
+            skipped, self._pending_skips = int(self._pending_skips.item()), None
             self._count(taken=-skipped, skipped=skipped)
 
-    def _update(self, slots: list[Slot], talk: bool, usable: Tensor | None) -> None:
-        """Call the rule for parameters of one device and write back what it says, but where gradients are unusable."""
+    def _update(self, slots: list[ParamSlot], refresh: bool, finite: Tensor | None) -> None:
+        """Call the rule for the parameters of one device; nothing changes where `finite` is False."""
         shards = Shards.of({name: p for name, p, _ in slots})
         params = {name: local(real(p)) for name, p, _ in slots}
         grads = {name: local(real(p.grad), p) for name, p, _ in slots if p.grad is not None}
         grads |= {name: -grads[name] for name, _, group in slots if group["maximize"]}
-        kept = {name: self._state_of(p) for name, p, _ in slots}
-        dtypes = {s["step"].dtype for s in kept.values()}
+        stored = {name: self._state_of(p) for name, p, _ in slots}
+        dtypes = {s["step"].dtype for s in stored.values()}
         dtype, device = max(dtypes, key=lambda d: d.itemsize), params[slots[0].name].device
-        state = {name: {key: x if is_short(x) else x.to(dtype) for key, x in s.items()} for name, s in kept.items()}
-        symmetry = self._layout.restricted({name: p for name, p, _ in slots})
+        state = {
+            name: {key: x if is_bfloat16(x) else x.to(dtype) for key, x in s.items()} for name, s in stored.items()
+        }
+        symmetry = self._index.restricted({name: p for name, p, _ in slots})
         hypers = {
             "lr": by_name(slots, "lr"),
             "weight_decay": by_name(slots, "weight_decay"),
             "total_steps": self.param_groups[0]["total_steps"],
-            "talk": talk,
+            "refresh": refresh,
         }
-        kernel = self._kernel(sum(p.numel() for p in params.values()))
-        kernel = kernel if usable is None else replace(kernel, usable=usable.to(device))
+        execution = self._execution(sum(p.numel() for p in params.values()))
+        execution = execution if finite is None else replace(execution, grads_finite=finite.to(device))
         with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
-            theta, given = self._theta(device, dtype), (params, grads, state)
-            whole = kernel.compiled and shards is None and is_small(params)
-            graph = self.rule, theta or self._tensors, given, symmetry, hypers | {"usable": kernel.usable}
-            if not (whole and self._graphs.step_(*graph)):
-                args, hypers = (*given, symmetry), hypers | {"kernel": kernel, "shards": shards}
-                functional_call(self.rule, theta, args, hypers) if theta else self.rule(*args, **hypers)
+            theta, tensors = self._theta(device, dtype), (params, grads, state)
+            whole = execution.compiled and shards is None and is_small(params)
+            graph = theta or self._tensors, tensors, symmetry, hypers | {"grads_finite": execution.grads_finite}
+            if not (whole and self._compiled_steps.step_(self.rule, *graph)):
+                hypers |= {"execution": execution, "shards": shards}
+                if theta:
+                    step_with_theta_(self.rule, theta, *tensors, symmetry, **hypers)
+                else:
+                    self.rule.step_(*tensors, symmetry, **hypers)
         if len(dtypes) > 1:
-            entries = [(value, state[name][key]) for name, s in kept.items() for key, value in s.items()]
+            entries = [(value, state[name][key]) for name, s in stored.items() for key, value in s.items()]
             torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
 
-    def _kernel(self, weights: int) -> Kernel:
-        """How a step runs over so many weights."""
-        self._work += max(weights, LEAST_WORK)
-        return Kernel(compiled=(self._work > PATIENCE and can_compile()) if self._compile is None else self._compile)
+    def _execution(self, weights: int) -> Execution:
+        """How a step over this many weights is run."""
+        self._work += max(weights, MIN_WORK)
+        return Execution((self._work > COMPILE_AFTER and can_compile()) if self._compile is None else self._compile)
 
     def _state_of(self, p: Tensor) -> ParamState:
-        """The state of a parameter as the rule sees it: real, and this process's part."""
-        state = param_state.real_views(self.state[p]) if p.is_complex() else self.state[p]
+        """The state of a parameter as the rule reads it: real, and the local part."""
+        state = real_views(self.state[p]) if p.is_complex() else self.state[p]
         return {key: local(value) for key, value in state.items()}
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The rule's tensors where and in which dtype they are needed; empty if that is how they are."""
+        """The rule's tensors on a device and in a dtype; empty if they are already."""
         theta = self._tensors
-        if next(self.rule.parameters(), None) is not next(iter(theta.values()), None):  # to walk through all takes long
+        if next(self.rule.parameters(), None) is not next(iter(theta.values()), None):  # walking through all is slow
             theta = self._tensors = {**dict(self.rule.named_parameters()), **dict(self.rule.named_buffers())}
         if all(t.device == device and t.dtype in (dtype, torch.int64, torch.bool) for t in theta.values()):
             return {}
@@ -300,25 +306,25 @@ class NFNOptimizer(torch.optim.Optimizer):
         return self._cast[device, dtype][1]
 
     def _resolve(self) -> None:
-        """Make sure that names, symmetry and state are those of the parameters that there are now."""
-        if self._layout.renew(self.param_groups):
+        """Bring names, symmetry and state in line with the present parameters."""
+        if self._index.update(self.param_groups):
             self._fit_state()
-        self._layout.resolve(self.param_groups)
+        self._index.resolve(self.param_groups)
 
     def _fit_state(self) -> None:
-        """Let the state follow its parameters to another device, and start afresh at another shape."""
+        """Move the state of parameters that changed device; reset that of parameters that changed shape."""
         changed = []
         params = [p for group in self.param_groups for p in group["params"]]
-        for name, p in zip(self._layout.names, params, strict=True):
-            if p not in self.state or param_state.fits(self.state[p], p):
+        for name, p in zip(self._index.names, params, strict=True):
+            if p not in self.state or fits(self.state[p], p):
                 continue
             if self.state[p]["exp_avg"].shape == p.shape:
-                self.state[p] = param_state.read(self.rule, name, p, self.state[p], self._state_dtype)
+                self.state[p] = read_state(self.rule, name, p, self.state[p], self._state_dtype)
             else:
-                self.state[p] = param_state.fresh(self.rule, p, self._state_dtype)
+                self.state[p] = init_state(self.rule, p, self._state_dtype)
                 changed.append(name)
         if changed:
-            warnings.warn(f"{changed} changed their shape: what was remembered of them starts afresh", stacklevel=8)
+            warnings.warn(f"{changed} changed their shape: their optimizer state was reset", stacklevel=8)
 
     # ------------------------------------------------------------------------------------- groups, saving and loading
 
@@ -326,13 +332,14 @@ class NFNOptimizer(torch.optim.Optimizer):
         """Add a group of parameters; a traced symmetry is traced again at the next step.
 
         Args:
-            param_group: `params`, and what differs from the defaults. Parameters that a symmetry given by hand does not
-                name get axes of their own.
+            param_group: `params`, and the values that differ from the defaults. Parameters that a symmetry given by
+            hand
+                does not name get axes of their own.
 
         Raises:
             ValueError: A hyperparameter is out of range, or the group has other betas than the rule.
         """
-        super().add_param_group(self._layout.labelled(param_group, self.param_groups))
+        super().add_param_group(self._index.labelled(param_group, self.param_groups))
         try:
             check_numbers(self.param_groups[-1])
             check_betas(self.param_groups[-1])
@@ -341,46 +348,46 @@ class NFNOptimizer(torch.optim.Optimizer):
             raise
         if len(self.param_groups) > 1:
             self.param_groups[-1] |= {key: self.param_groups[0][key] for key in COUNTERS}
-        self._layout.listen()
+        self._index.observe()
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer of torch; where gradients are not on a CPU, it waits for the device."""
-        self._settle()
+        """The state, as of any optimizer of torch; synchronises with devices other than the CPU."""
+        self._count_pending_skips()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, in the precision of this optimizer's, whatever that of the parameters or of what was saved.
+        """Load a state in this optimizer's dtypes, whatever those of the parameters or of the saved state.
 
-        Where both optimizers were constructed with a module or with named parameters, it is taken over by name: groups
-        may be others, and in another order. Otherwise groups must be the same.
+        Where both optimizers were constructed with a module or with named parameters, states are matched by name:
+        groups may differ and be in another order. Otherwise groups must be the same.
 
         Args:
-            state_dict: What `state_dict()` of such an optimizer, or of `torch.optim.AdamW`, returned. What a rule keeps
-                besides starts fresh where it is not there.
+            state_dict: From `state_dict()` of such an optimizer or of `torch.optim.AdamW`. Entries that it lacks are
+                initialised.
 
         Raises:
-            ValueError: The state is another model's or another optimizer's; nothing is changed then.
+            ValueError: The state belongs to another model or another optimizer; nothing is changed then.
         """
-        self._settle()
+        self._count_pending_skips()
         loaded: dict[Tensor, ParamState] = {}
-        remarks: list[str] = []
+        messages: list[str] = []
 
         def read(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            arranged = arrange(state_dict, self.param_groups)
-            remarks.extend([arranged.remark] if arranged.remark else [])
+            matched = match_state(state_dict, self.param_groups)
+            messages.extend([matched.warning] if matched.warning else [])
             params = [p for group in self.param_groups for p in group["params"]]
-            for name, p, found in zip(self.names, params, arranged.states, strict=True):
-                if found:
-                    loaded[p] = param_state.read(self.rule, name, p, found, self._state_dtype)
+            for name, p, saved in zip(self.names, params, matched.states, strict=True):
+                if saved:
+                    loaded[p] = read_state(self.rule, name, p, saved, self._state_dtype)
             groups = []
-            for numbers, group in zip(arranged.groups, self.param_groups, strict=True):
+            for numbers, group in zip(matched.groups, self.param_groups, strict=True):
                 check_numbers(numbers)
                 groups.append({**numbers, "params": list(range(len(group["params"])))})
-            return {**state_dict, "state": arranged.rest, "param_groups": groups}
+            return {**state_dict, "state": matched.rest, "param_groups": groups}
 
         def place(_: torch.optim.Optimizer) -> None:
             self.state.update(loaded)
-            self._layout.find_names(self.param_groups)
+            self._index.update_names(self.param_groups)
 
         before = self.register_load_state_dict_pre_hook(read)  # after those of the user
         after = self.register_load_state_dict_post_hook(place, prepend=True)  # before those of the user
@@ -389,22 +396,22 @@ class NFNOptimizer(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
-        for remark in remarks:
-            warnings.warn(remark, stacklevel=2)
+        for message in messages:
+            warnings.warn(message, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        mine = ("rule", "_rule_name", "_compile", "_work", "_state_dtype", "_layout")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in mine}}
+        self._count_pending_skips()
+        own = ("rule", "_rule_name", "_compile", "_work", "_state_dtype", "_index")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_cast", {})
         self.__dict__.setdefault("_tensors", {})
-        self.__dict__.setdefault("_graphs", StepGraphs())
-        self.__dict__.setdefault("_unsettled", None)
+        self.__dict__.setdefault("_compiled_steps", CompiledSteps())
+        self.__dict__.setdefault("_pending_skips", None)
         self.__dict__.setdefault("_state_dtype", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # which the base class adds here
+                if key != "differentiable":  # added here by the base class
                     group.setdefault(key, value)

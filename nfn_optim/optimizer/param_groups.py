@@ -1,12 +1,12 @@
-"""A group of parameters and the numbers that hold for it, as `torch.optim.Optimizer` keeps it.
+"""Parameter groups, and the numbers in them, as `torch.optim.Optimizer` keeps them.
 
-    params          tensors; what a step changes             weight_decay   per unit of learning rate
+    params          tensors, changed by a step               weight_decay   per unit of learning rate
     param_names     their names, if they have any            maximize       whether to ascend
     lr              in Adam's units, per step                total_steps    the horizon in steps, or None
-    betas           what schedulers expect to find           skipped_steps  steps not taken
+    betas           expected by some schedulers              skipped_steps  steps not taken
                                                              steps_taken    steps taken
 
-A number is the same thing whether it is written as a number or as a tensor with one element.
+A number may also be a tensor with one element.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 BETAS = (0.9, 0.999)
-COUNTERS = ("skipped_steps", "steps_taken")  # of the whole optimizer, the same in every group
-"""Decay of the moments that the nominal part has; the only one there is."""
+"""Decay of Adam's moments; part of the rule, so that groups cannot have others."""
+COUNTERS = ("skipped_steps", "steps_taken")
+"""Counts of the whole optimizer, the same in every group."""
 
 
-class Slot(NamedTuple):
+class ParamSlot(NamedTuple):
     """One parameter at one step."""
 
     name: str
@@ -32,13 +33,13 @@ class Slot(NamedTuple):
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:
-    """Raise unless a step can be taken with the numbers of a group.
+    """Raise unless the numbers of a group are valid.
 
     Args:
         group: A group, or some entries of one.
 
     Raises:
-        TypeError: A number is not one.
+        TypeError: A number is of another type.
         ValueError: A number is out of range.
     """
     for key in ("lr", "weight_decay"):
@@ -56,10 +57,10 @@ def check_numbers(group: Mapping[str, Any]) -> None:
 
 
 def check_betas(group: Mapping[str, Any]) -> None:
-    """Raise if somebody asks for other betas than there are.
+    """Raise if a group has other betas than the rule.
 
     Raises:
-        ValueError: They are others.
+        ValueError: It has.
     """
     if tuple(group["betas"]) != BETAS:
         raise ValueError(
@@ -69,12 +70,12 @@ def check_betas(group: Mapping[str, Any]) -> None:
 
 
 def moves(group: Mapping[str, Any]) -> bool:
-    """Whether a step can change the parameters of a group; at a learning rate of 0 it must not, to the last bit."""
+    """Whether a step can change the parameters of a group; at a learning rate of 0 it must not change any bit."""
     lr = group["lr"]
-    return bool(lr != 0) if not isinstance(lr, Tensor) or lr.is_cpu else True  # elsewhere to look is to wait
+    return bool(lr != 0) if not isinstance(lr, Tensor) or lr.is_cpu else True  # reading it elsewhere synchronises
 
 
-def by_name(slots: list[Slot], key: str) -> Any:
+def by_name(slots: list[ParamSlot], key: str) -> Any:
     """A number: one value if the groups agree, else by name of the parameter. A learning rate of 0 is the number 0."""
     values = {id(slot.group): 0.0 if key == "lr" and not moves(slot.group) else slot.group[key] for slot in slots}
     first, *others = values.values()

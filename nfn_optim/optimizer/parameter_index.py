@@ -1,10 +1,10 @@
-"""What the parameters of an optimizer are called, and which of their dimensions are the same neurons.
+"""Names and symmetry of the parameters of an optimizer.
 
-    names       given with the parameters; the module's; those so far; or "group.index"
-    symmetry    given by hand; traced from the forward passes heard; or every dimension an axis of its own
+    names       given with the parameters; the module's; the previous ones; or "group.index"
+    symmetry    given by hand; traced from the observed forward passes; or every dimension an axis of its own
 
-Both are found when they are needed, and found again once the groups have other parameters or other shapes. Nothing is
-looked up by the parameters that the constructor saw: wrappers exchange them for others at any time.
+Both are determined when they are needed, and again when the groups have other parameters or other shapes. Nothing is
+keyed by the parameters that the constructor received: wrappers replace them at any time.
 """
 
 from __future__ import annotations
@@ -25,82 +25,82 @@ from nfn_optim.symmetry.merging import complete
 
 Groups = Sequence[dict[str, Any]]
 """As `torch.optim.Optimizer.param_groups`."""
-MAX_RESTRICTIONS = 64  # symmetries of parts of the network kept, for steps in which some parameters have no gradient
+MAX_RESTRICTIONS = 64  # cached symmetries of subsets, for steps in which some parameters have no gradient
 
 
-class Layout:
+class ParameterIndex:
     """Names and symmetry of the parameters in an optimizer's groups.
 
     Args:
         model: The module that owns the parameters, if it is known. Only weakly referenced.
 
     Attributes:
-        names: Of all parameters in the order of the groups, each different; those at the last `renew`.
+        names: Of all parameters in the order of the groups, unique; as of the last `update`.
         symmetry: Of all parameters by name; None before it is known.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
         self.symmetry: Symmetry | None = None
         self.names: list[str] = []
-        self._seeks = self._traced = self._warned = False
+        self._discovers = self._traced = self._warned = False
         self._owners = [] if model is None else [weakref.ref(unwrap(model))]
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        """Start without what is found again."""
-        self._seen: list[tuple[int, torch.Size, torch.device]] = []
+    def _reset(self) -> None:
+        """Reset everything that is determined again."""
+        self._identities: list[tuple[int, torch.Size, torch.device]] = []
         self._restrictions: dict[frozenset[str], Symmetry] = {}
         self._discovery: Discovery | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("names", "symmetry", "_seeks", "_traced", "_warned")
-        return {"listening": self._discovery is not None, **{key: self.__dict__[key] for key in kept}}
+        saved = ("names", "symmetry", "_discovers", "_traced", "_warned")
+        return {"observing": self._discovery is not None, **{key: self.__dict__[key] for key in saved}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        listening = state.pop("listening")
+        observing = state.pop("observing")
         self.__dict__.update(state, _owners=[])
-        self._forget()
-        if listening:
-            self.listen()
+        self._reset()
+        if observing:
+            self.observe()
 
     # ------------------------------------------------------------------------------------------------------- names
 
-    def renew(self, groups: Groups) -> bool:
-        """Find names and what holds of the symmetry again, if the groups have other parameters, shapes or devices.
+    def update(self, groups: Groups) -> bool:
+        """Update names and symmetry if the groups have other parameters, shapes or devices than before.
 
         Returns:
             Whether they have.
         """
-        if [(id(p), p.shape, p.device) for group in groups for p in group["params"]] == self._seen:
+        if [(id(p), p.shape, p.device) for group in groups for p in group["params"]] == self._identities:
             return False
-        self.find_names(groups)
+        self.update_names(groups)
         return True
 
-    def find_names(self, groups: Groups) -> None:
-        """Name all parameters anew, and keep of the symmetry what still holds."""
+    def update_names(self, groups: Groups) -> None:
+        """Name all parameters anew, and keep the part of the symmetry that still applies."""
         params = [p for group in groups for p in group["params"]]
         names = names_of(groups, self._modules(), self.names)
         if self.symmetry is not None:
-            gone, new = set(self.names) - set(names), set(names) - set(self.names)
-            pairs = zip(self.names, names, strict=False)  # who has a new name has kept the place
-            renamed = {old: name for old, name in pairs if old in gone and name in new}
+            removed, new = set(self.names) - set(names), set(names) - set(self.names)
+            pairs = zip(self.names, names, strict=False)  # a renamed parameter keeps its position
+            renamed = {old: name for old, name in pairs if old in removed and name in new}
             self._fit(self.symmetry.rename(renamed), dict(zip(names, params, strict=True)))
-        self._seen, self.names = [(id(p), p.shape, p.device) for p in params], names
+        self._identities, self.names = [(id(p), p.shape, p.device) for p in params], names
         self._restrictions.clear()
 
     def _fit(self, symmetry: Symmetry, params: Mapping[str, Tensor]) -> None:
-        """Take over what a symmetry says of these parameters; what it does not is to be traced again."""
+        """Keep the symmetry of those parameters that it still fits; the others will be traced again."""
         known = [n for n, p in params.items() if n in symmetry.dims and symmetry.shape_of(n) == tuple(p.shape)]
         self.symmetry = complete(symmetry.restrict(known), params)
         if len(known) < len(params):
-            self.listen()
+            self.observe()
 
     def _named(self, groups: Groups) -> dict[str, Tensor]:
         """All parameters by name."""
         return dict(zip(self.names, (p for group in groups for p in group["params"]), strict=True))
 
     def label(self, groups: Groups) -> None:
-        """Write the module's names into groups that have none: a saved state then has them too."""
+        """Write the module's names into groups that have none, so that saved states have them too."""
         owned = self._owned()
         params = [p for group in groups for p in group["params"]]
         if not any("param_names" in group for group in groups) and all(id(p) in owned for p in params):
@@ -108,7 +108,7 @@ class Layout:
                 group["param_names"] = [owned[id(p)] for p in group["params"]]
 
     def labelled(self, group: dict[str, Any], groups: Groups) -> dict[str, Any]:
-        """A group that is to join others; torch wants names in all groups or in none."""
+        """A group to be added to others; torch requires names in all groups or in none."""
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         if not isinstance(params, Iterable) or isinstance(params, set) or not any("param_names" in g for g in groups):
             return group
@@ -119,18 +119,18 @@ class Layout:
         return {**group, "params": pairs}
 
     def _modules(self) -> list[nn.Module]:
-        """The modules that own the parameters, as far as they are known and alive."""
+        """The modules that own the parameters, if known and alive."""
         return [module for owner in self._owners if (module := owner()) is not None]
 
     def _owned(self) -> dict[int, str]:
-        """The names in the module, if there is exactly one, by identity of the parameter."""
+        """Names in the module, if there is exactly one, by id of the parameter."""
         modules = self._modules()
         return {id(p): name for name, p in modules[0].named_parameters()} if len(modules) == 1 else {}
 
     # ---------------------------------------------------------------------------------------------------- symmetry
 
     def adopt(self, symmetry: Symmetry, groups: Groups) -> None:
-        """Take a symmetry given by hand.
+        """Use a symmetry given by hand.
 
         Raises:
             ValueError: It does not name all parameters, or a shape does not fit.
@@ -143,7 +143,7 @@ class Layout:
                     f"{len(symmetry.dims)}; pass model= or model.named_parameters() to match them by name"
                 )
             self.names = list(symmetry.dims)
-        self.find_names(groups)
+        self.update_names(groups)
         named = self._named(groups)
         if missing := [name for name in named if name not in symmetry.dims]:
             raise ValueError(
@@ -154,18 +154,18 @@ class Layout:
         restricted.check(named)
         self.symmetry = restricted
 
-    def seek(self, model: nn.Module | None) -> None:
-        """Find the symmetry from now on, by listening to forward passes."""
-        self._seeks = True
-        self.listen(model)
+    def discover(self, model: nn.Module | None) -> None:
+        """Determine the symmetry from the next forward passes."""
+        self._discovers = True
+        self.observe(model)
 
-    def listen(self, model: nn.Module | None = None) -> None:
-        """Wait for a forward pass, if the symmetry is to be found."""
-        if self._seeks and self._discovery is None:
+    def observe(self, model: nn.Module | None = None) -> None:
+        """Observe forward passes, if the symmetry is to be determined from them."""
+        if self._discovers and self._discovery is None:
             self._discovery = Discovery(model)
 
     def resolve(self, groups: Groups) -> None:
-        """Make sure that there is a symmetry: the one traced from the calls heard so far, or separate axes."""
+        """Make sure that there is a symmetry: traced from the observed calls, or separate axes."""
         if self._discovery is None and self.symmetry is not None:
             return
         params = self._named(groups)
@@ -174,7 +174,7 @@ class Layout:
             self._discovery = None
             if not self._owners:
                 self._owners, self.symmetry = [weakref.ref(call.module) for call in calls], None
-                self.find_names(groups)
+                self.update_names(groups)
                 params = self._named(groups)
             self.symmetry, self._traced = symmetry_of_calls(calls, params), True
             self._restrictions.clear()

@@ -1,10 +1,9 @@
-"""Complex tensors as the rule sees them: real, with one more axis, for the real and the imaginary part.
+"""Real views of complex tensors, with one more axis for the real and the imaginary part.
 
     W   complex (h, in)   ->   (h, in, 2), the same memory
 
-The axes of a complex tensor move as its dimensions do, whatever its numbers are; the last one is its own and fixed, for
-its two entries mean different things. What is remembered of a complex parameter is complex too, as with
-`torch.optim.AdamW`: moments of the real part in the real part.
+The rule reads complex parameters as such views. The last axis is fixed, since its two entries differ in meaning. The
+state of a complex parameter is complex too, as with `torch.optim.AdamW`: moments of the real part are in the real part.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A saved state, arranged for an optimizer that may have its parameters in other groups or in another order.
+"""Matching a saved state to an optimizer that may have its parameters in other groups or in another order.
 
-    names on both sides              by name
-    none in common, or on one side   by group and order, as torch does it
-    keys that are names themselves   by group and order: torch.distributed.checkpoint has arranged them already
+    names on both sides              matched by name
+    none in common, or on one side   matched by group and order, as torch does
+    keys that are names themselves   matched by group and order: torch.distributed.checkpoint has matched them already
 
-A group takes over the numbers on which all those saved groups agree that its parameters were in, and keeps its own
-where they do not. Where groups correspond, that is every number that was saved.
+A group adopts the numbers on which all saved groups of its parameters agree, and keeps its own where they differ. Where
+groups correspond, that is every saved number.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from torch import Tensor
 
 Group = Mapping[str, Any]
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts of names that come and go with how a model is run."""
+"""Parts of names that wrappers add."""
 
 
-class Arranged(NamedTuple):
-    """A saved state in the order of an optimizer.
+class MatchedState(NamedTuple):
+    """A saved state in the order of an optimizer's groups.
 
     Attributes:
-        states: For each parameter what was saved, None where nothing was.
+        states: The saved state of each parameter, None where there is none.
         groups: For each group its numbers and names, without `params`.
-        rest: What was saved for no parameter.
-        remark: What the user should know about it, or "".
+        rest: Saved entries that belong to no parameter.
+        warning: For the user, or "".
     """
 
     states: list[Mapping[str, Any] | None]
     groups: list[dict[str, Any]]
     rest: dict[str, Any]
-    remark: str
+    warning: str
 
 
 class Origin(NamedTuple):
-    """Where one group comes from.
+    """The saved groups and states that one group is matched with.
 
     Attributes:
-        groups: The saved groups that its parameters were in.
-        keys: For each parameter the key of its state, None where there is none.
+        groups: The saved groups of its parameters.
+        keys: For each parameter the key of its saved state, None where there is none.
     """
 
     groups: list[Group]
     keys: list[Any]
 
 
-def arrange(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> Arranged:
-    """Find what was saved of every parameter and every group.
+def match_state(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> MatchedState:
+    """Match a saved state to parameter groups.
 
     Args:
-        state_dict: What `state_dict()` of an optimizer returned.
-        groups: The groups of the optimizer that it is for.
+        state_dict: Of an optimizer.
+        groups: Of the optimizer to load it into.
 
     Raises:
         ValueError: It is not the state of an optimizer, or of one with other parameters.
@@ -65,45 +65,46 @@ def arrange(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> Arranged:
             f"is it the model's?"
         )
     saved, states = state_dict["param_groups"], state_dict["state"]
-    origins, remark = _origins(saved, groups)
+    origins, warning = _origins(saved, groups)
     taken = {key for group in saved for key in group["params"]}
-    return Arranged(
+    return MatchedState(
         states=[states.get(key) for origin in origins for key in origin.keys],
         groups=[_numbers(group, origin.groups) for group, origin in zip(groups, origins, strict=True)],
         rest={key: value for key, value in states.items() if isinstance(key, str) and key not in taken},
-        remark=remark,
+        warning=warning,
     )
 
 
 def _origins(saved: Sequence[Group], groups: Sequence[Group]) -> tuple[list[Origin], str]:
-    """Where each group comes from, and what there is to say about it."""
-    theirs, ours = _names_of(saved), _names_of(groups)
-    if theirs is None or ours is None or theirs == ours:
+    """The origin of each group, and a warning or ""."""
+    saved_names, own_names = _names_of(saved), _names_of(groups)
+    if saved_names is None or own_names is None or saved_names == own_names:
         return _by_order(saved, groups), ""
     places = {
         name: (group, key)
-        for group, names in zip(saved, theirs, strict=True)
+        for group, names in zip(saved, saved_names, strict=True)
         for name, key in zip(names, group["params"], strict=True)
     }
-    wanted = dict.fromkeys(name for names in ours for name in names)
-    new, gone = [n for n in wanted if n not in places], [n for n in places if n not in wanted]
+    wanted = dict.fromkeys(name for names in own_names for name in names)
+    new, unused = [n for n in wanted if n not in places], [n for n in places if n not in wanted]
     if len(new) == len(wanted):
-        remark = f"no parameter has a name of the saved ones, {gone}: their state was taken over in order"
-        return _by_order(saved, groups), remark
+        warning = f"no parameter has one of the saved names, {unused}: states were matched by order"
+        return _by_order(saved, groups), warning
     origins = []
-    for names in ours:
-        found = [places.get(name) for name in names]
-        homes = {id(place[0]): place[0] for place in found if place is not None}
-        origins.append(Origin(list(homes.values()), [place and place[1] for place in found]))
-    partly = f"the state was taken over by name: {new} start afresh, what was saved of {gone} is not used"
-    return origins, partly if new or gone else ""
+    for names in own_names:
+        matched = [places.get(name) for name in names]
+        saved_groups = {id(place[0]): place[0] for place in matched if place is not None}
+        origins.append(Origin(list(saved_groups.values()), [place and place[1] for place in matched]))
+    parts = [f"{new} are initialised"] if new else []
+    parts += [f"the saved states of {unused} are not used"] if unused else []
+    return origins, f"states were matched by name: {', '.join(parts)}" if parts else ""
 
 
 def _by_order(saved: Sequence[Group], groups: Sequence[Group]) -> list[Origin]:
-    """Where each group comes from if the groups correspond.
+    """The origins of groups that correspond to the saved ones.
 
     Raises:
-        ValueError: They do not.
+        ValueError: They do not correspond.
     """
     if len(saved) != len(groups):
         raise ValueError(
@@ -120,7 +121,7 @@ def _by_order(saved: Sequence[Group], groups: Sequence[Group]) -> list[Origin]:
 
 
 def _names_of(groups: Sequence[Group]) -> list[list[str]] | None:
-    """The names of all parameters by group, without wrappers; None if they have none, or are arranged already."""
+    """The names of all parameters by group, without wrappers; None if they have none, or are matched already."""
     if not all("param_names" in group for group in groups):
         return None
     if any(isinstance(key, str) for group in groups for key in group["params"]):
@@ -135,16 +136,16 @@ def _names_of(groups: Sequence[Group]) -> list[list[str]] | None:
 
 
 def _numbers(group: Group, origins: Sequence[Group]) -> dict[str, Any]:
-    """The entries of a group: what all its origins say, or else its own; its own names in any case."""
+    """The entries of a group: those on which its origins agree, else its own; its own names in any case."""
     first, *others = origins or [group]
     agreed = {k: v for k, v in first.items() if all(k in other and _same(v, other[k]) for other in others)}
-    arranged = {**group, **agreed}
+    entries = {**group, **agreed}
     if any(isinstance(key, str) for key in first["params"]):
-        arranged.pop("param_names", None)  # which do not go along when groups are arranged elsewhere
+        entries.pop("param_names", None)  # not matched along with groups elsewhere
     if "param_names" in group:
-        arranged["param_names"] = group["param_names"]
-    del arranged["params"]
-    return arranged
+        entries["param_names"] = group["param_names"]
+    del entries["params"]
+    return entries
 
 
 def _same(a: object, b: object) -> bool:

@@ -1,7 +1,8 @@
 """Update rules as files: safetensors, loaded without pickle, checked against a hash, never fetched.
 
-A rule file holds theta as tensors and, as text metadata, the `RuleConfig` and a SHA-256 over both. Beside a shipped
-rule `NAME.safetensors` stands its card `NAME.md`: how it was made, what it was measured to do, where it is bad.
+A rule file holds theta as tensors and, as text metadata, the `RuleConfig` and a SHA-256 over both. Files of the
+previous format are converted when they are read. Each shipped rule `NAME.safetensors` has a card `NAME.md`: how it was
+made, how it performs, and where it is bad.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nfn_optim.pretrained import format_1
 from nfn_optim.rule import RuleConfig, UpdateRule
 
-FORMAT = "nfn_optim.rule.1"
+FORMAT = "nfn_optim.rule.2"
 _FOLDER = Path(__file__).parent
 
 
 def names() -> tuple[str, ...]:
-    """The rules inside the package; `"adamw"`, the nominal part alone, needs no file."""
+    """The rules inside the package; `"adamw"`, which has no learned part, needs no file."""
     return ("adamw", *sorted(path.stem for path in _FOLDER.glob("*.safetensors")))
 
 
@@ -83,7 +85,7 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
         ValueError: The file is truncated, was changed, or is not a rule.
     """
     if name_or_path == "adamw":
-        return UpdateRule.nominal().eval()
+        return UpdateRule.adamw().eval()
     path = _FOLDER / f"{name_or_path}.safetensors"
     if not path.is_file():
         path = Path(name_or_path)
@@ -94,17 +96,18 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # copies, since products of matrices round differently where these are not aligned as torch does it
+            # copies, since matrix products round differently for other alignments than torch's
             theta = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or install it again") from error
-    if FORMAT not in metadata:
+    version = next((version for version in (FORMAT, format_1.FORMAT) if version in metadata), None)
+    if version is None:
         raise ValueError(
             f"expected {path} to be a rule, with metadata {FORMAT!r}, found {sorted(metadata)}; "
             f"write rules with nfn_optim.pretrained.save"
         )
     try:
-        stated = json.loads(metadata[FORMAT])
+        stated = json.loads(metadata[version])
         config, expected = str(stated["config"]), str(stated["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise _not_a_rule(path, error) from error
@@ -115,24 +118,27 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
             f"copy or install it again"
         )
     try:
-        rule = _build(RuleConfig(**json.loads(config)), theta)
+        entries = json.loads(config)
+        if version == format_1.FORMAT:
+            entries, theta = format_1.convert(entries, theta)
+        rule = _build(RuleConfig(**entries), theta)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _not_a_rule(path, error) from error
     return rule.requires_grad_(False).eval()
 
 
 def _build(config: RuleConfig, theta: Mapping[str, Tensor]) -> UpdateRule:
-    """Make a rule of what a file says; a hash is no signature, so nothing large is made before it is known to fit."""
+    """Build a rule from a file; a hash is no signature, so nothing large is allocated before it is known to fit."""
     numbers = sum(value.numel() for value in theta.values())
-    if max(config.hidden, config.rounds, config.weight_hidden) > numbers + RuleConfig.weight_hidden:
+    if max(config.hidden, config.rounds) > numbers + RuleConfig.hidden:
         raise ValueError(f"{config} is too large for {numbers} numbers")
-    with torch.device("meta"):  # nothing is drawn: whoever seeds before the optimizer is made gets the same numbers
+    with torch.device("meta"):  # draws no random numbers: constructing an optimizer leaves generators alone
         rule = UpdateRule(config)
     if {n: p.shape for n, p in rule.state_dict().items()} != {n: p.shape for n, p in theta.items()}:
         raise ValueError(f"its tensors are not those of {config}")
     if not all(value.isfinite().all() for value in theta.values()):
         raise ValueError("its theta is not finite")
-    # copies, for a tensor in a file lies anywhere, and how it lies decides on the last bit of a product
+    # copies, since a tensor in a file may have any alignment, which decides the last bit of a product
     rule.load_state_dict({name: value.clone() for name, value in theta.items()}, assign=True)
     return rule
 
@@ -147,7 +153,7 @@ def digest(rule: UpdateRule) -> str:
 
 
 def _written(rule: UpdateRule) -> tuple[str, dict[str, Tensor]]:
-    """Configuration and theta as they stand in a file."""
+    """Configuration and theta as they are written to a file."""
     theta = {name: value.detach().cpu().contiguous() for name, value in rule.state_dict().items()}
     return json.dumps(asdict(rule.config), sort_keys=True), theta
 

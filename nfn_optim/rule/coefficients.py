@@ -1,38 +1,77 @@
-"""What neurons say to the weights of a tensor, and how the state keeps it while they are silent."""
+"""The coefficients of a tensor's update: what message passing computes and the state caches between refreshes.
+
+update[i, j, ...] = -lr tensor_gain row_gain[i] column_gains[j, ...] (row_coeffs[i] . terms and features)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nfn_optim.engine.sharding import Shards
 
 
+class FeatureCoefficients(NamedTuple):
+    """Coefficients of a row's features, behind those of the direction's terms."""
+
+    slow: Tensor
+    gradient: Tensor
+    weight: Tensor
+    momentum: Tensor
+    momentum_unit: Tensor
+
+
 @dataclass(frozen=True)
-class Said:
-    """What one tensor and its rows, columns and taps say to its weights.
+class Coefficients:
+    """The coefficients of one tensor `(*batch, *shape)`.
 
     Attributes:
-        words: To each row, `(*batch, shape[0] or 1, words)`.
-        gains: For every dimension but the first `(*batch, shape[dim])`.
+        row_coeffs: Of the direction's terms, and `FeatureCoefficients`, `(*batch, shape[0] or 1, terms + 5)`.
+        row_gain: `(*batch, shape[0] or 1)`.
+        column_gains: For every dimension but the first `(*batch, shape[dim])`.
+        tensor_gain: `(*batch,)`.
     """
 
-    words: Tensor
-    gains: tuple[Tensor, ...] = ()
+    row_coeffs: Tensor
+    row_gain: Tensor
+    column_gains: tuple[Tensor, ...]
+    tensor_gain: Tensor
 
     @classmethod
-    def kept(cls, state: Mapping[str, Tensor], lengths: Sequence[int]) -> Said:
-        """What was said last, from the state of a tensor whose dimensions but the first have these lengths."""
-        return cls(state["words"], torch.split(state["gains"], list(lengths), -1))
+    def adam(cls, shape: Sequence[int], terms: int, like: Tensor) -> Coefficients:
+        """Adam's update for a tensor `(*batch, *shape)`; `like` `(*batch,)`."""
+        first, *others = shape[like.dim() :] or (1,)
+        row_coeffs = F.pad(like.new_ones((*like.shape, first, 1)), (0, terms - 1 + len(FeatureCoefficients._fields)))
+        gains = [like.new_ones((*like.shape, length)) for length in (first, *others)]
+        return cls(row_coeffs, gains[0], tuple(gains[1:]), torch.ones_like(like))
 
-    def to_keep(self) -> dict[str, Tensor]:
-        """The inverse of `kept`."""
-        return {"words": self.words, "gains": torch.cat([self.words[..., 0, :0], *self.gains], -1)}
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], lengths: Sequence[int]) -> Coefficients:
+        """Read those of the last refresh.
 
-    def part(self, name: str, shards: Shards) -> Said:
-        """What is said to those weights of the tensor that are here; no batch."""
-        gains = tuple(gain[shards.part(name, dim)] for dim, gain in enumerate(self.gains, 1))
-        return Said(self.words[shards.part(name, 0)], gains)
+        Args:
+            state: Of the tensor.
+            lengths: Of its dimensions but the first.
+        """
+        column_gains = torch.split(state["column_gains"], list(lengths), -1)
+        return cls(state["row_coeffs"], state["row_gain"], column_gains, state["tensor_gain"])
+
+    def to_state(self) -> dict[str, Tensor]:
+        """The inverse of `from_state`."""
+        return {
+            "row_coeffs": self.row_coeffs,
+            "row_gain": self.row_gain,
+            "column_gains": torch.cat([self.row_gain[..., :0], *self.column_gains], -1),
+            "tensor_gain": self.tensor_gain,
+        }
+
+    def local(self, name: str, shards: Shards) -> Coefficients:
+        """Those of the local part of a sharded tensor; no batch."""
+        rows = shards.local_slice(name, 0)
+        gains = tuple(gain[shards.local_slice(name, dim)] for dim, gain in enumerate(self.column_gains, 1))
+        return Coefficients(self.row_coeffs[rows], self.row_gain[rows], gains, self.tensor_gain)

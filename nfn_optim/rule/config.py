@@ -1,63 +1,78 @@
-"""What an update rule is made of."""
+"""The configuration of an update rule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-from nfn_optim.rule.gains import GAIN_RANGE
+from nfn_optim.rule.adam import AdamDirection
+from nfn_optim.rule.direction import Direction
+from nfn_optim.rule.orthogonal import OrthogonalDirection
+from nfn_optim.rule.step_size import MAX_LOG_GAIN
+
+DIRECTIONS: dict[str, Callable[[RuleConfig], Direction]] = {
+    "adam": lambda config: AdamDirection(),
+    "orthogonal": lambda config: OrthogonalDirection(config.rank),
+}
 
 
 @dataclass(frozen=True)
 class RuleConfig:
-    """What an update rule is made of.
+    """The configuration of an update rule.
 
     Args:
-        hidden: Channels of the embeddings of neurons and tensors. 0 leaves the learned part out: AdamW.
+        learned: Whether there is a learned part; without it the rule is AdamW and everything else is without effect.
+        direction: Base direction of the update, a name in `DIRECTIONS`.
+        rank: Dimension of the subspaces of direction "orthogonal".
+        hidden: Channels of the embeddings of neurons and tensors. With 0, gains are linear in the logarithms of the
+            statistics, and other coefficients are constant.
         rounds: Rounds of messages between neurons and tensors.
-        form: How a weight's update follows from its features: linearly, or by a small network.
-        weight_hidden: Hidden units of the network per weight, form "network" only.
-        power: Power of the tensor's scale in the gain when meta-training starts; it is learned. 1 measures updates in
-            units of the scale, 0 is Adam's.
-        gain: Factor of every update when meta-training starts, between exp(-3) and exp(3); it is learned.
-        cooldown: Last part of a known horizon over which the learning rate falls, 0 to 1.
-        bend: Power with which it falls there: 1 linearly, more than 1 sooner.
-        fading: Where the horizon is not known, the learning rate falls as (1 + age / FADING_AGE)^-fading; 0 or more.
-        talk_every: Steps from one time that the neurons talk to the next; in between weights act on what was said last.
-        rank: Directions in which the neurons of a matrix hear each other; 0 for none. With it, the nominal direction of
-            matrices is the orthogonal one when meta-training starts; how far is learned. Form "linear" only.
-        growth: Power with which the steps of a tensor grow with age while its gradients agree, and fall while they
-            oscillate, when meta-training starts (`nfn_optim.rule.step_size`); it is learned. 0 leaves it out.
-        waning: Power with which they fall besides, when meta-training starts; it is learned.
+        power: Initial power of the tensor's scale in the gain; learned. 1 measures updates in units of the scale, 0 is
+            Adam's.
+        gain: Initial factor of every update, between exp(-3) and exp(3); learned.
+        cooldown: Fraction of a known horizon, at its end, over which the learning rate falls; 0 to 1.
+        cooldown_power: Power of that fall: 1 is linear, more than 1 falls sooner.
+        inverse_time_power: Without a known horizon the learning rate falls as (1 + age / 100) to minus this power.
+        refresh_every: Steps between two computations of the coefficients, which are cached in between.
+        adapt_rate: Initial rate of step-size adaptation (`nfn_optim.rule.step_size`); learned. 0 leaves it out.
+        adapt_decay: Initial decay of the step size; learned.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
+    learned: bool = True
+    direction: str = "adam"
+    rank: int = 32
     hidden: int = 16
     rounds: int = 2
-    form: Literal["linear", "network"] = "linear"
-    weight_hidden: int = 8
     power: float = 0.0
     gain: float = 1.0
     cooldown: float = 0.0
-    bend: float = 1.0
-    fading: float = 0.0
-    talk_every: int = 1
-    rank: int = 0
-    growth: float = 0.0
-    waning: float = 0.0
+    cooldown_power: float = 1.0
+    inverse_time_power: float = 0.0
+    refresh_every: int = 1
+    adapt_rate: float = 0.0
+    adapt_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.talk_every < 1 or self.fading < 0 or self.bend <= 0:
-            raise ValueError(f"expected talk_every >= 1, fading >= 0 and bend > 0, found {self}")
-        if self.rank < 0 or (self.rank and (self.hidden == 0 or self.form != "linear")):
-            raise ValueError(f"expected rank >= 0, and 0 without hidden channels or in form 'network', found {self}")
-        if self.growth < 0 or (self.growth and self.hidden == 0) or (self.waning and not self.growth):
-            raise ValueError(f"expected growth >= 0, above 0 with waning and 0 without hidden channels, found {self}")
-        if self.hidden < 0 or self.rounds < 0 or self.weight_hidden < 1:
-            raise ValueError(f"expected hidden >= 0, rounds >= 0 and weight_hidden >= 1, found {self}")
-        if not (self.gain > 0 and abs(math.log(self.gain)) < GAIN_RANGE):
-            raise ValueError(f"expected a gain between exp(-{GAIN_RANGE:g}) and exp({GAIN_RANGE:g}), found {self.gain}")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"expected a direction, one of {sorted(DIRECTIONS)}, found {self.direction!r}")
+        if self.rank < 1 or self.hidden < 0 or self.rounds < 0:
+            raise ValueError(f"expected rank >= 1, hidden >= 0 and rounds >= 0, found {self}")
+        if self.rounds and not self.hidden:
+            raise ValueError(
+                f"expected hidden channels for {self.rounds} rounds of messages, or rounds=0; found {self}"
+            )
+        if self.refresh_every < 1 or self.inverse_time_power < 0 or self.cooldown_power <= 0:
+            raise ValueError(
+                f"expected refresh_every >= 1, inverse_time_power >= 0 and cooldown_power > 0, found {self}"
+            )
+        if self.adapt_rate < 0 or (self.adapt_decay and not self.adapt_rate):
+            raise ValueError(f"expected adapt_rate >= 0, and above 0 with adapt_decay, found {self}")
+        if not (self.gain > 0 and abs(math.log(self.gain)) < MAX_LOG_GAIN):
+            limits = f"exp(-{MAX_LOG_GAIN:g}) and exp({MAX_LOG_GAIN:g})"
+            raise ValueError(f"expected a gain between {limits}, found {self.gain}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"expected a cooldown of 0 to 1, found {self.cooldown}")
-        if self.form not in ("linear", "network"):
-            raise ValueError(f"expected form 'linear' or 'network', found {self.form!r}")

@@ -1,168 +1,183 @@
-"""The orthogonal direction of a matrix: Adam's, with its singular values made equal. Neurons hear each other in it.
+"""The orthogonal direction of a matrix: Adam's, with equal singular values inside of a subspace.
 
-With X the raw channel 0 of a matrix, `(rows, rest)`, and U the *basis* of a subspace, `(rest, k)`, orthonormal,
+With X Adam's direction, `(rows, rest)`, U the basis of its subspace and Z = X U (`nfn_optim.rule.subspace`),
 
-    Z = X U
     P = Z (Z^T Z)^(-1/2)
     D = sqrt(max(rows, rest)) (P U^T + (X - Z U^T) / tau)
-    U <- orthonormal basis of X^T P
 
-Inside the subspace all singular values of D are the same, outside of it, where tau is the root mean square of those of
-X, they keep their proportions. The last line, a step of the power method, makes the subspace that of the k largest ones
-and keeps it there. Where a matrix has no more than k columns there is nothing to follow: U is the identity, and D is
-orthogonal. Where X has fewer than k singular values, some vectors of U are zero, until one of the rows of which most
-lies outside is taken in. The root mean square of D is about 1.
-
-What rows say to each other is Z, O(neurons k) numbers; so it costs 4 k operations a weight at a step and 2 k more at
-one at which the basis moves, instead of thousands. D commutes with permuting rows and columns, and D is not
-differentiated with respect to U, on which it does not depend where X has no more than k singular values.
+Inside of the subspace all singular values of D are equal; outside, where tau is the root mean square of those of X,
+they keep their proportions. In a matrix of at most k columns D is orthogonal. The root mean square of D is about 1.
+Computed from Z, O(neurons k) numbers, D costs 4 k operations per weight, and 2 k more where the basis moves, instead of
+thousands. D commutes with permuting rows and columns. It is not differentiated with respect to U, on which it does not
+depend where X has no more than k singular values. Vectors follow Adam's direction.
 
 References:
-    Muon (Jordan et al., 2024): the polynomial for the inverse square root, and what it is good for
+    Muon (Jordan et al., 2024): the polynomial for the inverse square root, and the motivation
     Dion: Distributed Orthonormalized Updates (Ahn et al., 2025), arXiv:2504.05295: the subspace
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nfn_optim.engine.blocks import constant
+from nfn_optim.engine.executor import Executor, LowRank
+from nfn_optim.engine.moments import State
+from nfn_optim.engine.sharding import Shards
+from nfn_optim.rule.direction import Direction, StepDirection
+from nfn_optim.rule.subspace import STATE_KEY, Projection, Subspaces, basis_shape
 
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # of an odd map that takes singular values of 0.003 to 1 into 0.7 to 1.2
 ITERATIONS = 5
 SIZE = 0.5  # root mean square of the orthogonal direction in the update, about that of Adam's when gradients agree
-LARGEST = 1.25  # root mean square of D is never larger
-LEAST_TAIL = 0.1  # what is outside of the subspace is not enlarged more than ten times what is inside
-DEPENDENT = 1e-3  # a vector of which no larger part is new depends on the others
-LEAST = 1e-4  # a direction of smaller root mean square is not enlarged: there is none
+MAX_RMS = 1.25  # of D
+MIN_TAIL = 0.1  # what is outside of the subspace is amplified at most ten times as much as what is inside
+MIN_RMS = 1e-4  # an X of smaller root mean square is not amplified: it counts as zero
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """A matrix X as it is seen from its subspace.
-
-    Attributes:
-        shape: Of X, rows and rest; of the whole where it is divided among processes.
-        seen: Z, `(*batch, rows, k)`, or `(*batch, count, rows, k)` of a stack of matrices; and so with everything.
-        energy: Sum of the squares of X, `(*batch,)`.
-        dimension: Of the subspace, `(*batch,)`.
-    """
-
-    shape: tuple[int, int]
-    seen: Tensor
-    energy: Tensor
-    dimension: Tensor
-
-
-@dataclass(frozen=True)
-class Aim:
-    """The orthogonal direction of a matrix, as SIZE D = Z turn U^T + rest X.
+class OrthogonalFactors:
+    """The orthogonal direction of a matrix, SIZE D = Z correction U^T + tail_gain X.
 
     Attributes:
         root: P = Z root, up to a factor; `(*batch, k, k)`.
-        turn: `(*batch, k, k)`.
-        rest: `(*batch,)`.
+        correction: `(*batch, k, k)`.
+        tail_gain: `(*batch,)`.
     """
 
     root: Tensor
-    turn: Tensor
-    rest: Tensor
+    correction: Tensor
+    tail_gain: Tensor
 
 
-def basis_shape(rank: int, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The shape of a basis: the columns and taps of a tensor, and k.
+class OrthogonalDirection(Direction):
+    """A mixture of Adam's and the orthogonal direction, (1 - w) X + w D for matrices; w is learned and starts at 1.
 
     Args:
-        rank: The most that k may be.
-        shape: Of the tensor.
-
-    Returns:
-        `(*shape[1:], k)`; None where there is no need for one.
+        rank: k, the largest dimension of a subspace.
     """
-    rest = math.prod(shape[1:])
-    return (*shape[1:], min(rank, shape[0])) if len(shape) > 1 and rest > rank > 0 and shape[0] > 0 else None
+
+    terms: ClassVar[int] = 2
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.orthogonal_weight = nn.Parameter(torch.tensor(1.0))
+
+    def init_state(self, p: Tensor, batch_dims: int) -> dict[str, Tensor]:
+        """The basis, where one is needed: all zeros."""
+        if (shape := basis_shape(self.rank, p.shape[batch_dims:])) is None:
+            return {}
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        return {STATE_KEY: torch.zeros((*p.shape[:batch_dims], *shape), dtype=dtype, device=p.device)}
+
+    def terms_of(self, coefficient: Tensor, enabled: Tensor) -> list[Tensor]:
+        """See `Direction`."""
+        weight = enabled * self.orthogonal_weight.unsqueeze(-1)
+        return [coefficient * (1 - weight), coefficient * weight]
+
+    def rms_bound(self, adam_rms: Tensor, is_matrix: Tensor) -> Tensor:
+        """See `Direction`."""
+        weight = is_matrix * self.orthogonal_weight.unsqueeze(-1)
+        return adam_rms * (1 - weight).abs() + SIZE * MAX_RMS * weight.abs()
+
+    def prepare(
+        self, executor: Executor, names: Sequence[str], state: State, batch_dims: int, shards: Shards | None
+    ) -> StepDirection:
+        """Project every matrix; see `Direction`."""
+        subspaces = Subspaces(names, executor, shards)
+        projections = subspaces.project(state)
+        factors = orthogonal_factors(list(projections.values()), batch_dims)
+        return OrthogonalStep(subspaces, projections, dict(zip(projections, factors, strict=True)))
 
 
-def aims_of(sketches: Sequence[Sketch], batch_dims: int = 0) -> list[Aim]:
-    """The orthogonal directions of some matrices, their small matrices in one batch.
+@dataclass(frozen=True)
+class OrthogonalStep(StepDirection):
+    """The orthogonal directions of all matrices at one step.
+
+    Attributes:
+        subspaces: Of the network.
+        projections: By index of the block.
+        factors: Likewise.
+    """
+
+    subspaces: Subspaces
+    projections: Mapping[int, Projection]
+    factors: Mapping[int, OrthogonalFactors]
+
+    def combine(self, index: int, coefficients: Tensor) -> tuple[Tensor, LowRank | None]:
+        """See `StepDirection`."""
+        adam, orthogonal, others = coefficients[..., :1], coefficients[..., 1:2], coefficients[..., 2:]
+        if index not in self.factors:  # vectors
+            return torch.cat([adam, others], -1), None
+        factors, projection = self.factors[index], self.projections[index]
+        left = orthogonal * (projection.local_projected @ factors.correction)
+        adam = adam + orthogonal * factors.tail_gain[..., None, None]
+        return torch.cat([adam, others], -1), (left, projection.local_basis.mT)
+
+    def next_state(self, row_means: Mapping[int, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """See `StepDirection`."""
+        roots = {index: factors.root for index, factors in self.factors.items()}
+        for index, basis in self.subspaces.next_bases(self.projections, roots, row_means):
+            yield index, {STATE_KEY: basis}
+
+
+def orthogonal_factors(projections: Sequence[Projection], batch_dims: int = 0) -> list[OrthogonalFactors]:
+    """The orthogonal directions of some matrices, their k x k matrices in one batch.
 
     Args:
-        sketches: Of the matrices.
+        projections: Of the matrices.
         batch_dims: How many leading dimensions are batch.
     """
-    if not sketches:
+    if not projections:
         return []
-    most = max(sketch.seen.shape[-1] for sketch in sketches)
-    parts = [_padded(x.seen.mT @ x.seen, most) for x in sketches]
-    parts = [part.reshape(*part.shape[:batch_dims], -1, most, most) for part in parts]
-    lengths = [part.shape[-3] for part in parts]
-    grams = torch.cat(parts, -3)  # (*batch, T, k, k)
-    floors = [LEAST**2 * math.prod(x.shape) for x in sketches]
-    every = [floor for floor, length in zip(floors, lengths, strict=True) for _ in range(length)]
-    inside = grams.diagonal(dim1=-2, dim2=-1).sum(-1) + constant(tuple(every), grams.dtype, grams.device)  # (*batch, T)
-    roots = inverse_root(grams / inside[..., None, None]) / inside.sqrt()[..., None, None]
-    found = []
+    k_max = max(x.projected.shape[-1] for x in projections)
+    grams = [_pad_square(x.projected.mT @ x.projected, k_max) for x in projections]
+    grams = [gram.reshape(*gram.shape[:batch_dims], -1, k_max, k_max) for gram in grams]
+    lengths = [gram.shape[-3] for gram in grams]
+    gram = torch.cat(grams, -3)  # (*batch, T, k, k)
+    floors = [MIN_RMS**2 * math.prod(x.shape) for x in projections]
+    repeated = [floor for floor, length in zip(floors, lengths, strict=True) for _ in range(length)]
+    inside = gram.diagonal(dim1=-2, dim2=-1).sum(-1) + constant(tuple(repeated), gram.dtype, gram.device)  # (*batch, T)
+    roots = inverse_root(gram / inside[..., None, None]) / inside.sqrt()[..., None, None]
     split = zip(torch.split(roots, lengths, -3), torch.split(inside, lengths, -1), strict=True)
-    for sketch, floor, (several, withins) in zip(sketches, floors, split, strict=True):
-        k, where = sketch.seen.shape[-1], sketch.energy.shape
-        root, within = several.reshape(*where, most, most)[..., :k, :k], withins.reshape(where)
-        size = SIZE * math.sqrt(max(sketch.shape))
-        left_over = (min(sketch.shape) - sketch.dimension).clamp(min=1)
-        tail = ((sketch.energy - within).clamp(min=0) / left_over + floor).sqrt()
-        rest = 1 / (tail + LEAST_TAIL * (within / sketch.dimension.clamp(min=1)).sqrt())
-        rest = torch.where(sketch.dimension < sketch.shape[1] - 0.5, rest, 0.0)  # where there is anything outside
-        turn = root - torch.diag_embed(rest.unsqueeze(-1).expand(*rest.shape, k))
-        found.append(Aim(root, size * turn, size * rest))
-    return found
+    factors = []
+    for x, floor, (x_roots, x_inside) in zip(projections, floors, split, strict=True):
+        k, batch = x.projected.shape[-1], x.energy.shape
+        root, energy_inside = x_roots.reshape(*batch, k_max, k_max)[..., :k, :k], x_inside.reshape(batch)
+        size = SIZE * math.sqrt(max(x.shape))
+        rank_outside = (min(x.shape) - x.dimension).clamp(min=1)
+        tail = ((x.energy - energy_inside).clamp(min=0) / rank_outside + floor).sqrt()
+        tail_gain = 1 / (tail + MIN_TAIL * (energy_inside / x.dimension.clamp(min=1)).sqrt())
+        tail_gain = torch.where(x.dimension < x.shape[1] - 0.5, tail_gain, 0.0)  # where anything is outside
+        correction = root - torch.diag_embed(tail_gain.unsqueeze(-1).expand(*tail_gain.shape, k))
+        factors.append(OrthogonalFactors(root, size * correction, size * tail_gain))
+    return factors
 
 
-def inverse_root(grams: Tensor) -> Tensor:
-    """Roughly A^(-1/2): what takes singular values to nearly 1, of those whose squares are the eigenvalues of A.
+def inverse_root(gram: Tensor) -> Tensor:
+    """Roughly A^(-1/2), by which singular values become nearly 1 whose squares are the eigenvalues of A.
 
     Args:
-        grams: Symmetric, without negative eigenvalues, of trace at most 1; `(..., k, k)`.
+        gram: Symmetric, without negative eigenvalues, of trace at most 1; `(..., k, k)`.
     """
     a, b, c = POLYNOMIAL
-    one = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     root = one
     for _ in range(ITERATIONS):
-        factor = a * one + b * grams + c * (grams @ grams)
+        factor = a * one + b * gram + c * (gram @ gram)
         root = factor @ root
-        grams = factor @ grams @ factor
+        gram = factor @ gram @ factor
     return root
 
 
-def completed(polar: Tensor, basis_columns: Tensor, size: Tensor) -> Tensor:
-    """P, and where the basis has no vector the choice of a row: of one of the k largest.
-
-    Args:
-        polar: `(*batch, rows, k)`.
-        basis_columns: Squared lengths of the vectors of the basis, 0 or 1, `(*batch, k)`.
-        size: How much there is to choose a row for, `(*batch, rows)`.
-    """
-    chosen = torch.nan_to_num(size).topk(polar.shape[-1], -1).indices.unsqueeze(-2)  # (*batch, 1, k)
-    rows = torch.zeros_like(polar).scatter(-2, chosen, 1.0)
-    return torch.where(basis_columns.unsqueeze(-2) > 0.5, polar, rows)  # noqa: PLR2004 - 0 or 1 but for rounding
-
-
-@torch.no_grad()
-def next_basis(image: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of X^T P, `(*batch, rest, k)`.
-
-    A column that depends on those before it gives a vector of zeros: whatever else stood there would be rounding.
-    """
-    basis, triangle = torch.linalg.qr(image)
-    sizes = triangle.diagonal(dim1=-2, dim2=-1).abs()  # (*batch, k)
-    apart = sizes > DEPENDENT * sizes.amax(-1, keepdim=True)
-    return torch.where(apart.unsqueeze(-2), basis, 0.0)
-
-
-def _padded(gram: Tensor, size: int) -> Tensor:
-    """A square matrix with zeros added up to a size."""
+def _pad_square(gram: Tensor, size: int) -> Tensor:
+    """A square matrix padded with zeros."""
     return F.pad(gram, (0, size - gram.shape[-1]) * 2)

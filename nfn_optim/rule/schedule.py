@@ -1,58 +1,29 @@
-"""Hyperparameters as the rule wants them: a number for every tensor, and how the learning rate goes with time."""
+"""The learning rate over time: factors that multiply `lr`, for a known and an unknown horizon."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-Hyper = float | Tensor | Mapping[str, float | Tensor]
-"""One value for all parameters, or one for each by name."""
-
-FADING_AGE = 100.0  # steps after which fading begins to be felt
-COOLEST = 0.01  # what is left of the learning rate behind the end of the horizon
+INVERSE_TIME_AGE = 100.0  # steps after which the inverse-time factor begins to fall
+MIN_COOLDOWN = 0.01  # base of the power at and after the end of the horizon
 
 
-def by_tensor(hyper: Hyper, names: Sequence[str], steps: Tensor) -> Tensor | float:
-    """A hyperparameter as a number or `(*batch or none, T or 1)`, to go with steps `(*batch, T)`."""
-    if isinstance(hyper, Mapping):
-        ones = torch.ones_like(steps[..., :1])
-        return torch.cat([by_tensor(hyper[n], names, steps) * ones for n in names], -1)
-    if isinstance(hyper, Tensor):
-        hyper = hyper.to(steps)
-        return hyper.unsqueeze(-1) if hyper.dim() == steps.dim() - 1 > 0 else hyper.reshape((1,))
-    return hyper
+def inverse_time_factor(steps: Tensor, power: float) -> Tensor:
+    """Factor where the horizon is unknown, from 1 downwards; `steps` taken, this one included."""
+    return (1 + (steps - 1) / INVERSE_TIME_AGE) ** -power
 
 
-def is_zero(hyper: Hyper, name: str) -> bool:
-    """Whether a hyperparameter is the number 0 for a tensor."""
-    value = hyper[name] if isinstance(hyper, Mapping) else hyper
-    return not isinstance(value, Tensor) and value == 0
-
-
-def horizon_of(total_steps: Tensor | float, steps: Tensor) -> Tensor:
-    """The horizon, `(*batch or none, 1)`; a number gets to the device without being waited for."""
-    if isinstance(total_steps, Tensor):
-        return total_steps.to(steps).unsqueeze(-1)
-    return steps.new_full((1,), float(total_steps))
-
-
-def faded(steps: Tensor, fading: float) -> Tensor:
-    """What is left of the learning rate where the horizon is not known, from 1 down; steps taken, this one included."""
-    return (1 + (steps - 1) / FADING_AGE) ** -fading
-
-
-def cooled(steps: Tensor, total: Tensor, cooldown: float, bend: float) -> Tensor:
-    """What is left of the learning rate on the way to a known horizon.
+def cooldown_factor(steps: Tensor, total: Tensor, cooldown: float, power: float) -> Tensor:
+    """Factor where the horizon is known.
 
     Args:
         steps: Steps taken, this one included.
-        total: The horizon.
-        cooldown: The last part of it over which the rate falls, 0 to 1.
-        bend: The power with which it does.
+        total: The horizon in steps.
+        cooldown: Fraction of the horizon, at its end, over which the rate falls; 0 to 1.
+        power: Of the fall; 1 is linear.
     """
     if not cooldown:
         return torch.ones_like(steps)
-    left = (1 - (steps - 1) / total.clamp(min=1)) / cooldown
-    return left.clamp(COOLEST, 1.0) ** bend
+    remaining = (1 - (steps - 1) / total.clamp(min=1)) / cooldown
+    return remaining.clamp(MIN_COOLDOWN, 1.0) ** power

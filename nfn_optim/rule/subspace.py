@@ -1,7 +1,21 @@
-"""The orthogonal directions of all matrices of a network at one step, wherever their parts are."""
+"""Subspace iteration: for every matrix a subspace of its columns that follows the largest singular values.
+
+With X Adam's direction of a matrix, `(rows, rest)`, and U the *basis*, `(rest, k)`, orthonormal,
+
+    Z = X U                                   the projection
+    U <- orthonormal basis of X^T P           with P any matrix that has the left singular vectors of Z, `(rows, k)`
+
+The second line is a step of the power method. A matrix of at most k columns needs no basis: U is the identity. Where X
+has fewer than k singular values, some vectors of U are zero, until a row that lies mostly outside of the subspace is
+added. A step costs 2 k operations per weight, and 2 k more where the basis is updated.
+
+References:
+    Dion: Distributed Orthonormalized Updates (Ahn et al., 2025), arXiv:2504.05295
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,164 +23,203 @@ import torch
 from torch import Tensor
 
 from nfn_optim.engine.blocks import Block, Matrix, Stack, Vectors
-from nfn_optim.engine.moments import TINY
+from nfn_optim.engine.executor import Executor
+from nfn_optim.engine.moments import SQRT_EPS, State
 from nfn_optim.engine.sharding import Shard, Shards
-from nfn_optim.engine.sweep import Sweep
-from nfn_optim.rule.orthogonal import Aim, Sketch, aims_of, completed, next_basis
+
+STATE_KEY = "basis"
+MIN_INDEPENDENT = 1e-3  # a column of which no larger part is new counts as dependent
 
 
 @dataclass(frozen=True)
-class Aimed:
-    """The orthogonal direction D of the part of a matrix that is here.
+class Projection:
+    """A matrix X in its subspace.
 
     Attributes:
-        aim: What makes it.
-        seen: Z, of the rows that are here, `(*batch, rows, k)`.
-        basis: `(*batch, columns of the array, k)`.
-        sketch: Of the whole matrix.
-        kept: The basis of the whole matrix as the state keeps it, `(*batch, *shape[1:], k)`.
+        shape: Of X, rows and rest; of the whole matrix where it is sharded.
+        projected: Z, `(*batch, rows, k)`, or `(*batch, count, rows, k)` of a stack of matrices; and so with everything.
+        energy: Sum of the squares of X, `(*batch,)`.
+        dimension: Of the subspace, `(*batch,)`.
+        local_projected: The local rows of Z, `(*batch, local rows, k)`.
+        local_basis: U for the columns of the local block, `(*batch, rest, k)`.
+        basis: U as the state keeps it, `(*batch, *shape[1:], k)`.
     """
 
-    aim: Aim
-    seen: Tensor
+    shape: tuple[int, int]
+    projected: Tensor
+    energy: Tensor
+    dimension: Tensor
+    local_projected: Tensor
+    local_basis: Tensor
     basis: Tensor
-    sketch: Sketch
-    kept: Tensor
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the subspace is smaller than the space."""
+        return self.basis.shape[-1] < self.shape[1]
 
 
 @dataclass(frozen=True)
-class Aiming:
-    """Who aims.
+class Subspaces:
+    """The subspaces of all matrices of a network at one step, sharded or not.
 
     Attributes:
         names: Of all tensors.
-        sweep: Who passes over the weights.
-        shards: Which parts of the tensors are here.
+        executor: Of the step.
+        shards: Which parts of the tensors are local.
     """
 
     names: Sequence[str]
-    sweep: Sweep
+    executor: Executor
     shards: Shards | None
 
-    def aims(self, bases: Mapping[str, Tensor | None], batch_dims: int) -> dict[int, Aimed]:
-        """By place among the blocks, of those that are matrices.
+    def project(self, state: State) -> dict[int, Projection]:
+        """Project every matrix.
 
         Args:
-            bases: What the state keeps, None where there is no need for a basis; by name of the tensor.
-            batch_dims: How many leading dimensions are batch.
+            state: By name; `STATE_KEY` holds the basis, where there is one.
+
+        Returns:
+            By index of the block, of those that are matrices.
         """
-        kept: dict[int, Tensor] = {}
-        found: dict[int, Tensor] = {}
-        sketches: dict[int, Sketch] = {}
-        for place, block in enumerate(self.sweep.blocks):
+        projections: dict[int, Projection] = {}
+        for index, block in enumerate(self.executor.blocks):
             layout = block.layout
             if isinstance(layout, Vectors):
                 continue
-            name = self._name(place)
+            name = self._name(index)
             shape = self._shape_of(name, block)
-            known = [basis for i in layout.numbers if (basis := bases[self.names[i]]) is not None]
-            kept[place] = layout.join(known) if known else _identity(shape[1:], block.arrays[3])
-            here = kept[place] if self.shards is None else self._part(name, kept[place])
-            found[place] = layout.fold_basis(here.expand(*layout.batch, *here.shape[-len(shape) :]))
-            seen, energy = self.sweep.project(place, found[place])
-            dimension = kept[place].flatten(-len(shape), -2).square().sum((-2, -1)).expand(energy.shape)
-            sketches[place] = Sketch((shape[0], shape[1:].numel()), seen, energy, dimension)
-        if self.shards is not None:
-            by_name = {self._name(k): self._shares(self._name(k), x.seen, x.energy) for k, x in sketches.items()}
-            added = self.shards.added(by_name)
-            for place, x in sketches.items():
-                seen, energy = added[self._name(place)]
-                sketches[place] = replace(x, seen=seen, energy=energy)
-        aims = aims_of(list(sketches.values()), batch_dims)
-        return {
-            place: Aimed(aim, self._rows(place, sketches[place].seen), found[place], sketches[place], kept[place])
-            for place, aim in zip(found, aims, strict=True)
-        }
+            bases = [state[self.names[i]].get(STATE_KEY) for i in layout.indices]
+            known = [basis for basis in bases if basis is not None]
+            basis = layout.gather_rows(known) if known else _identity(shape[1:], block.arrays[3])
+            local = basis if self.shards is None else self._local(name, basis)
+            local_basis = layout.fold_basis(local.expand(*layout.batch, *local.shape[-len(shape) :]))
+            projected, energy = self.executor.project(index, local_basis)
+            dimension = basis.flatten(-len(shape), -2).square().sum((-2, -1)).expand(energy.shape)
+            matrix = (shape[0], shape[1:].numel())
+            projections[index] = Projection(matrix, projected, energy, dimension, projected, local_basis, basis)
+        return projections if self.shards is None else self._reduced(projections, self.shards)
 
-    def next_bases(self, aims: Mapping[int, Aimed], rows: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """The bases of the step after this one: number of the tensor and what the state keeps.
+    def next_bases(
+        self, projections: Mapping[int, Projection], roots: Mapping[int, Tensor], row_means: Mapping[int, Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The bases of the step after this one: index of the tensor, and its basis.
 
         Args:
-            aims: What `aims` found.
-            rows: Mean squares of the directions and of the moments m^ of all rows of the whole matrices,
-                `(*batch, shape[0], 2)`, by number of the tensor.
+            projections: Of `project`.
+            roots: Index of a block -> R `(*batch, k, k)`, with P = Z R up to a factor.
+            row_means: Mean squares of X and of the momentum m^ over each row of the whole matrices,
+                `(*batch, shape[0], 2)`, by index of the tensor.
         """
-        following = {place: aimed for place, aimed in aims.items() if self._needs_basis(aimed)}
+        partial = {index: projection for index, projection in projections.items() if projection.is_partial}
         images = {}
-        for place, aimed in following.items():
-            layout = self.sweep.blocks[place].layout
+        for index, projection in partial.items():
+            layout = self.executor.blocks[index].layout
             assert not isinstance(layout, Vectors)
-            columns = aimed.kept.flatten(-aimed.kept.dim() + len(layout.batch), -2).square().sum(-2)
-            direction, momentum = layout.join([rows[i] for i in layout.numbers]).unbind(-1)
-            inside = aimed.sketch.seen.square().sum(-1) / aimed.sketch.shape[1]
-            outside = (1 - inside / (direction + TINY)).clamp(min=0)
-            polar = completed(aimed.sketch.seen @ aimed.aim.root, columns, momentum * outside)
-            images[self._name(place)] = layout.unfold_basis(self.sweep.image(place, self._rows(place, polar)))
+            columns = projection.basis.flatten(-projection.basis.dim() + len(layout.batch), -2).square().sum(-2)
+            adam, momentum = layout.gather_rows([row_means[i] for i in layout.indices]).unbind(-1)
+            inside = projection.projected.square().sum(-1) / projection.shape[1]
+            outside = (1 - inside / (adam + SQRT_EPS)).clamp(min=0)
+            polar = fill_missing(projection.projected @ roots[index], columns, momentum * outside)
+            image = self.executor.project_back(index, self._local_rows(index, polar))
+            images[self._name(index)] = layout.unfold_basis(image)
         if self.shards is not None:
-            placed = {name: [self._placed_columns(name, image)] for name, image in images.items()}
-            images = {name: image for name, (image,) in self.shards.added(placed).items()}
-        for place in following:
-            layout = self.sweep.blocks[place].layout
-            image = images[self._name(place)]
+            padded = {name: [self._pad_columns(name, image)] for name, image in images.items()}
+            images = {name: image for name, (image,) in self.shards.all_reduce(padded).items()}
+        for index in partial:
+            layout = self.executor.blocks[index].layout
+            image = images[self._name(index)]
             flat = image.reshape(*layout.batch, -1, image.shape[-1])
-            basis = next_basis(flat.detach()).reshape(image.shape).contiguous()
-            yield from zip(layout.numbers, basis.unbind() if isinstance(layout, Stack) else [basis], strict=True)
+            basis = orthonormal_basis(flat.detach()).reshape(image.shape).contiguous()
+            yield from zip(layout.indices, basis.unbind() if isinstance(layout, Stack) else [basis], strict=True)
 
-    def _name(self, place: int) -> str:
-        """Of the matrix at a place among the blocks, the first one of a stack."""
-        return self.names[self.sweep.blocks[place].layout.numbers[0]]
+    def _reduced(self, projections: dict[int, Projection], shards: Shards) -> dict[int, Projection]:
+        """Projections of whole matrices from those of their local parts."""
+        partial = {
+            self._name(index): self._pad_rows(self._name(index), projection)
+            for index, projection in projections.items()
+        }
+        reduced = shards.all_reduce(partial)
+        whole = {}
+        for index, projection in projections.items():
+            projected, energy = reduced[self._name(index)]
+            local = self._local_rows(index, projected)
+            whole[index] = replace(projection, projected=projected, energy=energy, local_projected=local)
+        return whole
 
-    def _needs_basis(self, aimed: Aimed) -> bool:
-        """Whether the subspace is a part of the space."""
-        return aimed.kept.shape[-1] < aimed.sketch.shape[1]
+    def _name(self, index: int) -> str:
+        """The name of a block's matrix, the first one of a stack."""
+        return self.names[self.executor.blocks[index].layout.indices[0]]
 
     def _shape_of(self, name: str, block: Block) -> torch.Size:
-        """Of the whole matrix, without batch dimensions."""
+        """The shape of the whole matrix, without batch dimensions."""
         if (shard := self._shard(name)) is not None:
             return torch.Size(shard.shape)
         return block.tensors[0][0].shape[len(block.layout.batch) if isinstance(block.layout, Matrix) else 0 :]
 
     def _shard(self, name: str) -> Shard | None:
-        """The part of a matrix that is here, if it is divided."""
+        """The local part of a matrix, if it is sharded."""
         return None if self.shards is None else self.shards.by_name.get(name)
 
-    def _part(self, name: str, basis: Tensor) -> Tensor:
-        """The part of a basis that belongs to the columns that are here."""
+    def _local(self, name: str, basis: Tensor) -> Tensor:
+        """The part of a basis that belongs to the local columns."""
         assert self.shards is not None
-        return basis[tuple(self.shards.part(name, dim) for dim in range(1, basis.dim()))]
+        return basis[tuple(self.shards.local_slice(name, dim) for dim in range(1, basis.dim()))]
 
-    def _rows(self, place: int, value: Tensor) -> Tensor:
-        """The rows `(*batch, rows, k)` that are here."""
-        return value if self.shards is None else value[..., self.shards.part(self._name(place), 0), :]
+    def _local_rows(self, index: int, value: Tensor) -> Tensor:
+        """The local rows of `(*batch, rows, k)`."""
+        return value if self.shards is None else value[..., self.shards.local_slice(self._name(index), 0), :]
 
-    def _shares(self, name: str, seen: Tensor, energy: Tensor) -> list[Tensor]:
-        """What this process adds to Z and to the energy of the whole."""
-        shard = self._shard(name)
+    def _pad_rows(self, name: str, projection: Projection) -> list[Tensor]:
+        """The contribution of this process to Z and to the energy of the whole."""
+        shard, projected, energy = self._shard(name), projection.projected, projection.energy
         if shard is None:
-            return [seen, energy]
-        return [shard.placed(seen, 0, 1), energy if shard.counts else torch.zeros_like(energy)]
+            return [projected, energy]
+        return [shard.pad_to_whole(projected, 0, 1), energy if shard.is_primary else torch.zeros_like(energy)]
 
-    def _placed_columns(self, name: str, image: Tensor) -> Tensor:
-        """What this process adds to X^T P of the whole."""
+    def _pad_columns(self, name: str, image: Tensor) -> Tensor:
+        """The contribution of this process to X^T P of the whole."""
         shard = self._shard(name)
-        return image if shard is None else shard.placed(image, 1, len(shard.shape))
+        return image if shard is None else shard.pad_to_whole(image, 1, len(shard.shape))
 
 
-def hear(heard: Tensor, aimed: Aimed | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Take the second word, the factor of the orthogonal direction, out of what is heard.
+def basis_shape(rank: int, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape of a basis: the columns and taps of a tensor, and k.
 
     Args:
-        heard: `(*batch, rows or 1, words)`.
-        aimed: The orthogonal direction, if there is one.
+        rank: Upper limit of k.
+        shape: Of the tensor.
 
     Returns:
-        What is left, `(*batch, rows or 1, words - 1)`, and the direction's share in the subspace as two factors.
+        `(*shape[1:], k)`; None where no basis is needed.
     """
-    first, factor, others = heard[..., :1], heard[..., 1:2], heard[..., 2:]
-    if aimed is None:
-        return torch.cat([first, others], -1), None
-    rest = aimed.aim.rest[..., None, None]
-    return torch.cat([first + factor * rest, others], -1), (factor * (aimed.seen @ aimed.aim.turn), aimed.basis.mT)
+    rest = math.prod(shape[1:])
+    return (*shape[1:], min(rank, shape[0])) if len(shape) > 1 and rest > rank > 0 and shape[0] > 0 else None
+
+
+def fill_missing(polar: Tensor, column_norms: Tensor, row_energy: Tensor) -> Tensor:
+    """P, with an indicator of one of the k rows of most energy wherever the basis has no vector.
+
+    Args:
+        polar: `(*batch, rows, k)`.
+        column_norms: Squared lengths of the vectors of the basis, 0 or 1, `(*batch, k)`.
+        row_energy: Energy of each row outside of the subspace, `(*batch, rows)`.
+    """
+    top = torch.nan_to_num(row_energy).topk(polar.shape[-1], -1).indices.unsqueeze(-2)  # (*batch, 1, k)
+    indicators = torch.zeros_like(polar).scatter(-2, top, 1.0)
+    return torch.where(column_norms.unsqueeze(-2) > 0.5, polar, indicators)  # noqa: PLR2004 - 0 or 1 but for rounding
+
+
+@torch.no_grad()
+def orthonormal_basis(image: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of X^T P, `(*batch, rest, k)`.
+
+    A column that depends on those before it yields a zero vector: anything else would be rounding error.
+    """
+    basis, triangle = torch.linalg.qr(image)
+    sizes = triangle.diagonal(dim1=-2, dim2=-1).abs()  # (*batch, k)
+    independent = sizes > MIN_INDEPENDENT * sizes.amax(-1, keepdim=True)
+    return torch.where(independent.unsqueeze(-2), basis, 0.0)
 
 
 def _identity(columns: torch.Size, like: Tensor) -> Tensor:

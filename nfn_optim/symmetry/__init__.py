@@ -1,4 +1,4 @@
-"""Which dimensions of which parameters move together when hidden neurons are renamed: found once for each network."""
+"""The permutation symmetry of a network's neurons: which dimensions of which parameters are permuted together."""
 
 from nfn_optim.symmetry.certificate import Certificate, certify
 from nfn_optim.symmetry.symmetry import Symmetry

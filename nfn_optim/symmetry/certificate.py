@@ -1,7 +1,7 @@
-"""Whether a claimed symmetry is one: permute the neurons of a real network and look at its outputs.
+"""Numerical check of a symmetry: permute the neurons of a real network and compare its outputs.
 
-And whether it is all there is, as far as trying tells: fixed axes are permuted as well, alone and in pairs of one size
-that might be one axis, and axes that are permuted alike in every part of a product are permuted in each differently.
+The optional search looks for symmetry that is not claimed. It permutes fixed axes, alone and in pairs of equal size
+that might be one axis, and permutes the inner axes of products differently for each entry of the outer axis.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from nfn_optim.symmetry import expression as dimension
-from nfn_optim.symmetry.expression import axes_of
-from nfn_optim.symmetry.module import find_tensors, minimised, tensors_of, untouched, unwrap
+from nfn_optim.symmetry.expression import axes_of, products_of
+from nfn_optim.symmetry.module import find_tensors, restored, tensors_of, training_output, unwrap
 from nfn_optim.symmetry.symmetry import Symmetry
 
-MOST_TRIALS = 400  # in search of what is not claimed
+MAX_TRIALS = 400
+"""Forward passes in the search for symmetry that is not claimed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What permuting each free axis of a real network did to its output.
+    """How much the output of a real network changes when each free axis is permuted.
 
     Args:
         errors: Axis -> largest change of an output, relative to the largest output.
-        tolerance: What counts as rounding.
-        missed: What else leaves the function as it is, in words.
+        tolerance: Largest error that is attributed to rounding.
+        missed: Descriptions of symmetry that is not claimed; empty without a search.
         reason: Why the network could not be run; empty if it could.
     """
 
@@ -73,19 +73,19 @@ def certify(
 ) -> Certificate:
     """Permute every free axis of a real network in turn and compare its outputs.
 
-    Works on a copy in eval mode and float64, or as it is where float64 does not run, with parameters and buffers moved
-    away from zeros and ones, which any permutation would keep.
+    Runs a copy in eval mode and float64, or in its own dtypes if float64 fails. Parameters and buffers are perturbed,
+    because tensors of zeros or ones are invariant under all permutations.
 
     Args:
         module: The network; it is not changed.
-        symmetry: What is claimed of it; may leave out tensors.
-        *inputs: What its forward takes.
-        seed: Of the permutations, the noise and the network's own randomness.
-        search: Whether to look for symmetry that is not claimed, too; takes `MOST_TRIALS` forward passes at most.
-        **kwargs: Its keyword arguments.
+        symmetry: The claimed symmetry; it may leave out tensors.
+        *inputs: Positional arguments of its forward.
+        seed: Seed of the permutations, the perturbation and the network's own randomness.
+        search: Whether to look for symmetry that is not claimed, with at most `MAX_TRIALS` forward passes.
+        **kwargs: Keyword arguments of its forward.
 
     Returns:
-        The certificate; it says so instead of raising if the network cannot be run.
+        The certificate. If the network cannot be run, its `reason` is the error; `certify` does not raise.
     """
     reasons = []
     for dtype, tolerance in ((torch.float64, 1e-8), (None, 1e-3)):
@@ -93,13 +93,13 @@ def certify(
             trial = _Trial(module, symmetry, (inputs, kwargs), dtype, seed)
             errors = {axis: trial.error({axis: _shuffled(trial.claimed, axis, trial.generator)}) for axis in trial.free}
             return Certificate(errors, tolerance, tuple(trial.missed(tolerance)) if search else ())
-        except Exception as error:  # anything may be wrong with a stranger's forward
+        except Exception as error:  # the forward of an arbitrary module may raise anything
             reasons.append(f"{type(error).__name__}: {error}")
     return Certificate({}, 0.0, reason=reasons[-1])
 
 
-class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives float64 to whatever asks for less, as normalisations that compute in float32 do."""
+class _Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Replaces dtypes of lower precision by float64 in all ops; some normalisations compute in float32."""
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -112,14 +112,14 @@ class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Trial:
-    """A copy of a network that is permuted and run.
+    """A copy of a network that is run with permuted tensors.
 
     Args:
         module: The network.
-        symmetry: What is claimed of it.
-        call: Its arguments.
-        dtype: What to run it in; None for as it is.
-        seed: Of everything random.
+        symmetry: The claimed symmetry.
+        call: Positional and keyword arguments of its forward.
+        dtype: Dtype of parameters, buffers and inputs; None for their own.
+        seed: Seed of all random numbers.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class _Trial:
     ) -> None:
         inner, prefix = unwrap(module)
         self.network = copy.deepcopy(inner).eval()
-        self.wide, self.seed = dtype is not None, seed
+        self.in_float64, self.seed = dtype is not None, seed
         if dtype is not None:
             self.network = self.network.to(dtype)
             call = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, call)
         self.call = call
         self.tensors = {name: t for name, t in tensors_of(self.network).items() if prefix + name in symmetry.dims}
-        listed = symmetry.restrict(prefix + name for name in self.tensors)
-        self.claimed = listed.rename({prefix + name: name for name in self.tensors})
+        described = symmetry.restrict(prefix + name for name in self.tensors)
+        self.claimed = described.rename({prefix + name: name for name in self.tensors})
         self.free = self.claimed.free
         self.generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -148,19 +148,19 @@ class _Trial:
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
-        """What the network returns with the tensors that it has now."""
-        wide = _Wide() if self.wide else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+        """The outputs of the network with its current tensors."""
+        float64 = _Float64Mode() if self.in_float64 else contextlib.nullcontext()  # type: ignore[no-untyped-call]
         args, kwargs = self.call
-        with torch.random.fork_rng(), untouched(self.network), wide:
+        with torch.random.fork_rng(), restored(self.network), float64:
             torch.manual_seed(self.seed)
             random.seed(self.seed)
             output = self.network(*args, **kwargs)
-        found = find_tensors(minimised(output))
-        return [(torch.view_as_real(out) if out.is_complex() else out).double().clone() for out in found]
+        tensors = find_tensors(training_output(output))
+        return [(torch.view_as_real(out) if out.is_complex() else out).double().clone() for out in tensors]
 
     @torch.no_grad()
     def error(self, permutations: Mapping[str, Tensor], claimed: Symmetry | None = None) -> float:
-        """Largest relative change of an output when axes are permuted."""
+        """The largest relative change of an output when axes are permuted."""
         permuted = (claimed or self.claimed).permute(self.values, permutations)
         for name, value in permuted.items():
             if value is not self.values[name]:
@@ -172,44 +172,44 @@ class _Trial:
         return error
 
     def missed(self, tolerance: float) -> Iterator[str]:
-        """What else could be permuted."""
+        """Descriptions of symmetry that is not claimed."""
         claimed = self.claimed
-        loose = Symmetry(claimed.dims, claimed.sizes, nested=claimed.nested)
+        all_free = Symmetry(claimed.dims, claimed.sizes, nested=claimed.nested)
         parameters = {name for name, _ in self.network.named_parameters()} & set(claimed.dims)
         carried = {axis for name in parameters for axis in claimed.axes_of(name)}
         fixed = [axis for axis in claimed.axes if axis in claimed.fixed & carried and claimed.sizes[axis] > 1]
         alone: set[str] = set()
-        trials = MOST_TRIALS
+        trials = MAX_TRIALS
         for axis in fixed[:trials]:
             trials -= 1
-            if self.error({axis: _shuffled(loose, axis, self.generator)}, loose) <= tolerance:
+            if self.error({axis: _shuffled(all_free, axis, self.generator)}, all_free) <= tolerance:
                 alone.add(axis)
                 yield f"{axis} could be free"
-        ends = {axis for name in parameters for e in claimed.expressions_of(name)[:2] for axis in axes_of(e)}
-        rest = [axis for axis in fixed if axis in ends - alone]
-        pairs = [(a, b) for a, b in itertools.combinations(rest, 2) if claimed.sizes[a] == claimed.sizes[b]]
+        channels = {axis for name in parameters for e in claimed.expressions_of(name)[:2] for axis in axes_of(e)}
+        remaining = [axis for axis in fixed if axis in channels - alone]
+        pairs = [(a, b) for a, b in itertools.combinations(remaining, 2) if claimed.sizes[a] == claimed.sizes[b]]
         for a, b in pairs[:trials]:
             trials -= 1
-            order = _shuffled(loose, a, self.generator)
-            if self.error({a: order, b: order}, loose) <= tolerance:
+            order = _shuffled(all_free, a, self.generator)
+            if self.error({a: order, b: order}, all_free) <= tolerance:
                 yield f"{a} and {b} could be one free axis"
-        inside = {
+        nestable = {
             (inner, outer)
             for name in parameters
             for e in claimed.expressions_of(name)
-            for product in dimension.products_of(e)
+            for product in products_of(e)
             for outer, inner in itertools.combinations([f for f in product.factors if isinstance(f, str)], 2)
             if inner in claimed.free and outer not in claimed.nested.get(inner, ()) and inner != outer
         }
-        for inner, outer in sorted(inside)[:trials]:
-            deeper = Symmetry(claimed.dims, claimed.sizes, claimed.fixed, {**claimed.nested, inner: (outer,)})
-            with contextlib.suppress(ValueError):  # it also occurs without the other
-                if self.error({inner: _shuffled(deeper, inner, self.generator)}, deeper) <= tolerance:
+        for inner, outer in sorted(nestable)[:trials]:
+            more_nested = Symmetry(claimed.dims, claimed.sizes, claimed.fixed, {**claimed.nested, inner: (outer,)})
+            with contextlib.suppress(ValueError):  # the inner axis also occurs without the outer one
+                if self.error({inner: _shuffled(more_nested, inner, self.generator)}, more_nested) <= tolerance:
                     yield f"{inner} could be nested in {outer}"
 
 
 def _shuffled(symmetry: Symmetry, axis: str, generator: torch.Generator) -> Tensor:
-    """A permutation of an axis for every entry of what it is nested in, none of which leaves all in its place."""
+    """A random permutation of an axis, not the identity, for every entry of the axes that it is nested in."""
     size = symmetry.sizes[axis]
     copies = []
     for _ in range(symmetry.copies_of(axis)):
@@ -219,13 +219,13 @@ def _shuffled(symmetry: Symmetry, axis: str, generator: torch.Generator) -> Tens
     return torch.stack(copies).reshape(*outer, size)
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference in units of the largest entry; entries that are not finite must agree exactly."""
-    if torch.equal(found, expected):
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference in units of the largest entry; entries that are not finite must agree exactly."""
+    if torch.equal(actual, expected):
         return 0.0
     finite = expected.isfinite()
-    if not torch.equal(finite, found.isfinite()) or not torch.equal(
-        found[~finite].nan_to_num(), expected[~finite].nan_to_num()
+    if not torch.equal(finite, actual.isfinite()) or not torch.equal(
+        actual[~finite].nan_to_num(), expected[~finite].nan_to_num()
     ):
         return float("inf")
-    return float((found - expected)[finite].abs().max() / expected[finite].abs().max().clamp_min(1e-12))
+    return float((actual - expected)[finite].abs().max() / expected[finite].abs().max().clamp_min(1e-12))

@@ -1,6 +1,6 @@
-"""The rules of the ops that hold parameters: matrix products, attention, convolutions and normalisations.
+"""Rules of the ops that layers with parameters are made of: matrix products, attention, convolutions, normalisations.
 
-See `nfn_optim.symmetry.op_rules` for what a rule is, and for the table of all of them.
+See `nfn_optim.symmetry.op_rules` for the definition of a rule and the table of all rules.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nfn_optim.symmetry.axes import TAP, Dim, Dims, fix, fresh, size_of, unify
-from nfn_optim.symmetry.op_call import Call, broadcast
+from nfn_optim.symmetry.axes import TAP, Dim, Dims, fresh, size_of
+from nfn_optim.symmetry.op_call import OpCall, broadcast
+from nfn_optim.symmetry.unification import fix, unify
 
 # --------------------------------------------------------------------------------------------------------- contractions
 
 
-def matmul(call: Call) -> Sequence[Dims]:
-    """(batch) matrix products, with a summand or without: the contracted axis is shared and stays free."""
+def matmul(call: OpCall) -> Sequence[Dims]:
+    """Matrix products, batched or not, with or without a summand: the contracted axis is shared and stays free."""
     names = [name for name in ("mat1", "mat2", "batch1", "batch2", "mat", "vec", "vec2", "tensor") if name in call.args]
     if "self" in call.args and len(names) == 1:
         names = ["self", *names]
@@ -27,43 +28,44 @@ def matmul(call: Call) -> Sequence[Dims]:
     for a, b in zip(batch, right[:-2], strict=True):
         unify(a, b)
     product = (*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
-    call.joint((*product, left[-1]))
+    call.add_index_space((*product, left[-1]))
     if "self" in call.args and "self" not in names:
         product = broadcast([product, call.dims("self")], call.shape())
     return [product]
 
 
-def grouped_matmul(call: Call) -> Sequence[Dims]:
-    """Rows (S, K), cut into groups by their number, times a matrix (K, N) of each group: (G, K, N)."""
+def grouped_matmul(call: OpCall) -> Sequence[Dims]:
+    """Rows (S, K), grouped by their index, times one matrix per group, (G, K, N)."""
     rows, matrices = call.dims("self"), call.dims("mat2")
     fix(rows[0], matrices[0])
     unify(rows[1], matrices[1])
-    call.joint((rows[0], *matrices))
+    call.add_index_space((rows[0], *matrices))
     return [(rows[0], matrices[2])]
 
 
-def trilinear(call: Call) -> Sequence[Dims]:
-    """The product of three tensors, each with dimensions of size 1 put in, summed over `sumdim`."""
+def trilinear(call: OpCall) -> Sequence[Dims]:
+    """The product of three tensors with dimensions of size 1 inserted (`expand1`, ...), summed over `sumdim`."""
     sides: list[Dims] = []
-    for number in (1, 2, 3):
-        dims = list(call.dims(f"i{number}"))
-        for place in sorted(call.args[f"expand{number}"]):
-            dims.insert(place, ())
+    for i in (1, 2, 3):
+        dims = list(call.dims(f"i{i}"))
+        for position in sorted(call.args[f"expand{i}"]):
+            dims.insert(position, ())
         sides.append(tuple(dims))
-    whole = broadcast(sides, [max(size_of(dim) for dim in dims) for dims in zip(*sides, strict=True)])
-    call.joint(whole)
-    return [tuple(dim for d, dim in enumerate(whole) if d not in call.args["sumdim"])]
+    product = broadcast(sides, [max(size_of(dim) for dim in dims) for dims in zip(*sides, strict=True)])
+    call.add_index_space(product)
+    return [tuple(dim for d, dim in enumerate(product) if d not in call.args["sumdim"])]
 
 
-def attention(call: Call) -> Sequence[Dims]:
+def attention(call: OpCall) -> Sequence[Dims]:
     """Fused attention; queries (B, H, L, E), keys (B, H, S, E), values (B, H, S, V) -> (B, H, L, V)."""
     q, k, v = call.dims("query"), call.dims("key"), call.dims("value")
     for a, b in ((q[0], k[0]), (q[0], v[0]), (k[1], v[1]), (q[-1], k[-1]), (k[2], v[2])):
         unify(a, b)
-    unify(q[1], (*k[1], *fresh([size_of(q[1]) // size_of(k[1])])[0]))  # a group of queries for each key
+    (group,) = fresh([size_of(q[1]) // size_of(k[1])])
+    unify(q[1], k[1] + group)  # grouped-query attention: each key head has a group of query heads
     scores = (*q[:3], k[2])
-    for space in (q[:3], scores, (*scores, q[3]), (*scores, v[3])):
-        call.joint(space)
+    for index_space in (q[:3], scores, (*scores, q[3]), (*scores, v[3])):
+        call.add_index_space(index_space)
     if call.args.get("is_causal"):
         fix(q[2], k[2])
     for name in ("attn_mask", "attn_bias"):
@@ -74,10 +76,10 @@ def attention(call: Call) -> Sequence[Dims]:
     return [(*q[:3], v[3]), *(fresh(tuple(out.shape), fixed=True) for out in call.outs[1:])]
 
 
-def convolution(call: Call) -> Sequence[Dims]:
-    """Input (batch, in, *space), weight (out, in / groups, *taps), the first two swapped if transposed.
+def convolution(call: OpCall) -> Sequence[Dims]:
+    """Input (batch, in, *space), weight (out, in / groups, *taps) or, if transposed, (in, out / groups, *taps).
 
-    Channels are (group in) and (group out), and one group's inputs are contracted.
+    Input channels are (group contracted), output channels are (group made).
     """
     source, weight, groups = call.dims("input"), call.dims("weight"), call.args["groups"]
     taps, (group,) = weight[2:], fresh([groups])
@@ -94,13 +96,13 @@ def convolution(call: Call) -> Sequence[Dims]:
         contracted, out = inner, outer
         unify(out, group + made)
         unify(source[1], group + contracted)
-    call.joint((source[0], group, made, contracted, *taps))
+    call.add_index_space((source[0], group, made, contracted, *taps))
     if isinstance(call.args.get("bias"), Tensor):
         unify(call.dims("bias")[0], out)
     space: list[Dim] = []
     for d, dim in enumerate(source[2:]):
-        moves = [call.args[name][d % len(call.args[name])] for name in ("stride", "padding", "output_padding")]
-        if size_of(taps[d]) == 1 and moves == [1, 0, 0]:
+        geometry = [call.args[name][d % len(call.args[name])] for name in ("stride", "padding", "output_padding")]
+        if size_of(taps[d]) == 1 and geometry == [1, 0, 0]:
             space.append(dim)
         else:
             fix(dim)
@@ -111,7 +113,7 @@ def convolution(call: Call) -> Sequence[Dims]:
 # ------------------------------------------------------------------------------------------------------- normalisations
 
 
-def channel_norm(call: Call) -> Sequence[Dims]:
+def batch_norm(call: OpCall) -> Sequence[Dims]:
     """Batch norm over all but dimension 1; weight, bias and running statistics belong to the channels."""
     source = call.dims("input")
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -121,8 +123,8 @@ def channel_norm(call: Call) -> Sequence[Dims]:
     return [source, *((source[1],) if shape == (size_of(source[1]),) else fresh(shape, fixed=True) for shape in shapes)]
 
 
-def trailing_norm(call: Call) -> Sequence[Dims]:
-    """Layer and RMS norm over the last dimensions, each of which stays free."""
+def layer_norm(call: OpCall) -> Sequence[Dims]:
+    """Layer norm and RMS norm over the last dimensions, each of which stays free."""
     source, count = call.dims("input"), len(call.args["normalized_shape"])
     for name in ("weight", "bias"):
         if isinstance(call.args.get(name), Tensor):
@@ -132,8 +134,8 @@ def trailing_norm(call: Call) -> Sequence[Dims]:
     return [source, *(statistics for _ in call.outs[1:])]
 
 
-def group_norm(call: Call) -> Sequence[Dims]:
-    """Channels are (group channel); each group is normalised by itself."""
+def group_norm(call: OpCall) -> Sequence[Dims]:
+    """Channels are (group channel); each group is normalised separately."""
     source, groups = call.dims("input"), call.args["group"]
     for name in ("weight", "bias"):
         if isinstance(call.args.get(name), Tensor):
@@ -143,7 +145,7 @@ def group_norm(call: Call) -> Sequence[Dims]:
     return [source, *((source[0], group) for _ in call.outs[1:])]
 
 
-def weight_norm(call: Call) -> Sequence[Dims]:
+def weight_norm(call: OpCall) -> Sequence[Dims]:
     """`g * v / |v|` for each entry of dimension `dim`."""
     v, g = call.dims("v"), call.dims("g")
     for a, b in zip(g, v, strict=False):

@@ -1,4 +1,4 @@
-"""A module as tracing sees it: its named tensors, its wrappers, the tensors it takes and returns, what it leaves."""
+"""A module as tracing sees it: its named tensors, its wrappers, the tensors it takes and returns, its side effects."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-CACHES = frozenset({"past_key_values", "cache_params", "mems", "state"})
-"""Outputs that a model hands to its own next call."""
+CACHE_FIELDS = frozenset({"past_key_values", "cache_params", "mems", "state"})
+"""Names of outputs that a model passes to its own next call."""
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a symmetry lists, by name."""
+    """The tensors that a symmetry describes, by name: all parameters, then all buffers that are not scalar.
+
+    Raises:
+        ValueError: A lazy parameter has no shape yet.
+    """
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     if lazy := [name for name, value in tensors.items() if isinstance(value, nn.UninitializedParameter)]:
         raise ValueError(f"expected parameters with shapes, {lazy} have none yet; call the module once before")
@@ -29,7 +33,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def unwrap(module: nn.Module) -> tuple[nn.Module, str]:
-    """The module inside of wrappers that do not change the function, and what they prefix to names."""
+    """The module inside wrappers that do not change its function, and the prefix that they add to names."""
     if "_orig_mod" in module._modules:
         inner, prefix = unwrap(module.get_submodule("_orig_mod"))
         return inner, f"_orig_mod.{prefix}"
@@ -39,47 +43,48 @@ def unwrap(module: nn.Module) -> tuple[nn.Module, str]:
     return module, ""
 
 
-def is_flattened(module: nn.Module) -> bool:
-    """Whether parameters lie flat in shards of FSDP1, without their shapes; to run such a module on fakes breaks it."""
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether FSDP1 keeps the parameters as flat shards without shapes; running such a module on fakes breaks it."""
     package = sys.modules.get("torch.distributed.fsdp")
     return package is not None and any(isinstance(m, package.FullyShardedDataParallel) for m in module.modules())
 
 
-def find_tensors(value: Any, strict: bool = False, seen: set[int] | None = None) -> list[Tensor]:
-    """All tensors inside of nested containers, dataclasses and plain objects.
+def find_tensors(value: Any, strict: bool = False, visited: set[int] | None = None) -> list[Tensor]:
+    """All tensors in nested containers, dataclasses and plain objects.
 
     Args:
-        value: Where to look.
-        strict: Whether to insist on having found all.
-        seen: Objects that were looked into already.
+        value: A tensor, or anything that may contain tensors.
+        strict: Whether to raise on values whose content is unknown.
+        visited: Ids of objects that were visited already.
 
     Raises:
-        TypeError: Something, such as a generator, cannot be looked into, and `strict`.
+        TypeError: `strict`, and a value such as a generator may contain tensors that cannot be found.
     """
-    seen = set() if seen is None else seen
+    visited = set() if visited is None else visited
     if isinstance(value, Tensor):
         return [value]
-    if value is None or isinstance(value, (str, bytes, int, float, complex, type, nn.Module)) or id(value) in seen:
+    atomic = (str, bytes, int, float, complex, type, nn.Module)
+    if value is None or isinstance(value, atomic) or id(value) in visited:
         return []
-    seen.add(id(value))
+    visited.add(id(value))
     if isinstance(value, Mapping):
-        parts = list(value.values())
+        items = list(value.values())
     elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        parts = list(value)
+        items = list(value)
     elif strict and (isinstance(value, Iterator) or callable(value)):
         raise TypeError(f"cannot look for tensors in a {type(value).__name__}")
     else:
-        parts = list(vars(value).values()) if hasattr(value, "__dict__") else []
-        if dataclasses.is_dataclass(value) and not parts:
-            parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return [tensor for part in parts for tensor in find_tensors(part, strict, seen)]
+        items = list(vars(value).values()) if hasattr(value, "__dict__") else []
+        if dataclasses.is_dataclass(value) and not items:
+            items = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return [tensor for item in items for tensor in find_tensors(item, strict, visited)]
 
 
-def minimised(output: Any) -> Any:
-    """The part of an output that training looks at.
+def training_output(output: Any) -> Any:
+    """The part of an output that training depends on.
 
-    A mapping or dataclass with a scalar `loss`, as the models of transformers return them when they are given labels,
-    stands for that loss and its `logits`. What a model keeps for the next call (`CACHES`) counts for nothing.
+    Of a mapping or dataclass with a scalar `loss`, as models of transformers return it when given labels, this is the
+    loss and the `logits`. Caches for the next call (`CACHE_FIELDS`) are left out.
     """
     fields = dict(output) if isinstance(output, Mapping) else vars(output) if dataclasses.is_dataclass(output) else None
     if fields is None:
@@ -87,38 +92,38 @@ def minimised(output: Any) -> Any:
     loss = fields.get("loss")
     if isinstance(loss, Tensor) and not loss.dim() and loss.is_floating_point():
         return {name: fields[name] for name in ("loss", "logits") if name in fields}
-    return {name: value for name, value in fields.items() if name not in CACHES}
+    return {name: value for name, value in fields.items() if name not in CACHE_FIELDS}
 
 
-def disconnect(module: nn.Module) -> None:
-    """Take off the hooks by which FSDP2 and tensor parallelism communicate around a forward pass.
+def remove_communication_hooks(module: nn.Module) -> None:
+    """Remove the hooks by which FSDP2 and tensor parallelism communicate around a forward pass.
 
-    Without them the module computes the same from whole tensors; `untouched` puts them back.
+    Without them the module computes the same function from whole tensors; `restored` puts them back.
     """
     for sub in module.modules():
         for hooks in (sub._forward_pre_hooks, sub._forward_hooks):
-            for key in [key for key, hook in hooks.items() if _origin_of(hook).startswith("torch.distributed.")]:
+            for key in [key for key, hook in hooks.items() if _module_name_of(hook).startswith("torch.distributed.")]:
                 del hooks[key]
 
 
-def _origin_of(hook: Any) -> str:
+def _module_name_of(hook: Any) -> str:
     return getattr(hook, "__module__", None) or ""
 
 
 @contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass leaves behind: attributes of modules, and the state of the random number generators."""
+def restored(module: nn.Module) -> Iterator[None]:
+    """Undo the side effects of a forward pass: attributes of modules, and states of random number generators."""
     attributes = [(sub, dict(vars(sub))) for sub in module.modules()]
     plain = (list, dict, OrderedDict, set, deque)
-    containers = [(v, copy.copy(v)) for _, kept in attributes for v in kept.values() if type(v) in plain]
+    containers = [(v, copy.copy(v)) for _, saved in attributes for v in saved.values() if type(v) in plain]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        for sub, kept in attributes:
-            for name in [name for name in vars(sub) if name not in kept]:
+        for sub, saved in attributes:
+            for name in [name for name in vars(sub) if name not in saved]:
                 del vars(sub)[name]
-            vars(sub).update(kept)
+            vars(sub).update(saved)
         for container, content in containers:
             container.clear()
             getattr(container, "extend" if isinstance(container, (list, deque)) else "update")(content)

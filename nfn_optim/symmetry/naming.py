@@ -1,12 +1,12 @@
-"""From the axes that tracing has found to a `Symmetry`: what is nested in what, and what everything is called.
+"""A `Symmetry` from the axes of a trace: nesting, and readable names.
 
-Tracing leaves the dimensions of all tensors, and the *joint spaces* of all ops: the index set over which an op
-computes, `(batch, row, k, column)` for a batched matrix product. Relabelling the joint space of every op consistently
-leaves the function of the network as it is. So an axis F may be permuted in another way for every entry of an axis S
-if no joint space has F without S, or S twice, where it would not be clear which one is meant. From this follow
+A trace consists of the dimensions of all tensors and the *index spaces* of all ops: the set over which an op computes,
+e.g. `(batch, row, k, column)` for a batched matrix product. Relabelling all index spaces consistently preserves the
+function of the network. An axis F may therefore have a different permutation for every entry of an axis S, unless an
+index space contains F without S, or S twice, which would be ambiguous. It follows that
 
-    the nested axes       every S that a free axis F never occurs without
-    the collapsed axes    those that were taken for another one in every part of S, and do occur without S
+    F is nested in S       if F is free and never occurs without S
+    F is collapsed         if it was assumed to differ between the parts of S, and occurs without S
 
 References:
     Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
@@ -18,7 +18,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from nfn_optim.symmetry import expression as dimension
 from nfn_optim.symmetry.axes import (
     IN,
     OUT,
@@ -28,234 +27,251 @@ from nfn_optim.symmetry.axes import (
     Dim,
     Dims,
     atoms_of,
-    collapse,
     localise,
+    long_atoms_of,
     owner_of,
     size_of,
 )
-from nfn_optim.symmetry.expression import Expression, Sum, product_of, sum_of
+from nfn_optim.symmetry.expression import (
+    Expression,
+    Sum,
+    axes_of,
+    format_dim,
+    length_of,
+    product_of,
+    rename_axes,
+    sum_of,
+)
 from nfn_optim.symmetry.symmetry import Symmetry
+from nfn_optim.symmetry.unification import collapse
 
 _PREFIX = {IN: "in", OUT: "out", TAP: "k", PLAIN: "x"}
 
 
-def symmetry_from(tensors: Mapping[str, Dims], joints: Sequence[Dims]) -> Symmetry:
-    """Write what was found as a symmetry with readable names.
+def symmetry_from(tensors: Mapping[str, Dims], index_spaces: Sequence[Dims]) -> Symmetry:
+    """The symmetry of traced tensors, with readable names.
 
     Args:
-        tensors: Name -> dimensions of what the symmetry describes.
-        joints: The joint spaces of all ops.
+        tensors: Name -> dimensions of the tensors that the symmetry describes.
+        index_spaces: The index spaces of all ops.
     """
-    spaces = [*tensors.values(), *joints]
-    while _collapse_one_of(spaces, tensors.values()):
+    while _collapse_any([*tensors.values(), *index_spaces], tensors.values()):
         pass
     leaves: dict[str, Axis] = {}
-    trees = {name: tuple(_tree(dim, leaves) for dim in dims) for name, dims in tensors.items()}
-    listed = list(leaves)
-    read = [tuple(_tree(dim, leaves) for dim in dims) for dims in _expanded(joints)]
-    seen = {leaf for dims in read for tree in dims for leaf in dimension.axes_of(tree)}
-    for leaf in listed:  # what no op reads this time may mean something to another batch
-        leaves[leaf].fixed |= leaf not in seen
-    free = [leaf for leaf in listed if not leaves[leaf].fixed and leaves[leaf].size > 1]
-    nested = _nested(free, read + [tuple(_tree(dim, leaves) for dim in dims) for dims in _expanded(tensors.values())])
-    return _named(trees, leaves, nested)
+    expressions = {name: tuple(_expression_of(dim, leaves) for dim in dims) for name, dims in tensors.items()}
+    carried = list(leaves)
+    spaces = [tuple(_expression_of(dim, leaves) for dim in dims) for dims in _localised(index_spaces)]
+    used = {leaf for dims in spaces for expression in dims for leaf in axes_of(expression)}
+    for leaf in carried:  # an axis that no op uses for this batch may be meaningful for another batch
+        leaves[leaf].fixed |= leaf not in used
+    free = [leaf for leaf in carried if not leaves[leaf].fixed and leaves[leaf].size > 1]
+    spaces += [tuple(_expression_of(dim, leaves) for dim in dims) for dims in _localised(tensors.values())]
+    return _with_readable_names(expressions, leaves, _nesting_of(free, spaces))
 
 
-# ------------------------------------------------------------------------------------------------ the same in each part
+# ----------------------------------------------------------------------------------------------------------- collapsing
 
 
-def _collapse_one_of(spaces: Iterable[Dims], tensors: Iterable[Dims]) -> bool:
-    """Collapse the axes that cannot be another one in every part of their owner; returns whether there were any."""
-    wrong: list[Axis] = []
+def _collapse_any(spaces: Iterable[Dims], tensors: Iterable[Dims]) -> bool:
+    """Collapse the axes that cannot differ between the parts of their owner; returns whether there were any."""
+    invalid: list[Axis] = []
     for dims in spaces:
-        _scan(atoms_of(*dims), Counter(), wrong)
+        _add_ambiguous(atoms_of(*dims), Counter(), invalid)
     for dims in tensors:
         for dim in dims:
-            wrong += _unsaid(dim)
-    for atom in wrong:
+            invalid += _inexpressible(dim)
+    for atom in invalid:
         collapse(atom)
-    return bool(wrong)
+    return bool(invalid)
 
 
-def _unsaid(dim: Dim) -> list[Axis]:
-    """The axes that differ between the parts of an axis that does not stand before them in the dimension.
+def _add_ambiguous(atoms: Dim, outer: Counter[Axis], invalid: list[Axis]) -> None:
+    """Add the axes whose owner does not occur exactly once beside or around them."""
+    counts = outer + Counter(atoms)
+    for atom in atoms:
+        if atom.per_part is not None and counts[owner_of(atom) or atom] != 1:
+            invalid.append(atom)
+        for part in atom.parts or ():
+            _add_ambiguous(atoms_of(part), counts, invalid)
 
-    A symmetry has no words for parts of two dimensions that belong together.
+
+def _inexpressible(dim: Dim) -> list[Axis]:
+    """The axes that differ between the parts of an axis that does not precede them in the dimension.
+
+    An expression cannot relate the parts of one dimension to the parts of another.
     """
     atoms = atoms_of(dim)
     return [
-        wrong
-        for number, atom in enumerate(atoms)
-        for wrong in (
-            *([atom] if atom.each is not None and owner_of(atom) not in atoms[:number] else ()),
-            *(inner for part in atom.parts or () for inner in _unsaid(part)),
+        axis
+        for index, atom in enumerate(atoms)
+        for axis in (
+            *([atom] if atom.per_part is not None and owner_of(atom) not in atoms[:index] else ()),
+            *(inner for part in atom.parts or () for inner in _inexpressible(part)),
         )
     ]
-
-
-def _scan(atoms: Dim, around: Counter[Axis], wrong: list[Axis]) -> None:
-    counts = around + Counter(atoms)
-    for atom in atoms:
-        if atom.each is not None and counts[owner_of(atom) or atom] != 1:
-            wrong.append(atom)
-        for part in atom.parts or ():
-            _scan(atoms_of(part), counts, wrong)
 
 
 # -------------------------------------------------------------------------------------------------------------- nesting
 
 
-def _expanded(spaces: Iterable[Dims]) -> Iterable[Dims]:
-    """Every joint space, once for every part that tells instances of other axes apart."""
-    seen = set()
+def _localised(spaces: Iterable[Dims]) -> Iterable[Dims]:
+    """Every index space; instead of one with an axis that differs between parts, one space for each part."""
+    visited = set()
     pending = list(spaces)
     while pending:
         dims = pending.pop()
         key = tuple(tuple(map(id, atoms_of(dim))) for dim in dims)
-        if key in seen:
+        if key in visited:
             continue
-        seen.add(key)
+        visited.add(key)
         atoms = atoms_of(*dims)
         owners = {owner_of(atom) for atom in atoms} - {None}
         owner = next((atom for atom in atoms if atom in owners), None)
         if owner is None:
             yield dims
             continue
-        for number, part in enumerate(owner.parts or ()):
-            inside = [tuple(a for atom in atoms_of(dim) for a in (part if atom is owner else (atom,))) for dim in dims]
-            pending.append(tuple(localise(dim, [(owner, number)]) for dim in inside))
+        for index, part in enumerate(owner.parts or ()):
+            in_part = [tuple(a for atom in atoms_of(dim) for a in (part if atom is owner else (atom,))) for dim in dims]
+            pending.append(tuple(localise(dim, [(owner, index)]) for dim in in_part))
 
 
-def _nested(free: Sequence[str], spaces: Iterable[tuple[Expression | None, ...]]) -> dict[str, tuple[str, ...]]:
-    """Free axis -> the axes that it never occurs without."""
+def _nesting_of(free: Sequence[str], spaces: Iterable[tuple[Expression, ...]]) -> dict[str, tuple[str, ...]]:
+    """Free axis -> the axes that it never occurs without; of two that never occur apart, the later is nested."""
     candidates = dict.fromkeys(free)
-    beside: dict[str, set[str]] = {}
+    companions: dict[str, set[str]] = {}
     for dims in spaces:
-        for leaf, sure in _beside(product_of([dim for dim in dims if dim is not None]), Counter(), Counter()):
+        for leaf, counts in _companions_of(product_of(dims), Counter(), Counter()):
             if leaf in candidates:
-                once = {other for other, count in sure.items() if count == 1 and other != leaf}
-                beside[leaf] = beside[leaf] & once if leaf in beside else once
-    order = {leaf: number for number, leaf in enumerate(free)}
+                unique = {other for other, count in counts.items() if count == 1 and other != leaf}
+                companions[leaf] = companions[leaf] & unique if leaf in companions else unique
+    order = {leaf: index for index, leaf in enumerate(free)}
     nested = {}
-    for leaf, others in beside.items():
-        mutual = {other for other in others if leaf in beside.get(other, ())}
-        above = [other for other in others if other not in mutual or order[other] < order[leaf]]
-        if above:
-            nested[leaf] = tuple(sorted(above))
+    for leaf, others in companions.items():
+        mutual = {other for other in others if leaf in companions.get(other, ())}
+        parents = [other for other in others if other not in mutual or order[other] < order[leaf]]
+        if parents:
+            nested[leaf] = tuple(sorted(parents))
     return nested
 
 
-def _beside(tree: Expression, sure: Counter[str], perhaps: Counter[str]) -> Iterable[tuple[str, Counter[str]]]:
-    """Every occurrence of every axis, and how often others occur beside it; twice if that depends on the part."""
-    if isinstance(tree, str):
-        yield tree, sure + perhaps + perhaps
-    elif isinstance(tree, Sum):
-        for part in tree.parts:
-            yield from _beside(part, sure, perhaps)
+def _companions_of(
+    expression: Expression, always: Counter[str], in_some_parts: Counter[str]
+) -> Iterable[tuple[str, Counter[str]]]:
+    """Every occurrence of every axis, with the number of times that other axes occur beside it.
+
+    An axis that occurs in some parts of a sum only is counted twice, so that it is not unique.
+    """
+    if isinstance(expression, str):
+        yield expression, always + in_some_parts + in_some_parts
+    elif isinstance(expression, Sum):
+        for part in expression.parts:
+            yield from _companions_of(part, always, in_some_parts)
     else:
-        for number, factor in enumerate(tree.factors):
-            others = [other for place, other in enumerate(tree.factors) if place != number]
+        for index, factor in enumerate(expression.factors):
+            others = [other for i, other in enumerate(expression.factors) if i != index]
             plain = Counter(other for other in others if isinstance(other, str))
-            inner = Counter(axis for other in others if not isinstance(other, str) for axis in dimension.axes_of(other))
-            yield from _beside(factor, sure + plain, perhaps + inner)
+            inner = Counter(axis for other in others if not isinstance(other, str) for axis in axes_of(other))
+            yield from _companions_of(factor, always + plain, in_some_parts + inner)
 
 
-# ---------------------------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------------------- expressions
 
 
-def _tree(dim: Dim, leaves: dict[str, Axis]) -> Expression:
-    """A dimension as an expression whose axes are called by number, and what these axes are."""
+def _expression_of(dim: Dim, leaves: dict[str, Axis]) -> Expression:
+    """A dimension as an expression in provisional axis names, which are added to `leaves`: name -> axis."""
 
     def leaf(axis: Axis) -> str:
         leaves.setdefault(str(id(axis)), axis)
         return str(id(axis))
 
-    atoms = atoms_of(dim)
-    long = [atom for atom in atoms if atom.size != 1]
+    long = long_atoms_of(dim)
     if not long:
+        atoms = atoms_of(dim)
         return leaf(atoms[0] if atoms else Axis(1, fixed=True))
     factors: list[Expression] = []
-    for number, atom in enumerate(long):
+    for index, atom in enumerate(long):
         if atom.parts is None:
             factors.append(leaf(atom))
             continue
-        rest = tuple(long[number + 1 :])
+        rest = long[index + 1 :]
         dependent = any(owner_of(other) is atom for other in rest)
-        factors.append(_laid(atom, _parts((atom, *rest) if dependent else (atom,)), leaves))
+        factors.append(_sum_of_parts(atom, _parts_of((atom, *rest) if dependent else (atom,)), leaves))
         if dependent:
             break
     return product_of(factors)
 
 
-def _parts(dim: Dim) -> list[Dim]:
-    """What a dimension is laid together from, if anything."""
-    head, *rest = [atom for atom in atoms_of(dim) if atom.size != 1] or [Axis(1)]
+def _parts_of(dim: Dim) -> list[Dim]:
+    """The parts that a dimension is a concatenation of; the dimension itself if it is none."""
+    head, *rest = long_atoms_of(dim) or (Axis(1),)
     if head.parts is None or (rest and all(owner_of(other) is not head for other in rest)):
         return [dim]
     return [
         piece
-        for number, part in enumerate(head.parts)
-        for piece in _parts(part + localise(tuple(rest), [(head, number)]))
+        for index, part in enumerate(head.parts)
+        for piece in _parts_of(part + localise(tuple(rest), [(head, index)]))
     ]
 
 
-def _laid(whole: Axis, parts: Sequence[Dim], leaves: dict[str, Axis]) -> Expression:
-    """The sum of parts: equal ones are a product with the fixed axis that numbers them, as are single entries."""
+def _sum_of_parts(whole: Axis, parts: Sequence[Dim], leaves: dict[str, Axis]) -> Expression:
+    """The sum of parts; a run of single entries becomes one fixed axis, equal parts a product with a fixed axis."""
 
-    def numbered(count: int, place: int) -> str:
-        name = f"{id(whole)}+{place}"
-        leaves.setdefault(name, Axis(count, fixed=True, role=whole.role))
+    def fixed_axis(size: int, position: int) -> str:
+        name = f"{id(whole)}+{position}"
+        leaves.setdefault(name, Axis(size, fixed=True, role=whole.role))
         return name
 
-    trees: list[Expression] = []
-    for single, run in itertools.groupby(parts, lambda part: size_of(part) == 1):
-        found = list(run)
-        trees += [numbered(len(found), len(trees))] if single else [_tree(part, leaves) for part in found]
-    if len(trees) > 1 and all(tree == trees[0] for tree in trees):
-        return product_of([numbered(len(trees), len(trees)), trees[0]])
-    return sum_of(trees)
+    terms: list[Expression] = []
+    for single, group in itertools.groupby(parts, lambda part: size_of(part) == 1):
+        run = list(group)
+        terms += [fixed_axis(len(run), len(terms))] if single else [_expression_of(part, leaves) for part in run]
+    if len(terms) > 1 and all(term == terms[0] for term in terms):
+        return product_of([fixed_axis(len(terms), len(terms)), terms[0]])
+    return sum_of(terms)
 
 
-def _named(
-    trees: Mapping[str, tuple[Expression, ...]],
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def _with_readable_names(
+    expressions: Mapping[str, tuple[Expression, ...]],
     leaves: Mapping[str, Axis],
     nested: Mapping[str, tuple[str, ...]],
 ) -> Symmetry:
-    """Give readable names; what is fixed and occurs only as a whole becomes one axis."""
-    whole: dict[str, set[Expression]] = {}
-    for dims in trees.values():
-        for tree in dims:
-            for leaf in dimension.axes_of(tree):
-                whole.setdefault(leaf, set()).add(tree)
+    """Give readable names; fixed axes that only occur together, as one expression, become one axis."""
+    dims_of: dict[str, set[Expression]] = {}
+    for dims in expressions.values():
+        for dim in dims:
+            for leaf in axes_of(dim):
+                dims_of.setdefault(leaf, set()).add(dim)
     counts: dict[str, int] = {}
     names: dict[Expression, str] = {}
     sizes: dict[str, int] = {}
     fixed: set[str] = set()
 
-    def name_of(tree: Expression) -> str:
-        if tree not in names:
-            axes = [leaves[leaf] for leaf in dimension.axes_of(tree)]
+    def name_of(expression: Expression) -> str:
+        if expression not in names:
+            axes = [leaves[leaf] for leaf in axes_of(expression)]
             free = not axes[0].fixed and axes[0].size > 1
             prefix = "h" if free else _PREFIX[min(axis.role for axis in axes)]
-            names[tree] = name = f"{prefix}{counts.setdefault(prefix, 0)}"
+            names[expression] = name = f"{prefix}{counts.setdefault(prefix, 0)}"
             counts[prefix] += 1
-            sizes[name] = dimension.length_of(tree, {leaf: leaves[leaf].size for leaf in dimension.axes_of(tree)})
+            sizes[name] = length_of(expression, {leaf: leaves[leaf].size for leaf in axes_of(expression)})
             if not free:
                 fixed.add(name)
-        return names[tree]
+        return names[expression]
 
-    def written(tree: Expression) -> Expression:
-        found = list(dimension.axes_of(tree))
-        solid = all((leaves[leaf].fixed or leaves[leaf].size == 1) and whole[leaf] == {tree} for leaf in found)
-        if solid and len(set(found)) == len(found):
-            return name_of(tree)
-        return dimension.rename(tree, name_of)
+    def named(dim: Expression) -> Expression:
+        axes = list(axes_of(dim))
+        whole = all((leaves[leaf].fixed or leaves[leaf].size == 1) and dims_of[leaf] == {dim} for leaf in axes)
+        if whole and len(set(axes)) == len(axes):
+            return name_of(dim)
+        return rename_axes(dim, name_of)
 
-    named = {name: tuple(written(tree) for tree in dims) for name, dims in trees.items()}
-    within = {
-        names[leaf]: tuple(names[other] for other in others if other in names)
-        for leaf, others in nested.items()
+    texts = {name: tuple(format_dim(named(dim), {}) for dim in parts) for name, parts in expressions.items()}
+    nesting = {
+        names[leaf]: tuple(names[parent] for parent in parents if parent in names)
+        for leaf, parents in nested.items()
         if leaf in names
     }
-    texts = {name: tuple(dimension.write(tree, {}) for tree in found) for name, found in named.items()}
-    return Symmetry(texts, sizes, frozenset(fixed), {axis: above for axis, above in within.items() if above})
+    return Symmetry(texts, sizes, frozenset(fixed), {axis: parents for axis, parents in nesting.items() if parents})

@@ -1,4 +1,4 @@
-"""One op of the graph, as the rules see it.
+"""One call of an op in the graph, as the rules see it.
 
 Legend: see `nfn_optim.symmetry.axes` for `Dim` and `Dims`.
 """
@@ -11,20 +11,21 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from nfn_optim.symmetry.axes import Dim, Dims, size_of, unify
+from nfn_optim.symmetry.axes import Dim, Dims, size_of
+from nfn_optim.symmetry.unification import unify
 
 
 @dataclass(frozen=True)
-class Call:
-    """One op of the graph, as it was called.
+class OpCall:
+    """One call of an op.
 
     Args:
-        overload: Which overload of the op, e.g. `"default"`.
-        args: Its arguments by the names of the schema, defaults included.
+        overload: Overload of the op, e.g. `"default"`.
+        args: Its arguments by their names in the schema, defaults included.
         outs: The tensors that it returned.
         lookup: Tensor -> its dimensions.
-        fix_on_use: Fixes dimensions as soon as a tensor is read: indices into an axis give its order a meaning.
-        joint: Records the index set that the op computes over, where it is more than an input's or an output's.
+        fix_on_use: Fixes dimensions once a tensor is used: indices into an axis give its order a meaning.
+        add_index_space: Records the index space of the op, where it is more than an input's or an output's.
         before: Shape and strides of the first tensor before the op, which may have changed them in place.
     """
 
@@ -33,7 +34,7 @@ class Call:
     outs: tuple[Tensor, ...]
     lookup: Callable[[Tensor], Dims]
     fix_on_use: Callable[[Tensor, Sequence[Dim]], None]
-    joint: Callable[[Dims], None]
+    add_index_space: Callable[[Dims], None]
     before: tuple[tuple[int, ...], tuple[int, ...]]
 
     def dims(self, name: str) -> Dims:
@@ -47,42 +48,42 @@ class Call:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors among the arguments, lists unpacked."""
-        found: list[Tensor] = []
+        """All tensors among the arguments, lists included."""
+        tensors: list[Tensor] = []
         for value in self.args.values():
-            found += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor)]
-        return tuple(found)
+            tensors += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor)]
+        return tuple(tensors)
 
     @property
     def first(self) -> Dims:
         """The dimensions of the first tensor argument."""
         return self.lookup(self.tensors[0])
 
-    def axes_of(self, name: str) -> list[int]:
-        """Which dimensions of the first tensor an argument means: counted from 0; all if it gives none."""
+    def dim_indices(self, name: str) -> list[int]:
+        """The dimensions of the first tensor that an argument refers to, counted from 0; all if it is empty."""
         value, total = self.args.get(name), len(self.first)
-        numbers = [value] if isinstance(value, int) else list(value or range(total))
-        return [number % total for number in numbers] if total else []
+        indices = [value] if isinstance(value, int) else list(value or range(total))
+        return [index % total for index in indices] if total else []
 
 
 Result: TypeAlias = Dims | Callable[[], Dims]
-"""The dimensions of an output, or what gives them once somebody reads it."""
-Rule: TypeAlias = Callable[[Call], Sequence[Result]]
+"""The dimensions of an output, or a function that returns them when the output is first used."""
+Rule: TypeAlias = Callable[[OpCall], Sequence[Result]]
 
 
 def broadcast(inputs: Sequence[Dims], shape: Sequence[int]) -> Dims:
-    """Unify dimensions as broadcasting lines them up; those of size 1 fit anything.
+    """Unify dimensions as broadcasting aligns them; dimensions of size 1 fit any size.
 
     Raises:
-        ValueError: No input is as long as the output along some dimension.
+        ValueError: No input has the size of the output along some dimension.
     """
     merged: list[Dim] = []
     for back, size in enumerate(reversed(shape), start=1):
-        here = [dims[-back] for dims in inputs if len(dims) >= back and size_of(dims[-back]) == size]
-        if not here:
+        aligned = [dims[-back] for dims in inputs if len(dims) >= back and size_of(dims[-back]) == size]
+        if not aligned:
             raise ValueError(f"no input has size {size} along dimension {-back}")
-        here.sort(key=len, reverse=True)  # a dimension of size 1 keeps its axis, if it has one
-        for other in here[1:]:
-            unify(here[0], other)
-        merged.insert(0, here[0])
+        aligned.sort(key=len, reverse=True)  # a dimension of size 1 keeps its axis, if it has one
+        for other in aligned[1:]:
+            unify(aligned[0], other)
+        merged.insert(0, aligned[0])
     return tuple(merged)

@@ -1,12 +1,12 @@
-"""Per ATen op: which axes of its inputs and outputs are the same axis.
+"""For every ATen op, a rule that relates the axes of its outputs to those of its inputs.
 
-An op f is *equivariant* under a permutation P of axes when f(P x) = P f(x). A rule names the axes of the outputs and
-unifies or fixes those of the inputs so that this holds for every permutation of what is left free. It may give
-away symmetry, and must never claim too much: an output dimension may carry fresh fixed axes only if the inputs it is
-computed from are fixed where it matters.
+An op f is *equivariant* under a permutation P of axes if f(P x) = P f(x). A rule returns the axes of the outputs, and
+unifies or fixes axes of the inputs so that f is equivariant under every permutation of the axes that stay free. A rule
+may lose symmetry and must never claim too much: an output may have fresh fixed axes only if the input axes that it
+depends on are fixed.
 
-Whatever torch tags as pointwise needs no rule of its own. Ops without a rule are decomposed by the tracer; if that
-leads nowhere, `opaque` fixes all they touch.
+Ops that torch tags as pointwise need no rule of their own. Ops without a rule are decomposed by the tracer; if they
+have no decomposition, `opaque` fixes all axes of their inputs and outputs.
 
 References:
     Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
@@ -19,24 +19,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nfn_optim.symmetry.axes import IN, Dims, fix, fresh, size_of, unify
+from nfn_optim.symmetry.axes import IN, Dims, fresh, size_of
 from nfn_optim.symmetry.layer_rules import (
     attention,
-    channel_norm,
+    batch_norm,
     convolution,
     group_norm,
     grouped_matmul,
+    layer_norm,
     matmul,
-    trailing_norm,
     trilinear,
     weight_norm,
 )
-from nfn_optim.symmetry.op_call import Call, Rule, broadcast
+from nfn_optim.symmetry.op_call import OpCall, Rule, broadcast
 from nfn_optim.symmetry.shape_rules import (
+    as_strided,
     cat,
     expand,
-    from_pairs,
-    halves,
+    glu,
     pad,
     permute,
     repeat,
@@ -45,99 +45,100 @@ from nfn_optim.symmetry.shape_rules import (
     split,
     squeeze,
     stack,
-    strided,
-    to_pairs,
+    unfold,
     unsqueeze,
     view,
-    windows,
+    view_as_complex,
+    view_as_real,
 )
+from nfn_optim.symmetry.unification import fix, unify
 
 # ------------------------------------------------------------------------------------------------ pointwise, constant
 
 
-def pointwise(call: Call) -> Sequence[Dims]:
+def pointwise(call: OpCall) -> Sequence[Dims]:
     """Entry by entry, with broadcasting."""
     inputs = [call.lookup(tensor) for tensor in call.tensors]
     return [broadcast(inputs, call.shape(out)) for out in range(len(call.outs))]
 
 
-def same(call: Call) -> Sequence[Dims]:
-    """Each output is arranged like the first input and computed from it alone, equivariantly (softmax, copies)."""
+def like_input(call: OpCall) -> Sequence[Dims]:
+    """Each output has the dimensions of the first input and is an equivariant function of it alone (copies, casts)."""
     return [call.first for _ in call.outs]
 
 
-def softmax(call: Call) -> Sequence[Dims]:
-    """Normalised by what is summed over one dimension."""
-    d = call.axes_of("dim")[0] if call.first else 0
-    call.joint(call.first[:d] + call.first[d + 1 :])
+def softmax(call: OpCall) -> Sequence[Dims]:
+    """Normalises by a sum over one dimension."""
+    d = call.dim_indices("dim")[0] if call.first else 0
+    call.add_index_space(call.first[:d] + call.first[d + 1 :])
     return [call.first]
 
 
-def copy(call: Call) -> Sequence[Dims]:
-    """`self` is overwritten by a broadcast source."""
+def copy(call: OpCall) -> Sequence[Dims]:
+    """Overwrites `self` with a broadcast source."""
     own = call.dims("self")
     return [broadcast([own, call.dims("src")], call.shape())]
 
 
-def uniform(call: Call) -> Sequence[Dims]:
-    """A tensor of one repeated value looks the same in any order."""
+def filled(call: OpCall) -> Sequence[Dims]:
+    """A new tensor whose entries are all equal, and therefore the same in any order."""
     return [fresh(call.shape(out)) for out in range(len(call.outs))]
 
 
-def constant(call: Call) -> Sequence[Dims]:
-    """A tensor whose entries differ, made from nothing."""
+def generated(call: OpCall) -> Sequence[Dims]:
+    """A new tensor whose entries differ, such as `arange`."""
     return [fresh(call.shape(out), fixed=True) for out in range(len(call.outs))]
 
 
-def opaque(call: Call) -> Sequence[Dims]:
-    """Nothing is known: all axes are fixed."""
+def opaque(call: OpCall) -> Sequence[Dims]:
+    """Fixes all axes: nothing is known about the op."""
     for tensor in call.tensors:
         fix(*call.lookup(tensor))
-    return constant(call)
+    return generated(call)
 
 
-def loss(call: Call) -> Sequence[Dims]:
-    """Pointwise between input and target, then perhaps reduced to a number."""
+def loss(call: OpCall) -> Sequence[Dims]:
+    """Pointwise between input and target, optionally reduced to a scalar."""
     inputs = [call.lookup(tensor) for tensor in call.tensors]
     merged = broadcast(inputs, max((tuple(t.shape) for t in call.tensors), key=len))
-    call.joint(merged)
+    call.add_index_space(merged)
     return [merged if len(call.shape()) else ()]
 
 
 # -------------------------------------------------------------------------------------------- reductions and positions
 
 
-def reduction(call: Call) -> Sequence[Dims]:
-    """The reduced axes stay free: the order of the summands does not matter."""
+def reduction(call: OpCall) -> Sequence[Dims]:
+    """Reduces dimensions in any order, so that their axes stay free."""
     dims = call.first
-    gone = set(call.axes_of("dim"))
+    reduced = set(call.dim_indices("dim"))
     keep = bool(call.args.get("keepdim"))
-    call.joint(dims)
-    left = tuple(() if d in gone else dim for d, dim in enumerate(dims) if keep or d not in gone)
-    return [left for _ in call.outs]
+    call.add_index_space(dims)
+    kept = tuple(() if d in reduced else dim for d, dim in enumerate(dims) if keep or d not in reduced)
+    return [kept for _ in call.outs]
 
 
-def extremum(call: Call) -> Sequence[Dims]:
-    """Maximum or minimum; the positions, returned as well, fix the axis once somebody reads them."""
+def extremum(call: OpCall) -> Sequence[Dims]:
+    """Maximum or minimum; the indices that are also returned fix the axis once they are used."""
     if call.overload == "other":
         return pointwise(call)
     outs = reduction(call)
     for indices in call.outs[1:]:
-        call.fix_on_use(indices, [call.first[d] for d in call.axes_of("dim")])
+        call.fix_on_use(indices, [call.first[d] for d in call.dim_indices("dim")])
     return outs
 
 
-def position(call: Call) -> Sequence[Dims]:
-    """The result is positions along, or a reduction that depends on the order of, the axes `dim`."""
-    fix(*(call.first[d] for d in call.axes_of("dim")))
+def arg_reduction(call: OpCall) -> Sequence[Dims]:
+    """A reduction whose result is, or comes with, indices along the dimensions `dim`."""
+    fix(*(call.first[d] for d in call.dim_indices("dim")))
     return reduction(call)
 
 
-def along(name: str) -> Rule:
-    """The order matters along the dimensions that argument `name` gives, and nowhere else."""
+def ordered_along(name: str) -> Rule:
+    """An op that depends on the order along the dimensions in the argument `name`, and along no other."""
 
-    def rule(call: Call) -> Sequence[Dims]:
-        ordered = call.axes_of(name)
+    def rule(call: OpCall) -> Sequence[Dims]:
+        ordered = call.dim_indices(name)
         fix(*(call.first[d] for d in ordered))
         return [_resized(call.first, call.shape(out), ordered) for out in range(len(call.outs))]
 
@@ -145,9 +146,9 @@ def along(name: str) -> Rule:
 
 
 def spatial(count: int) -> Rule:
-    """Windows over the last `count` dimensions; the others, channels and batch, go through one by one."""
+    """Windows over the last `count` dimensions, separately for each entry of the others (channels, batch)."""
 
-    def rule(call: Call) -> Sequence[Dims]:
+    def rule(call: OpCall) -> Sequence[Dims]:
         dims = call.first
         ordered = list(range(len(dims) - count, len(dims)))
         fix(*(dims[d] for d in ordered))
@@ -157,15 +158,15 @@ def spatial(count: int) -> Rule:
 
 
 def _resized(dims: Dims, shape: Sequence[int], ordered: Sequence[int]) -> Dims:
-    """Dimensions after an op along the (fixed) `ordered` ones."""
+    """The dimensions of the result of an op along `ordered` dimensions, which are fixed."""
     return tuple(
         fresh([size], fixed=True)[0] if d in ordered and size != size_of(dim) else dim
         for d, (dim, size) in enumerate(zip(dims, shape, strict=True))
     )
 
 
-def triangle(call: Call) -> Sequence[Dims]:
-    """Depends on the row and the column."""
+def triangular(call: OpCall) -> Sequence[Dims]:
+    """Sets entries to zero, depending on their row and column index."""
     fix(*call.first[-2:])
     return [call.first]
 
@@ -173,67 +174,67 @@ def triangle(call: Call) -> Sequence[Dims]:
 # --------------------------------------------------------------------------------------------------------------- lookup
 
 
-def index_select(call: Call) -> Sequence[Dims]:
-    """Entries along one dimension, by number."""
-    d = call.axes_of("dim")[0]
+def index_select(call: OpCall) -> Sequence[Dims]:
+    """Selects entries along one dimension by index."""
+    d = call.dim_indices("dim")[0]
     fix(call.first[d])
     picked = call.dims("index") or ((),)
-    call.joint((*picked, *call.first))
+    call.add_index_space((*picked, *call.first))
     return [(*call.first[:d], picked[0], *call.first[d + 1 :])]
 
 
-def embedding(call: Call) -> Sequence[Dims]:
-    """Rows of a table, by number."""
+def embedding(call: OpCall) -> Sequence[Dims]:
+    """Selects rows of a table by index."""
     table = call.dims("weight")
     fix(table[0], role=IN)
-    call.joint((*call.dims("indices"), *table))
+    call.add_index_space((*call.dims("indices"), *table))
     return [(*call.dims("indices"), table[1])]
 
 
-def index(call: Call) -> Sequence[Dims]:
-    """Advanced indexing, read or written: the dimensions that are indexed are fixed.
+def index(call: OpCall) -> Sequence[Dims]:
+    """Advanced indexing, read or written: fixes the indexed dimensions.
 
     Raises:
-        ValueError: A mask covers other than the whole tensor.
+        ValueError: A mask does not have the shape of the tensor, or more than one value is written.
     """
     dims = call.dims("self")
     tensors = [value for value in call.args["indices"] if isinstance(value, Tensor)]
     masks = [value for value in tensors if value.dtype in (torch.bool, torch.uint8)]
     if masks:
         if masks[0].dim() != len(dims) or call.args["values"].numel() != 1:
-            raise ValueError("expected a mask for the whole tensor")
+            raise ValueError("expected a mask of the shape of the tensor, and one value to write")
         return [broadcast([dims, call.lookup(masks[0])], call.shape())]
-    chosen = [d for d, value in enumerate(call.args["indices"]) if value is not None]
+    indexed = [d for d, value in enumerate(call.args["indices"]) if value is not None]
     indices = [call.lookup(value) for value in tensors]
-    fix(*(dims[d] for d in chosen))
+    fix(*(dims[d] for d in indexed))
     rank = max(len(dims) for dims in indices)
     shape = tuple(max(size_of(i[d]) for i in ((((),) * (rank - len(i))) + i for i in indices)) for d in range(rank))
     picked = broadcast(indices, shape)
-    left = tuple(dim for d, dim in enumerate(dims) if d not in chosen)
-    start = chosen[0] if chosen == list(range(chosen[0], chosen[0] + len(chosen))) else 0
-    read = (*left[:start], *picked, *left[start:])
-    call.joint((*read, *(dims[d] for d in chosen)))
+    rest = tuple(dim for d, dim in enumerate(dims) if d not in indexed)
+    start = indexed[0] if indexed == list(range(indexed[0], indexed[0] + len(indexed))) else 0
+    read = (*rest[:start], *picked, *rest[start:])
+    call.add_index_space((*read, *(dims[d] for d in indexed)))
     if "values" not in call.args:
         return [read]
-    fix(*picked)  # where to write has an order
+    fix(*picked)  # entries are written in order
     broadcast([read, call.dims("values")], tuple(size_of(dim) for dim in read))
     return [dims]
 
 
-def gather(call: Call) -> Sequence[Dims]:
-    """Reads (`gather`) or writes (`scatter`) along one dimension, by number; the others are shared."""
-    d, indices, writes = call.axes_of("dim")[0], call.dims("index"), "sparse_grad" not in call.args
+def gather(call: OpCall) -> Sequence[Dims]:
+    """Reads (`gather`) or writes (`scatter`) along one dimension by index; the others are shared."""
+    d, indices, writes = call.dim_indices("dim")[0], call.dims("index"), "sparse_grad" not in call.args
     fix(call.first[d])
-    sides = [call.first, indices] + [call.dims(name) for name in ("src", "value") if name in call.args]
-    for side in sides[1:]:
-        for number, (dim, other) in enumerate(zip(side, sides[0], strict=False)):
-            if number != d and size_of(dim) == size_of(other):
+    operands = [call.first, indices] + [call.dims(name) for name in ("src", "value") if name in call.args]
+    for operand in operands[1:]:
+        for i, (dim, other) in enumerate(zip(operand, operands[0], strict=False)):
+            if i != d and size_of(dim) == size_of(other):
                 unify(dim, other)
-            elif number != d:
+            elif i != d:
                 fix(dim, other)
             elif writes:
                 fix(dim)
-    call.joint((*indices, call.first[d]))
+    call.add_index_space((*indices, call.first[d]))
     return [call.first if writes else indices]
 
 
@@ -245,8 +246,8 @@ def _table(**rules: tuple[Rule, str]) -> dict[str, Rule]:
 
 
 RULES: Mapping[str, Rule] = _table(
-    same=(
-        same,
+    like_input=(
+        like_input,
         "alias detach clone contiguous _to_copy lift lift_fresh lift_fresh_copy "
         "native_dropout fill zero log_sigmoid_forward pin_memory _conj _neg_view resolve_conj resolve_neg detach_copy "
         "alias_copy real imag convert_element_type",
@@ -259,13 +260,13 @@ RULES: Mapping[str, Rule] = _table(
         "rrelu_with_noise polar complex",
     ),
     copy=(copy, "copy"),
-    uniform=(
-        uniform,
+    filled=(
+        filled,
         "zeros ones full empty empty_strided zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
         "new_empty new_empty_strided scalar_tensor empty_permuted",
     ),
-    constant=(
-        constant,
+    generated=(
+        generated,
         "arange rand randn randint randperm eye linspace logspace rand_like randn_like randint_like "
         "tril_indices triu_indices hann_window hamming_window",
     ),
@@ -281,9 +282,9 @@ RULES: Mapping[str, Rule] = _table(
         "any all count_nonzero",
     ),
     extremum=(extremum, "max min"),
-    position=(position, "argmax argmin median nanmedian mode kthvalue"),
-    along_dim=(along("dim"), "cumsum cumprod logcumsumexp cummax cummin sort topk argsort"),
-    along_dims=(along("dims"), "flip roll"),
+    arg_reduction=(arg_reduction, "argmax argmin median nanmedian mode kthvalue"),
+    ordered_dim=(ordered_along("dim"), "cumsum cumprod logcumsumexp cummax cummin sort topk argsort"),
+    ordered_dims=(ordered_along("dims"), "flip roll"),
     spatial1=(spatial(1), "avg_pool1d upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d"),
     spatial2=(
         spatial(2),
@@ -297,8 +298,8 @@ RULES: Mapping[str, Rule] = _table(
         "upsample_trilinear3d reflection_pad3d replication_pad3d",
     ),
     pad=(pad, "constant_pad_nd"),
-    triangle=(triangle, "tril triu"),
-    halves=(halves, "glu"),
+    triangular=(triangular, "tril triu"),
+    glu=(glu, "glu"),
     view=(view, "view _unsafe_view reshape _reshape_alias _reshape_copy view_copy"),
     permute=(permute, "permute transpose t numpy_T permute_copy transpose_copy t_copy"),
     squeeze=(squeeze, "squeeze squeeze_copy"),
@@ -306,10 +307,10 @@ RULES: Mapping[str, Rule] = _table(
     expand=(expand, "expand expand_copy"),
     repeat=(repeat, "repeat"),
     slicing=(slicing, "slice slice_copy"),
-    strided=(strided, "as_strided as_strided_copy"),
-    windows=(windows, "unfold unfold_copy"),
-    complex=(from_pairs, "view_as_complex"),
-    pairs=(to_pairs, "view_as_real"),
+    as_strided=(as_strided, "as_strided as_strided_copy"),
+    unfold=(unfold, "unfold unfold_copy"),
+    view_as_complex=(view_as_complex, "view_as_complex"),
+    view_as_real=(view_as_real, "view_as_real"),
     select=(select, "select unbind select_copy unbind_copy"),
     split=(split, "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk split_copy"),
     cat=(cat, "cat concat"),
@@ -328,19 +329,20 @@ RULES: Mapping[str, Rule] = _table(
         "_scaled_dot_product_fused_attention_overrideable",
     ),
     convolution=(convolution, "convolution _convolution"),
-    channel_norm=(
-        channel_norm,
+    batch_norm=(
+        batch_norm,
         "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit _batch_norm_with_update "
         "_native_batch_norm_legit_no_training _batch_norm_no_update "
         "_native_batch_norm_legit_functional",
     ),
-    trailing_norm=(trailing_norm, "native_layer_norm _fused_rms_norm"),
+    layer_norm=(layer_norm, "native_layer_norm _fused_rms_norm"),
     group_norm=(group_norm, "native_group_norm"),
     weight_norm=(weight_norm, "_weight_norm_interface"),
 )
-"""Op name without namespace, overload and the underscore of in-place -> its rule."""
+"""Op name, without namespace, overload and in-place underscore -> its rule."""
 
-KEEP_UNIFORM = frozenset(
-    (uniform, same, pointwise, reduction, view, permute, squeeze, unsqueeze, expand, repeat, slicing, select, split)
+PRESERVE_FILL = frozenset(
+    {filled, like_input, pointwise, reduction, view, permute, squeeze, unsqueeze}
+    | {expand, repeat, slicing, select, split}
 )
-"""Rules of ops that make tensors of one repeated value from such tensors, unless they are random."""
+"""Rules of ops that return tensors of equal entries if all their inputs have equal entries, unless they are random."""

@@ -1,6 +1,6 @@
-"""The rules of the ops that rearrange entries: views, parts of tensors, tensors laid together.
+"""Rules of the ops that rearrange entries: views, slices, splits, concatenation, padding.
 
-See `nfn_optim.symmetry.op_rules` for what a rule is, and for the table of all of them.
+See `nfn_optim.symmetry.op_rules` for the definition of a rule and the table of all rules.
 """
 
 from __future__ import annotations
@@ -8,180 +8,183 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from nfn_optim.symmetry.axes import Dims, Piece, cut, fix, fresh, laid, regroup, side_by_side, size_of, take, unify
-from nfn_optim.symmetry.op_call import Call, Result, broadcast
+from nfn_optim.symmetry.axes import Dims, Slice, fresh, size_of
+from nfn_optim.symmetry.op_call import OpCall, Result, broadcast
+from nfn_optim.symmetry.reshaping import split_dim, stack_dims, view_as
+from nfn_optim.symmetry.unification import concat_dims, fix, slice_dim, unify
 
-MOST_PARTS = 128  # of a dimension that is taken apart; more of them are fixed
-
-
-def view(call: Call) -> Sequence[Dims]:
-    """Factors are regrouped."""
-    return [regroup(call.first, call.shape())]
+MAX_PARTS = 128
+"""Parts per dimension; a dimension that is split into more is fixed."""
 
 
-def permute(call: Call) -> Sequence[Dims]:
-    """Dimensions change places."""
+def view(call: OpCall) -> Sequence[Dims]:
+    """Regroups factors."""
+    return [view_as(call.first, call.shape())]
+
+
+def permute(call: OpCall) -> Sequence[Dims]:
+    """Reorders dimensions (`permute`, `transpose`, `t`)."""
     dims = call.first
     if "dim0" in call.args:
         order = list(range(len(dims)))
         a, b = call.args["dim0"], call.args["dim1"]
         order[a], order[b] = order[b], order[a]
     else:
-        order = call.axes_of("dims") if "dims" in call.args else list(range(len(dims)))[::-1]
+        order = call.dim_indices("dims") if "dims" in call.args else list(range(len(dims)))[::-1]
     return [tuple(dims[d] for d in order)]
 
 
-def squeeze(call: Call) -> Sequence[Dims]:
-    """Dimensions of size 1 go."""
-    gone = set(call.axes_of("dim"))
-    return [tuple(dim for d, dim in enumerate(call.first) if d not in gone or size_of(dim) != 1)]
+def squeeze(call: OpCall) -> Sequence[Dims]:
+    """Removes dimensions of size 1."""
+    squeezed = set(call.dim_indices("dim"))
+    return [tuple(dim for d, dim in enumerate(call.first) if d not in squeezed or size_of(dim) != 1)]
 
 
-def unsqueeze(call: Call) -> Sequence[Dims]:
-    """A dimension of size 1 comes."""
+def unsqueeze(call: OpCall) -> Sequence[Dims]:
+    """Inserts a dimension of size 1."""
     dims = list(call.first)
     dims.insert(call.args["dim"] % (len(dims) + 1), ())
     return [tuple(dims)]
 
 
-def expand(call: Call) -> Sequence[Dims]:
-    """Repeats entries along dimensions of size 1, which makes axes that look the same in any order."""
+def expand(call: OpCall) -> Sequence[Dims]:
+    """Repeats entries along dimensions of size 1; the new axes are free, as all their entries are equal."""
     return [broadcast([call.first, fresh(call.shape())], call.shape())]
 
 
-def repeat(call: Call) -> Sequence[Dims]:
-    """Tiles: copies by entries, the copies looking the same in any order."""
+def repeat(call: OpCall) -> Sequence[Dims]:
+    """Tiles: each dimension becomes (copy dim), where the copies are equal and their axis free."""
     times = call.args["repeats"]
     padded = ((),) * (len(times) - len(call.first)) + tuple(call.first)
     return [tuple(fresh([count])[0] + dim if count != 1 else dim for count, dim in zip(times, padded, strict=True))]
 
 
-def slicing(call: Call) -> Sequence[Result]:
-    """A part of a dimension: a stretch of it, or every k-th entry of a product with k."""
-    dims, d, step = call.first, call.axes_of("dim")[0], call.args["step"]
-    length, made = size_of(dims[d]), call.shape()[d]
+def slicing(call: OpCall) -> Sequence[Result]:
+    """A contiguous slice of a dimension, or every k-th entry of a product with k."""
+    dims, d, step = call.first, call.dim_indices("dim")[0], call.args["step"]
+    length, new_length = size_of(dims[d]), call.shape()[d]
     start = min(max(start + length if start < 0 else start, 0), length) if (start := call.args["start"]) else 0
-    if step == 1 and made:
-        return [lambda: _part(dims, d, take(dims[d], start, start + made), made)]
-    if made and length % step == 0 and start < step:
-        comb, tooth = fresh([length // step])[0], fresh([step])[0]
-        unify(dims[d], comb + tooth)
-        if (piece := take(tooth, start, start + 1)) is not None:
-            return [_part(dims, d, Piece(comb, piece.path), made)]
-    return [_part(dims, d, None, made)]
+    if step == 1 and new_length:
+        return [lambda: _sliced(dims, d, slice_dim(dims[d], start, start + new_length), new_length)]
+    if new_length and length % step == 0 and start < step:
+        slow, fast = fresh([length // step])[0], fresh([step])[0]
+        unify(dims[d], slow + fast)
+        if (piece := slice_dim(fast, start, start + 1)) is not None:
+            return [_sliced(dims, d, Slice(slow, piece.path), new_length)]
+    return [_sliced(dims, d, None, new_length)]
 
 
-def _part(dims: Dims, d: int, piece: Piece | None, length: int) -> Dims:
-    """The dimensions of a part of a tensor; unless it is known which, its order is kept."""
+def _sliced(dims: Dims, d: int, piece: Slice | None, length: int) -> Dims:
+    """The dimensions of a tensor after slicing dimension d, which is fixed if the slice is not known."""
     if piece is None:
         fix(dims[d])
         return (*dims[:d], *fresh([length], fixed=True), *dims[d + 1 :])
-    return (*piece.others(dims[:d]), piece.dim, *piece.others(dims[d + 1 :]))
+    return (*piece.localise(dims[:d]), piece.dim, *piece.localise(dims[d + 1 :]))
 
 
-def strided(call: Call) -> Sequence[Dims]:
-    """The same entries in the same places, written with other strides where they do not matter.
+def as_strided(call: OpCall) -> Sequence[Dims]:
+    """The tensor itself: the same shape, and the same strides except along dimensions of size 1.
 
     Raises:
-        ValueError: They are other entries.
+        ValueError: The entries are rearranged.
     """
     sizes, strides = call.before
-    same_places = all(a == b for n, a, b in zip(sizes, strides, call.args["stride"], strict=False) if n != 1)
-    if sizes != tuple(call.args["size"]) or not same_places or call.args.get("storage_offset"):
-        raise ValueError("expected the entries of the tensor itself")
+    same_strides = all(a == b for n, a, b in zip(sizes, strides, call.args["stride"], strict=False) if n != 1)
+    if sizes != tuple(call.args["size"]) or not same_strides or call.args.get("storage_offset"):
+        raise ValueError("expected the shape, strides and offset of the tensor itself")
     return [call.first]
 
 
-def windows(call: Call) -> Sequence[Dims]:
-    """Overlapping windows of one dimension become a new last dimension (`unfold`)."""
+def unfold(call: OpCall) -> Sequence[Dims]:
+    """Overlapping windows of one dimension become a new last dimension."""
     d = call.args["dimension"] % len(call.first)
     fix(call.first[d])
-    moved, size = fresh([call.shape()[d], call.shape()[-1]], fixed=True)
-    return [(*call.first[:d], moved, *call.first[d + 1 :], size)]
+    window, offset = fresh([call.shape()[d], call.shape()[-1]], fixed=True)
+    return [(*call.first[:d], window, *call.first[d + 1 :], offset)]
 
 
-def from_pairs(call: Call) -> Sequence[Dims]:
-    """The last dimension holds real and imaginary part."""
+def view_as_complex(call: OpCall) -> Sequence[Dims]:
+    """Removes the last dimension, which holds real and imaginary parts."""
     fix(call.first[-1])
     return [call.first[:-1]]
 
 
-def to_pairs(call: Call) -> Sequence[Dims]:
-    """Real and imaginary part become the last dimension."""
+def view_as_real(call: OpCall) -> Sequence[Dims]:
+    """Real and imaginary parts become the last dimension."""
     return [(*call.first, *fresh([2], fixed=True))]
 
 
-def select(call: Call) -> Sequence[Result]:
-    """One or all entries of a dimension, each on its own (`select`, `unbind`)."""
-    dims, d = call.first, call.axes_of("dim")[0]
+def select(call: OpCall) -> Sequence[Result]:
+    """One entry of a dimension (`select`), or each of them (`unbind`)."""
+    dims, d = call.first, call.dim_indices("dim")[0]
     length = size_of(dims[d])
     if "index" in call.args:
         i = call.args["index"] % length
-        piece = functools.cache(lambda: take(dims[d], i, i + 1) if length <= MOST_PARTS else None)
-        return [lambda: _dropped(_part(dims, d, piece(), 1), d)]
-    pieces = cut(dims[d], [1] * length) if length <= MOST_PARTS else None
-    parts = [_part(dims, d, pieces[i] if pieces else None, 1) for i in range(length)]
-    return [_dropped(part, d) for part in parts]
+        piece = functools.cache(lambda: slice_dim(dims[d], i, i + 1) if length <= MAX_PARTS else None)
+        return [lambda: _without_dim(_sliced(dims, d, piece(), 1), d)]
+    pieces = split_dim(dims[d], [1] * length) if length <= MAX_PARTS else None
+    entries = [_sliced(dims, d, pieces[i] if pieces else None, 1) for i in range(length)]
+    return [_without_dim(entry, d) for entry in entries]
 
 
-def _dropped(dims: Dims, d: int) -> Dims:
+def _without_dim(dims: Dims, d: int) -> Dims:
     return dims[:d] + dims[d + 1 :]
 
 
-def split(call: Call) -> Sequence[Dims]:
-    """Consecutive parts."""
-    dims, d = call.first, call.axes_of("dim")[0]
+def split(call: OpCall) -> Sequence[Dims]:
+    """Consecutive slices of a dimension (`split`, `chunk`)."""
+    dims, d = call.first, call.dim_indices("dim")[0]
     sizes = [call.shape(out)[d] for out in range(len(call.outs))]
-    pieces = cut(dims[d], sizes) if len(sizes) <= MOST_PARTS and all(sizes) else None
-    return [_part(dims, d, pieces[i] if pieces else None, size) for i, size in enumerate(sizes)]
+    pieces = split_dim(dims[d], sizes) if len(sizes) <= MAX_PARTS and all(sizes) else None
+    return [_sliced(dims, d, pieces[i] if pieces else None, size) for i, size in enumerate(sizes)]
 
 
-def cat(call: Call) -> Sequence[Dims]:
-    """Laid end to end; the other dimensions are shared."""
-    whole = call.shape()
-    d = call.args["dim"] % len(whole)
+def cat(call: OpCall) -> Sequence[Dims]:
+    """Concatenates along one dimension; the other dimensions are shared."""
+    shape = call.shape()
+    d = call.args["dim"] % len(shape)
     parts = [call.lookup(tensor) for tensor in call.tensors if tuple(tensor.shape) != (0,)]
-    rest = broadcast([dims[:d] + dims[d + 1 :] for dims in parts], whole[:d] + whole[d + 1 :])
-    if len(parts) > MOST_PARTS:
+    rest = broadcast([_without_dim(dims, d) for dims in parts], shape[:d] + shape[d + 1 :])
+    if len(parts) > MAX_PARTS:
         fix(*(dims[d] for dims in parts))
-    return [(*rest[:d], laid([dims[d] for dims in parts]), *rest[d:])]
+    return [(*rest[:d], concat_dims([dims[d] for dims in parts]), *rest[d:])]
 
 
-def stack(call: Call) -> Sequence[Dims]:
-    """A new dimension, along which the others may differ as long as nothing looks at them without it."""
-    whole = call.shape()
-    d = call.args["dim"] % len(whole)
+def stack(call: OpCall) -> Sequence[Dims]:
+    """A new dimension; the other dimensions may differ between its entries, as long as no op uses them without it."""
+    shape = call.shape()
+    d = call.args["dim"] % len(shape)
     parts = [call.lookup(tensor) for tensor in call.tensors]
-    if len(parts) > MOST_PARTS:
-        rest = broadcast(parts, whole[:d] + whole[d + 1 :])
-        return [(*rest[:d], *fresh([whole[d]], fixed=True), *rest[d:])]
-    which, rest = side_by_side(parts)
-    return [(*rest[:d], (which,), *rest[d:])]
+    if len(parts) > MAX_PARTS:
+        rest = broadcast(parts, shape[:d] + shape[d + 1 :])
+        return [(*rest[:d], *fresh([shape[d]], fixed=True), *rest[d:])]
+    index, rest = stack_dims(parts)
+    return [(*rest[:d], (index,), *rest[d:])]
 
 
-def pad(call: Call) -> Sequence[Dims]:
-    """A constant around the dimensions that change, or entries off their ends; a free one gets blocks beside it."""
+def pad(call: OpCall) -> Sequence[Dims]:
+    """Pads dimensions with a constant, or crops them; the padding of a free dimension is a fixed part beside it."""
     dims, widths = list(call.first), call.args["pad"]
     for k in range(len(widths) // 2):
         d = len(dims) - 1 - k
         before, after = widths[2 * k], widths[2 * k + 1]
         if not (before or after):
             continue
-        piece = take(dims[d], max(-before, 0), size_of(dims[d]) - max(-after, 0))
+        piece = slice_dim(dims[d], max(-before, 0), size_of(dims[d]) - max(-after, 0))
         if piece is None:
             fix(dims[d])
             dims[d] = fresh([call.shape()[d]], fixed=True)[0]
             continue
-        dims = [piece.dim if number == d else dim for number, dim in enumerate(piece.others(tuple(dims)))]
-        beside = [fresh([max(width, 0)], fixed=True)[0] for width in (before, after)]
-        dims[d] = laid([beside[0], dims[d], beside[1]])
+        dims = [piece.dim if i == d else dim for i, dim in enumerate(piece.localise(tuple(dims)))]
+        padding = [fresh([max(width, 0)], fixed=True)[0] for width in (before, after)]
+        dims[d] = concat_dims([padding[0], dims[d], padding[1]])
     return [tuple(dims)]
 
 
-def halves(call: Call) -> Sequence[Dims]:
-    """GLU: entry i of the first half meets entry i of the second."""
-    d = call.axes_of("dim")[0]
+def glu(call: OpCall) -> Sequence[Dims]:
+    """Multiplies entry i of the first half by a gate computed from entry i of the second."""
+    d = call.dim_indices("dim")[0]
     half = size_of(call.first[d]) // 2
-    pieces = cut(call.first[d], [half, half])
-    parts = [_part(call.first, d, pieces[i] if pieces else None, half) for i in (0, 1)]
-    return [broadcast(parts, call.shape())]
+    pieces = split_dim(call.first[d], [half, half])
+    halves = [_sliced(call.first, d, pieces[i] if pieces else None, half) for i in (0, 1)]
+    return [broadcast(halves, call.shape())]

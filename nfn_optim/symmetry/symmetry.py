@@ -1,4 +1,4 @@
-"""Which dimensions of which parameters move together when hidden neurons are renamed.
+"""The permutation symmetry of a network's parameters, as a value.
 
     0.weight   h0 in        rows of the first layer ...
     0.bias     h0           ... its bias ...
@@ -8,19 +8,16 @@
     free       h0=32
     fixed      in=64 out=10
 
-Two dimensions move together exactly when they carry the same *axis* name. A *free* axis may be permuted without
-changing the function that the network computes; a *fixed* axis carries meaning of its own (inputs, outputs, kernel
-taps). Dimensions may be composed (`nfn_optim.symmetry.expression`):
+All dimensions that carry the same *axis* name are permuted together. A *free* axis may be permuted without changing
+the function that the network computes; the order of a *fixed* axis is meaningful (inputs, outputs, kernel taps).
+Dimensions may be composed of several axes (`nfn_optim.symmetry.expression`):
 
-    (c y x)         a flattened product, as the columns of a linear layer behind a flatten; each factor permutes alone
-    (head > dim)    a product in which `dim` is *nested* in `head`: each head permutes its own channels its own way
-    (q + k)         blocks laid end to end, as the rows of a fused projection
+    (c y x)         a flattened product, as the columns of a linear layer after a flatten; each factor permutes alone
+    (head > dim)    a product in which `dim` is *nested* in `head`: each head permutes its own channels
+    (q + k)         a concatenation, as the rows of a fused projection
 
-A nested axis is one set of neurons for every entry of the axes that it is nested in, written `dim[head]=8` where sizes
-are listed.
-
-A `Symmetry` is a value: it can be written by hand, printed, parsed back, compared and stored. Tracing a module
-(`nfn_optim.symmetry.trace`) produces one; nothing else about a network is needed to build an equivariant layer.
+A `Symmetry` can be written by hand, printed, parsed, compared and stored. Tracing a module
+(`nfn_optim.symmetry.trace`) produces one; equivariant layers need nothing else from a network.
 
 References:
     Permutation Equivariant Neural Functionals (Zhou et al., 2023), Sec. 2, arXiv:2302.14040
@@ -30,7 +27,6 @@ References:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,10 +35,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfn_optim.symmetry import expression as dimension
-from nfn_optim.symmetry.expression import Expression, Occurrence, Product, axes_of, entries_within, occurrences_of
-
-_LISTED = re.compile(r"([^\s()=>+\[\],]+)(?:\[([^\]]*)\])?=(\d+)")
+from nfn_optim.symmetry.expression import (
+    Expression,
+    Occurrence,
+    Product,
+    axes_of,
+    format_dim,
+    infer_sizes,
+    length_of,
+    nesting_closure,
+    occurrences_of,
+    parse_dim,
+    parse_dims,
+    rename_axes,
+)
+from nfn_optim.symmetry.permutation import PermutationGroup
+from nfn_optim.symmetry.text import format_table, parse_table
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,14 @@ class Symmetry:
     """The permutation symmetry of a set of named tensors.
 
     Args:
-        dims: Parameter name -> one dimension expression for each of its dimensions (`()` for a scalar).
+        dims: Parameter name -> one expression for each of its dimensions (`()` for a scalar).
         sizes: Axis name -> number of entries.
-        fixed: Axes that must not be permuted; all the others are free.
-        nested: Free axis -> the axes that it is nested in; what `dims` say with `>` is added.
+        fixed: Axes that must not be permuted; all others are free.
+        nested: Free axis -> the axes that it is nested in, in addition to the nesting that `dims` declare with `>`.
 
     Raises:
-        ValueError: An axis has no size, a size is negative, a fixed or nested axis does not occur, or axes are
-            nested in a circle.
+        ValueError: An axis has no size, a size is negative, a fixed or nested axis does not occur, or the nesting is
+            cyclic.
 
     Example:
         >>> s = Symmetry({"w": ("h", "in"), "b": ("h",)}, sizes={"h": 3, "in": 2}, fixed=frozenset({"in"}))
@@ -77,19 +85,19 @@ class Symmetry:
     nested: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that everything fits, and write it the one way that it is written."""
-        read = {name: [dimension.parse(dim) for dim in dims] for name, dims in self.dims.items()}
-        used = dict.fromkeys(axis for dims in read.values() for expression, _ in dims for axis in axes_of(expression))
+        """Validate, and normalise: equal symmetries have equal fields."""
+        parsed = {name: [parse_dim(dim) for dim in dims] for name, dims in self.dims.items()}
+        used = dict.fromkeys(axis for dims in parsed.values() for expression, _ in dims for axis in axes_of(expression))
         if missing := [axis for axis in used if axis not in self.sizes]:
             raise ValueError(f"expected a size for every axis, found none for {missing}; add them to `sizes`")
-        if bad := {axis: size for axis, size in self.sizes.items() if size < 0}:
-            raise ValueError(f"expected sizes of at least 0, found {bad}")
+        if negative := {axis: size for axis, size in self.sizes.items() if size < 0}:
+            raise ValueError(f"expected sizes of at least 0, found {negative}")
         mentioned = set(self.fixed).union(*([axis, *parents] for axis, parents in self.nested.items()))
         if unused := sorted(mentioned - set(used)):
-            raise ValueError(f"expected the axes to occur in a parameter, {unused} do not; known: {list(used)}")
-        said = [self.nested, *(nested for dims in read.values() for _, nested in dims)]
-        nested = _ancestors(used, said, self.fixed)
-        dims = {name: tuple(dimension.write(e, nested) for e, _ in found) for name, found in read.items()}
+            raise ValueError(f"expected fixed and nested axes to occur in `dims`, {unused} do not; known: {list(used)}")
+        declared = [self.nested, *(nested for dims in parsed.values() for _, nested in dims)]
+        nested = nesting_closure(used, declared, self.fixed)
+        dims = {name: tuple(format_dim(e, nested) for e, _ in parts) for name, parts in parsed.items()}
         object.__setattr__(self, "dims", dims)
         object.__setattr__(self, "sizes", {axis: int(self.sizes[axis]) for axis in used})
         object.__setattr__(self, "fixed", frozenset(self.fixed))
@@ -99,7 +107,7 @@ class Symmetry:
         """Equal symmetries have equal hashes."""
         return hash((tuple(self.dims.items()), tuple(self.sizes.items()), self.fixed, tuple(self.nested.items())))
 
-    # ------------------------------------------------------------------------------------------------ what it says
+    # --------------------------------------------------------------------------------------------------- properties
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -113,30 +121,44 @@ class Symmetry:
 
     def size_of(self, dim: str) -> int:
         """The length of a dimension."""
-        return dimension.length_of(dimension.parse(dim)[0], self.sizes)
+        return length_of(parse_dim(dim)[0], self.sizes)
 
     def copies_of(self, axis: str) -> int:
-        """How many copies of an axis there are: one, or one for every entry of the axes that it is nested in."""
+        """The number of copies of an axis: one, or one for every entry of the axes that it is nested in."""
         return math.prod(self.sizes[parent] for parent in self.nested.get(axis, ()))
 
     def expressions_of(self, name: str) -> tuple[Expression, ...]:
-        """The dimensions of a parameter, read."""
-        return tuple(dimension.parse(dim)[0] for dim in self.dims[name])
+        """The dimensions of a parameter, parsed."""
+        return tuple(parse_dim(dim)[0] for dim in self.dims[name])
 
     def axes_of(self, name: str) -> tuple[str, ...]:
-        """The axes that a parameter carries, as often as they occur."""
+        """The axes of a parameter in order, repeated if they occur repeatedly."""
         return tuple(axis for expression in self.expressions_of(name) for axis in axes_of(expression))
+
+    def occurrences_of(self, expression: Expression) -> list[Occurrence]:
+        """All occurrences of axes in a dimension, or in a product of dimensions."""
+        return occurrences_of(expression, self.sizes)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape that a parameter must have."""
         return tuple(self.size_of(dim) for dim in self.dims[name])
+
+    @cached_property
+    def nested_across_dims(self) -> frozenset[str]:
+        """The tensors in which an axis is nested in an axis of another dimension."""
+        return frozenset(
+            name
+            for name in self.dims
+            for expression in self.expressions_of(name)
+            if any(set(self.nested.get(axis, ())) - set(axes_of(expression)) for axis in axes_of(expression))
+        )
 
     def check(self, params: Mapping[str, Tensor], batch_dims: int = 0) -> None:
         """Raise unless `params` are exactly the tensors that this symmetry describes.
 
         Args:
             params: Name -> tensor of shape `(*batch, *shape)`.
-            batch_dims: How many leading dimensions are batch.
+            batch_dims: Number of leading batch dimensions.
 
         Raises:
             ValueError: Names are missing or unknown, or a shape does not fit.
@@ -144,22 +166,22 @@ class Symmetry:
         missing, unknown = [n for n in self.dims if n not in params], [n for n in params if n not in self.dims]
         if missing or unknown:
             raise ValueError(
-                f"the symmetry does not name the same tensors: missing {missing}, not in the symmetry {unknown}; "
+                f"expected exactly the tensors of the symmetry: missing {missing}, not in the symmetry {unknown}; "
                 f"use symmetry.restrict(names) for a part of a network, or trace the network again"
             )
         for name, value in params.items():
-            shape, found = self.shape_of(name), tuple(value.shape[batch_dims:])
-            if shape != found:
+            expected, actual = self.shape_of(name), tuple(value.shape[batch_dims:])
+            if expected != actual:
                 raise ValueError(
-                    f"expected {name!r} of shape {shape} = {self.dims[name]}, found {found}; "
+                    f"expected {name!r} of shape {expected} = {self.dims[name]}, found {actual}; "
                     f"trace the network again or correct the sizes {dict(self.sizes)}"
                 )
 
-    # ------------------------------------------------------------------------------------------------- making one
+    # ------------------------------------------------------------------------------------------------- constructors
 
     @classmethod
     def separate(cls, shapes: Mapping[str, Iterable[int]]) -> Symmetry:
-        """The symmetry that claims nothing: every dimension of every tensor is a fixed axis of its own.
+        """The trivial symmetry: every dimension of every tensor is a fixed axis of its own.
 
         Args:
             shapes: Parameter name -> its shape.
@@ -179,73 +201,43 @@ class Symmetry:
         fixed: Iterable[str] = (),
         sizes: Mapping[str, int] | None = None,
     ) -> Symmetry:
-        """Write a symmetry by hand; the sizes are read off the tensors.
+        """A symmetry written by hand; sizes are inferred from the shapes of the tensors.
 
         Args:
             dims: Parameter name -> its dimensions as one text, e.g. `"h0 in"` or `"out (c h w)"`.
-            params: The tensors, for their shapes. A factor of a product must occur alone somewhere, except one ...
+            params: The tensors; only their shapes are used.
             fixed: Axes that must not be permuted.
-            sizes: ... or be given here.
+            sizes: Sizes of axes that shapes do not determine: all but one of a product's factors need a size from
+                another dimension or from here.
 
         Raises:
-            ValueError: A size cannot be told, or two tensors disagree about one.
+            ValueError: A size cannot be inferred, or two tensors contradict each other.
         """
-        read = {name: dimension.split(text) for name, text in dims.items()}
-        sizes = dict(sizes or {})
-        pending: list[tuple[str, Expression, int]] = []
-        for name, found in read.items():
+        parsed = {name: parse_dims(text) for name, text in dims.items()}
+        lengths: list[tuple[str, Expression, int]] = []
+        for name, parts in parsed.items():
             shape = tuple(params[name].shape)
-            if len(shape) != len(found):
-                raise ValueError(f"expected {len(found)} dimensions {dims[name]!r} for {name!r}, found {shape}")
-            pending += [(name, expression, length) for (expression, _), length in zip(found, shape, strict=True)]
-        while pending:
-            rest = []
-            for name, expression, length in pending:
-                unknown = {axis for axis in axes_of(expression) if axis not in sizes}
-                if len(unknown) > 1:
-                    rest.append((name, expression, length))
-                    continue
-                for axis in unknown:  # the length is linear in its size
-                    least, more = (dimension.length_of(expression, sizes | {axis: n}) for n in (0, 1))
-                    sizes[axis] = max(length - least, 0) // max(more - least, 1)
-                if (known := dimension.length_of(expression, sizes)) != length:
-                    text = dimension.write(expression, {})
-                    raise ValueError(f"{name!r}: {text} has {known} entries elsewhere, found {length}")
-            if len(rest) == len(pending):
-                texts = [dimension.write(e, {}) for _, e, _ in rest]
-                raise ValueError(f"cannot tell the sizes of {texts}; give `sizes`")
-            pending = rest
-        split = {name: tuple(dimension.write(e, nested) for e, nested in found) for name, found in read.items()}
-        nested = {axis: parents for found in read.values() for _, said in found for axis, parents in said.items()}
-        return cls(split, sizes, frozenset(fixed), nested)
+            if len(shape) != len(parts):
+                raise ValueError(f"expected {len(parts)} dimensions {dims[name]!r} for {name!r}, found {shape}")
+            lengths += [(name, expression, length) for (expression, _), length in zip(parts, shape, strict=True)]
+        texts = {name: tuple(format_dim(e, nested) for e, nested in parts) for name, parts in parsed.items()}
+        nested = {
+            axis: parents for parts in parsed.values() for _, declared in parts for axis, parents in declared.items()
+        }
+        return cls(texts, infer_sizes(lengths, sizes or {}), frozenset(fixed), nested)
 
     @classmethod
     def parse(cls, text: str) -> Symmetry:
-        """Read back what `print(symmetry)` writes; comments start with `#`.
+        """The inverse of `str(symmetry)`; comments start with `#`.
 
         Raises:
-            ValueError: A line cannot be read.
+            ValueError: A line cannot be parsed.
         """
-        dims: dict[str, tuple[str, ...]] = {}
-        sizes: dict[str, int] = {}
-        fixed: list[str] = []
-        nested: dict[str, tuple[str, ...]] = {}
-        for raw in text.splitlines():
-            line = raw.split("#")[0].strip()
-            if not line:
-                continue
-            head, _, rest = line.partition(" ")
-            if head in {"free", "fixed"} and (not rest.strip() or "=" in rest):
-                if _LISTED.sub("", rest).strip():
-                    raise ValueError(f"expected '{head} axis=size ...', found {line!r}")
-                for axis, parents, size in _LISTED.findall(rest):
-                    sizes[axis] = int(size)
-                    fixed += [axis] if head == "fixed" else []
-                    if parents:
-                        nested[axis] = tuple(parents.split(","))
-            else:
-                dims[head] = tuple(dimension.write(e, said) for e, said in dimension.split(rest))
-        return cls(dims, sizes, frozenset(fixed), nested)
+        return cls(*parse_table(text))
+
+    def __str__(self) -> str:
+        """One line per tensor, then the free and the fixed axes with their sizes."""
+        return format_table(self.dims, self.sizes, self.fixed, self.nested)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -263,8 +255,10 @@ class Symmetry:
         dims = {name: tuple(dims) for name, dims in value["dims"].items()}
         return cls(dims, value["sizes"], frozenset(value["fixed"]), nested)
 
+    # -------------------------------------------------------------------------------------------- derived symmetries
+
     def restrict(self, names: Iterable[str]) -> Symmetry:
-        """The same symmetry, seen on some of the tensors only."""
+        """The symmetry of some of the tensors."""
         dims = {name: self.dims[name] for name in names}
         used = {axis for name in dims for axis in self.axes_of(name)}
         within = {axis: tuple(p for p in parents if p in used) for axis, parents in self.nested.items() if axis in used}
@@ -272,200 +266,99 @@ class Symmetry:
         return Symmetry(dims, {a: n for a, n in self.sizes.items() if a in used}, self.fixed & used, nested)
 
     def rename(self, names: Mapping[str, str]) -> Symmetry:
-        """The same symmetry with parameters renamed; names that are not given stay."""
+        """The same symmetry with parameters renamed: old name -> new name; other names stay."""
         dims = {names.get(n, n): dims for n, dims in self.dims.items()}
         return Symmetry(dims, self.sizes, self.fixed, self.nested)
 
     def rename_axes(self, names: Mapping[str, str]) -> Symmetry:
-        """The same symmetry with axes renamed; names that are not given stay."""
+        """The same symmetry with axes renamed: old name -> new name; other names stay."""
 
         def new(axis: str) -> str:
             return names.get(axis, axis)
 
-        return Symmetry(
-            {
-                name: tuple(dimension.write(dimension.rename(e, new), {}) for e in self.expressions_of(name))
-                for name in self.dims
-            },
-            {new(axis): size for axis, size in self.sizes.items()},
-            frozenset(map(new, self.fixed)),
-            {new(axis): tuple(map(new, parents)) for axis, parents in self.nested.items()},
-        )
+        dims = {
+            name: tuple(format_dim(rename_axes(e, new), {}) for e in self.expressions_of(name)) for name in self.dims
+        }
+        sizes = {new(axis): size for axis, size in self.sizes.items()}
+        nested = {new(axis): tuple(map(new, parents)) for axis, parents in self.nested.items()}
+        return Symmetry(dims, sizes, frozenset(map(new, self.fixed)), nested)
 
     def canonical(self) -> Symmetry:
         """The same symmetry with its axes renamed `a0, a1, ...` in order of first appearance.
 
-        Two symmetries say the same, whatever their axes are called, exactly when their canonical forms are equal and
-        list the parameters in the same order.
+        Two symmetries whose parameters are in the same order are equal up to the names of axes exactly if their
+        canonical forms are equal.
         """
-        return self.rename_axes({axis: f"a{number}" for number, axis in enumerate(self.sizes)})
+        return self.rename_axes({axis: f"a{index}" for index, axis in enumerate(self.sizes)})
 
-    # ------------------------------------------------------------------------------------------------- its action
+    # ------------------------------------------------------------------------------------------------------- action
+
+    @cached_property
+    def _group(self) -> PermutationGroup:
+        return PermutationGroup(self.sizes, self.free, self.nested)
 
     def random_permutations(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """One random permutation for every free axis, of a nested one for every entry of the axes it is nested in.
+        """A random permutation of every free axis; of a nested one for every entry of the axes it is nested in.
 
         Returns:
-            Axis name -> index tensor of shape `(*sizes of what it is nested in, size)`, int64.
+            Axis name -> index tensor of shape `(*sizes of the axes it is nested in, size)`, int64.
         """
-        permutations = {}
-        for axis in self.free:
-            size, outer = self.sizes[axis], [self.sizes[parent] for parent in self.nested.get(axis, ())]
-            copies = [torch.randperm(size, generator=generator) for _ in range(math.prod(outer))]
-            stacked = torch.stack(copies) if copies else torch.zeros(0, dtype=torch.int64)
-            permutations[axis] = stacked.reshape(*outer, size)
-        return permutations
+        return self._group.random(generator)
 
     def compose(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The permutations that do at once what `first` and then `second` do; both permute all free axes."""
-        composed = {}
-        for axis in self.free:
-            copies = second[axis].reshape(-1, self.sizes[axis])
-            before = self._moved(axis, second)  # (copies,)
-            composed[axis] = first[axis].reshape(copies.shape)[before].gather(-1, copies).reshape(first[axis].shape)
-        return composed
+        """The permutations equivalent to `first` followed by `second`; both permute all free axes."""
+        return self._group.compose(first, second)
 
     def invert(self, permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The permutations that undo others; all free axes are permuted."""
-        undone: dict[str, Tensor] = {}
-        for axis in sorted(self.free, key=lambda axis: len(self.nested.get(axis, ()))):  # outside in
-            copies = permutations[axis].reshape(-1, self.sizes[axis])
-            undone[axis] = copies[self._moved(axis, undone)].argsort(-1).reshape(permutations[axis].shape)
-        return undone
-
-    def _moved(self, axis: str, permutations: Mapping[str, Tensor]) -> Tensor:
-        """Where the copies of an axis come from when what it is nested in is permuted: `(copies,)`."""
-        within: tuple[str, ...] = self.nested.get(axis, ())
-        index = torch.zeros((), dtype=torch.int64)
-        for number, parent in enumerate(within):
-            shape = [self.sizes[p] for p in within[: number + 1]]
-            entries = torch.arange(self.sizes[parent]).expand(shape)
-            if parent in permutations:
-                entries = permutations[parent]
-                for place, above in enumerate(within[: number + 1]):
-                    if above != parent and above not in self.nested.get(parent, ()):
-                        entries = entries.unsqueeze(place)
-                entries = entries.expand(shape)
-            index = index.unsqueeze(-1) * self.sizes[parent] + entries
-        return index.reshape(-1)
+        """The inverse permutations; all free axes are permuted."""
+        return self._group.invert(permutations)
 
     def index_of(self, dim: str, permutations: Mapping[str, Tensor]) -> Tensor:
-        """How the entries of one dimension are reordered when its axes are permuted.
+        """How permutations reorder the entries of one dimension.
 
         Args:
-            dim: A dimension that contains what its nested axes are nested in.
+            dim: A dimension; for every nested axis, it contains the axes that this one is nested in.
             permutations: As for `permute`.
 
         Returns:
             Index tensor `(size_of(dim),)`, int64.
 
         Raises:
-            ValueError: A nested axis is to be permuted and what it is nested in does not occur in the dimension.
+            ValueError: A nested axis is permuted, and an axis that it is nested in does not occur in the dimension.
         """
-        return self._index(dimension.parse(dim)[0], permutations)
-
-    def _index(self, expression: Expression, permutations: Mapping[str, Tensor]) -> Tensor:
-        index = torch.arange(dimension.length_of(expression, self.sizes))
-        occurrences = self.occurrences_of(expression)
-        for o in occurrences:
-            if o.axis in permutations:
-                copy = entries_within(o, occurrences, self.nested.get(o.axis, ()), self.sizes)
-                if copy is None:
-                    raise ValueError(f"expected {self.nested[o.axis]}, which {o.axis!r} is nested in, beside it")
-                old = permutations[o.axis].cpu().reshape(-1, self.sizes[o.axis])[copy, o.entries]
-                index[o.rows] += (old - o.entries) * o.stride
-        return index
-
-    def occurrences_of(self, expression: Expression) -> list[Occurrence]:
-        """Where the axes of a dimension, or of a product of dimensions, occur."""
-        return occurrences_of(expression, self.sizes)
-
-    @cached_property
-    def across(self) -> frozenset[str]:
-        """The tensors in which an axis is nested in one that belongs to another dimension."""
-        return frozenset(
-            name
-            for name in self.dims
-            for expression in self.expressions_of(name)
-            if any(set(self.nested.get(axis, ())) - set(axes_of(expression)) for axis in axes_of(expression))
-        )
+        return self._group.index_of(parse_dim(dim)[0], permutations)
 
     def permute(
         self, params: Mapping[str, Tensor], permutations: Mapping[str, Tensor], batch_dims: int = 0
     ) -> dict[str, Tensor]:
-        """Rename the neurons: `new[i] = old[permutation[i]]` along every dimension that carries the axis.
+        """Permute the neurons: `new[i] = old[permutation[i]]` along every dimension that carries the axis.
 
-        A nested axis is permuted within entry s of what it is nested in by `permutation[s]`, s counted after renaming.
+        Within entry s of the axes that it is nested in, a nested axis is permuted by `permutation[s]`; s is counted
+        after those axes are permuted.
 
         Args:
-            params: Name -> tensor `(*batch, *shape)`, or with more dimensions behind, such as channels.
-            permutations: Axis name -> index tensor `(*sizes of what it is nested in, size)`; other axes stay.
-            batch_dims: How many leading dimensions are batch.
+            params: Name -> tensor `(*batch, *shape)`; further dimensions, such as channels, may follow.
+            permutations: Axis name -> index tensor `(*sizes of the axes it is nested in, size)`; other axes stay.
+            batch_dims: Number of leading batch dimensions.
 
         Returns:
-            New tensors of the same names and shapes.
+            New tensors with the same names and shapes.
 
         Raises:
-            ValueError: A permutation is not one, or its axis is fixed or unknown.
+            ValueError: An index tensor is not a permutation, or its axis is fixed or unknown.
         """
-        for axis, permutation in permutations.items():
-            if axis not in self.sizes or axis in self.fixed:
-                raise ValueError(f"expected a free axis, one of {self.free}, found {axis!r}")
-            shape = (*(self.sizes[parent] for parent in self.nested.get(axis, ())), self.sizes[axis])
-            ordered = torch.arange(self.sizes[axis]).expand(shape)
-            if permutation.shape != shape or not torch.equal(permutation.cpu().sort(-1).values, ordered):
-                raise ValueError(
-                    f"expected a permutation of 0..{self.sizes[axis] - 1} of shape {shape} for axis {axis!r}, "
-                    f"found {tuple(permutation.shape)}"
-                )
+        self._group.check(permutations)
         permuted = {}
         for name, tensor in params.items():
-            value = tensor
-            if name in self.across and any(axis in permutations for axis in self.axes_of(name)):
-                flat = value.flatten(batch_dims, batch_dims + len(self.dims[name]) - 1)
-                index = self._index(Product(self.expressions_of(name)), permutations)
+            value, expressions = tensor, self.expressions_of(name)
+            if name in self.nested_across_dims and any(axis in permutations for axis in self.axes_of(name)):
+                flat = value.flatten(batch_dims, batch_dims + len(expressions) - 1)
+                index = self._group.index_of(Product(expressions), permutations)
                 permuted[name] = flat.index_select(batch_dims, index.to(value.device)).reshape(value.shape)
                 continue
-            for d, expression in enumerate(self.expressions_of(name)):
+            for d, expression in enumerate(expressions):
                 if any(axis in permutations for axis in axes_of(expression)):
-                    index = self._index(expression, permutations)
+                    index = self._group.index_of(expression, permutations)
                     value = value.index_select(batch_dims + d, index.to(value.device))
             permuted[name] = value
         return permuted
-
-    def _listed(self, axis: str) -> str:
-        within = f"[{','.join(self.nested[axis])}]" if axis in self.nested else ""
-        return f"{axis}{within}={self.sizes[axis]}"
-
-    def __str__(self) -> str:
-        """One line per tensor, then the free and the fixed axes with their sizes; `parse` reads it back."""
-        width = max([len(name) for name in self.dims] + [5]) + 2
-        lines = [f"{name:<{width}}{' '.join(dims)}".rstrip() for name, dims in self.dims.items()]
-        for title, axes in (("free", self.free), ("fixed", [a for a in self.sizes if a in self.fixed])):
-            sizes = " ".join(self._listed(axis) for axis in axes)
-            lines += ([""] if title == "free" else []) + [f"{title:<{width}}{sizes}".rstrip()]
-        return "\n".join(lines)
-
-
-def _ancestors(
-    axes: Iterable[str], said: Iterable[Mapping[str, tuple[str, ...]]], fixed: Iterable[str]
-) -> dict[str, tuple[str, ...]]:
-    """Axis -> all axes that it is nested in, directly or not, in order of appearance; fixed axes are nested in none."""
-    order = {axis: number for number, axis in enumerate(axes)}
-    direct: dict[str, set[str]] = {axis: set() for axis in order}
-    for nested in said:
-        for axis, parents in nested.items():
-            direct[axis] |= set(parents) if axis not in set(fixed) else set()
-    found = {}
-    for axis in order:
-        above: set[str] = set()
-        pending = list(direct[axis])
-        while pending:
-            if (parent := pending.pop()) not in above:
-                above.add(parent)
-                pending += direct[parent]
-        if axis in above:
-            raise ValueError(f"expected axes to be nested in others, found {axis!r} nested in itself")
-        if above:
-            found[axis] = tuple(sorted(above, key=order.__getitem__))
-    return found

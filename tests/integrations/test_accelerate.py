@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
-from accelerate import Accelerator
 from digits import SYMMETRY, axes_of, falls, loader, network
 from torch import nn
 from torch.nn import functional as F
@@ -13,11 +13,15 @@ from torch.optim.lr_scheduler import LinearLR
 
 from nfn_optim import NFNOptimizer
 
+pytestmark = pytest.mark.slow
+
 BATCHES, SAVED_AFTER = 36, 12
 
 
 def train(save: Path | None = None, load: Path | None = None) -> tuple[nn.Module, NFNOptimizer, list[float]]:
     """Two batches make a step; returns the losses from where it starts."""
+    from accelerate import Accelerator
+
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = network()
     optimizer = NFNOptimizer(model.parameters())

@@ -11,14 +11,14 @@ import pytest
 import torch
 from digits import SYMMETRY, axes_of, batches, falls, network, train
 from ranks import Ranks
+from rules import random_rule
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
 from nfn_optim import NFNOptimizer
-from nfn_optim.engine.moments import ROW_CHANNELS
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.features import ROW_CHANNELS
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +76,12 @@ def test_fully_sharded(ranks: Ranks, hidden: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"form": "linear"}, {"form": "network", "power": 0.5}, {"talk_every": 2}, {"rank": 4}]
+    "config", [{"rounds": 2}, {"power": 0.5}, {"refresh_every": 2}, {"rank": 4, "adapt_rate": 0.0}]
 )
 def test_fully_sharded_with_a_rule_of_which_nothing_is_zero(ranks: Ranks, config: dict[str, Any]) -> None:
     check(
         ranks.run(partial(parallel_training.fully_sharded, 7, **config)),
-        alone(7, parallel_training.full_rule(**config)),
+        alone(7, random_rule(0.1, **config)),
         digits=1e-2 if "rank" in config else 1e-3,
     )
 
@@ -126,6 +126,8 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(ranks: Ranks) -> None:
 
 
 def test_sharded_state_is_saved_whole_and_resumes(ranks: Ranks) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
     first, second = ranks.run(parallel_training.sharded_checkpoint)
     for outcome in (first, second):
         assert outcome["losses"] == outcome["uninterrupted"]

@@ -8,43 +8,50 @@ from typing import Any
 import pytest
 import torch
 from digits import SYMMETRY, axes_of, falls, loader, network
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LinearLR
 
 from nfn_optim import NFNOptimizer
 
+pytestmark = pytest.mark.slow
+
 BATCHES, EPOCHS = 10, 2
 
 
-class Classifier(LightningModule):
-    """Its own forward is never called, only that of the network in it."""
+def classifier(automatic: bool) -> Any:
+    """A module whose own forward is never called, only that of the network in it."""
+    from lightning.pytorch import LightningModule  # seconds, so not before it is needed
 
-    def __init__(self, automatic: bool) -> None:
-        super().__init__()
-        self.network, self.losses = network(), list[float]()
-        self.automatic_optimization = automatic
+    class Classifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.losses = network(), list[float]()
+            self.automatic_optimization = automatic
 
-    def configure_optimizers(self) -> Any:
-        optimizer = NFNOptimizer(self.parameters())
-        return {"optimizer": optimizer, "lr_scheduler": LinearLR(optimizer, 0.5, total_iters=EPOCHS)}
+        def configure_optimizers(self) -> Any:
+            optimizer = NFNOptimizer(self.parameters())
+            return {"optimizer": optimizer, "lr_scheduler": LinearLR(optimizer, 0.5, total_iters=EPOCHS)}
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        images, classes = batch
-        loss = F.cross_entropy(self.network(images), classes)
-        self.losses.append(loss.item())
-        if not self.automatic_optimization:
-            optimizer: Any = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-        return loss
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            images, classes = batch
+            loss = F.cross_entropy(self.network(images), classes)
+            self.losses.append(loss.item())
+            if not automatic:
+                optimizer: Any = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+    return Classifier()
 
 
-def fit(automatic: bool, epochs: int, checkpoint: str | None = None) -> tuple[Classifier, Trainer]:
-    """Train, perhaps from a checkpoint on."""
-    model = Classifier(automatic)
+def fit(automatic: bool, epochs: int, checkpoint: str | None = None) -> tuple[Any, Any]:
+    """Train, perhaps from a checkpoint on; returns the module and its trainer."""
+    from lightning.pytorch import Trainer
+
+    model = classifier(automatic)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,

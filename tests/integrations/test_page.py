@@ -14,9 +14,10 @@ from digits import batches, loader, network
 from prose import Prose, language_model
 from torch.nn import functional as F
 from torch.utils.data import default_collate
-from transformers import TrainingArguments
 
 from nfn_optim import NFNOptimizer
+
+pytestmark = pytest.mark.slow
 
 PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
 PIECES = {
@@ -41,8 +42,10 @@ def test_all_of_it_is_looked_at() -> None:
 @pytest.mark.parametrize("piece", PIECES)
 @pytest.mark.usefixtures("_group")
 def test_it_runs(piece: str, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
     text = piece.startswith("transformers")
-    told: dict[str, Any] = {
+    namespace: dict[str, Any] = {
         "torch": torch,
         "NFNOptimizer": NFNOptimizer,
         "model": language_model() if text else network(),
@@ -50,16 +53,18 @@ def test_it_runs(piece: str, tmp_path: Path) -> None:
         "loader": loader(1),
         "arguments": TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
     }
-    exec(PIECES[piece], told)
-    if "Classifier" in told:
-        told["Classifier"].parameters = told["model"].parameters
-        told["optimizer"] = told["Classifier"].configure_optimizers(told["Classifier"])
+    exec(PIECES[piece], namespace)
+    if "Classifier" in namespace:
+        namespace["Classifier"].parameters = namespace["model"].parameters
+        namespace["optimizer"] = namespace["Classifier"].configure_optimizers(namespace["Classifier"])
     if text:
-        told["optimizer"] = told["trainer"].create_optimizer()
-    optimizers = told.get("optimizers", {}).values() or [told["optimizer"]]
+        namespace["optimizer"] = namespace["trainer"].create_optimizer()
+    optimizers = namespace.get("optimizers", {}).values() or [namespace["optimizer"]]
     images, classes = batches(1)[0]
     with torch.compiler.set_stance("force_eager"):
-        output = told.get("compiled", told["model"])(**default_collate([Prose()[0]]) if text else {"input": images})
+        output = namespace.get("compiled", namespace["model"])(
+            **default_collate([Prose()[0]]) if text else {"input": images}
+        )
     loss = output.loss if text else F.cross_entropy(output, classes)
     loss.backward()
     for optimizer in optimizers:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from digits import axes_of, batches, falls, network, train
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from nfn_optim import NFNOptimizer
+
+pytestmark = pytest.mark.slow
 
 GIVEN: dict[str, Callable[[nn.Module], NFNOptimizer]] = {
     "model": lambda model: NFNOptimizer(model, lr=3e-3),
@@ -21,6 +22,8 @@ GIVEN: dict[str, Callable[[nn.Module], NFNOptimizer]] = {
 
 @pytest.mark.parametrize("given", GIVEN)
 def test_only_adapters_are_trained(given: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
     model = get_peft_model(network(), LoraConfig(r=4, target_modules=["0", "2"]))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = GIVEN[given](model)

@@ -11,9 +11,10 @@ import torch
 from digits import axes_of, falls
 from prose import Prose, language_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from nfn_optim import NFNOptimizer
+
+pytestmark = pytest.mark.slow
 
 STEPS = 24
 GIVEN: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
@@ -23,8 +24,10 @@ GIVEN: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
 }
 
 
-def trainer(given: str, directory: Path) -> Trainer:
+def trainer(given: str, directory: Path) -> Any:
     """With linear decay, clipping and dropout, as it comes; saved after half of the steps."""
+    from transformers import Trainer, TrainingArguments
+
     model = language_model()
     arguments = TrainingArguments(
         str(directory),
@@ -40,7 +43,7 @@ def trainer(given: str, directory: Path) -> Trainer:
     return Trainer(model, arguments, train_dataset=Prose(), **GIVEN[given](model))
 
 
-def losses_of(trained: Trainer) -> list[float]:
+def losses_of(trained: Any) -> list[float]:
     """The loss of every step."""
     return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
 

@@ -1,0 +1,110 @@
+"""Gains of tensors, weights and neurons at the last step, from the optimizer's state.
+
+    gain of the weight [i, j, ...] = tensor_gain * row_gain[i] * column_gains[j] * ...
+
+Logarithms of the factors are used throughout, so that a gain is a sum. `T` counts tensors, `N` rows of any dimension
+(`nfn_optim.layers.incidence`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nfn_optim.layers import Incidence
+from nfn_optim.monitor.sampling import Sample, local_real_view
+from nfn_optim.monitor.writer import Array
+from nfn_optim.optimizer import NFNOptimizer
+from nfn_optim.symmetry import Symmetry
+
+FACTORS = ("tensor_gain", "row_gain", "column_gains")  # keys in the state of a parameter
+
+
+class LogGains:
+    """Logarithms of the gains at the last step, of all tensors with a gradient.
+
+    Args:
+        optimizer: The optimizer, after the step. All gains of a rule without a learned part are 1.
+    """
+
+    def __init__(self, optimizer: NFNOptimizer) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        named = {
+            name: (p, optimizer.state[p])
+            for name, p in zip(optimizer.names, params, strict=True)
+            if p.grad is not None and p.numel() > 0 and FACTORS[0] in optimizer.state.get(p, {})
+        }
+        self._shapes = {name: (*p.shape, 2) if p.is_complex() else tuple(p.shape) for name, (p, _) in named.items()}
+        self._tensor: dict[str, float] = {}
+        self._by_dim: dict[str, list[Array]] = {}  # factors of the entries of every dimension
+        for device in dict.fromkeys(p.device for p, _ in named.values()):
+            here = {name: state for name, (p, state) in named.items() if p.device == device}
+            lengths = [length for name in here for length in (1, *(self._shapes[name] or (1,)))]
+            flat = torch.cat([local_real_view(state[key]).reshape(-1) for state in here.values() for key in FACTORS])
+            logs = iter(torch.split(flat.log().cpu(), lengths))  # one synchronization for each device
+            for name in here:
+                shape = self._shapes[name]
+                self._tensor[name] = next(logs).item()
+                by_dim: list[Array] = [next(logs).numpy() for _ in shape or (1,)]
+                self._by_dim[name] = by_dim[: len(shape)]  # the row gain of a scalar is 1
+
+    def by_tensor(self, names: Sequence[str]) -> Array:
+        """Mean log gain over the weights of each of these tensors, `(T,)`."""
+        gains = {name: self._tensor[name] + sum(x.mean() for x in by_dim) for name, by_dim in self._by_dim.items()}
+        return np.array([gains.get(name, 0.0) for name in names])
+
+    def by_weight(self, names: Sequence[str], sample: Sample) -> Array:
+        """Log gain of every sampled weight.
+
+        Args:
+            names: Of the sampled tensors.
+            sample: The sample.
+
+        Returns:
+            In the layout of `sample.take`. 0 for parts of sharded tensors: their coordinates are those of the part.
+        """
+        gains = np.zeros((len(names), max(sample.counts, default=0)))
+        for row, name, shape, count, coordinates in zip(
+            gains, names, sample.shapes, sample.counts, sample.coordinates, strict=True
+        ):
+            if self._shapes.get(name) == shape:
+                row[:count] += self._tensor[name]
+                for factors, index in zip(self._by_dim[name], coordinates, strict=True):
+                    row[:count] += factors[index]
+        return gains
+
+    def by_neuron(self, symmetry: Symmetry) -> dict[str, Array]:
+        """Mean log gain over the rows of every neuron, without the gains of whole tensors.
+
+        Args:
+            symmetry: Of all tensors.
+
+        Returns:
+            Free axis -> one value for every neuron.
+        """
+        names = tuple(name for name in symmetry.dims if name in self._by_dim)
+        if not names:
+            return {}
+        incidence, spans = _neurons_of(symmetry, names)
+        rows = torch.zeros(incidence.rows, 1, dtype=torch.float64)
+        for name, segments in zip(names, incidence.segments, strict=True):
+            for s in segments:
+                rows[s.start : s.start + s.length, 0] = torch.from_numpy(self._by_dim[name][s.dim])
+        neurons: Tensor = incidence.rows_to_neurons(rows)[:, 0]
+        return {axis: neurons[span].numpy() for axis, span in spans.items()}
+
+
+@lru_cache(maxsize=16)
+def _neurons_of(symmetry: Symmetry, names: tuple[str, ...]) -> tuple[Incidence, dict[str, slice]]:
+    """The incidence of some tensors, and the slice of its neurons for every free axis."""
+    part, spans, start = symmetry.restrict(names), {}, 0
+    for axis, size in part.sizes.items():
+        end = start + part.copies_of(axis) * size
+        if axis in part.free:
+            spans[axis] = slice(start, end)
+        start = end
+    return Incidence(part), spans

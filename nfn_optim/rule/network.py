@@ -1,0 +1,258 @@
+"""The neural functional network of an update rule: from statistics of rows and tensors to coefficients.
+
+    rows, tensors  ->  statistics (`nfn_optim.rule.features`)
+                   ->  message passing (`nfn_optim.layers.message_passing`)
+                   ->  coefficients of every row and tensor (`nfn_optim.rule.coefficients`)
+
+Everything here costs O(neurons). The gain of a tensor, of a row and of a column is
+
+    tensor_gain = (s / s0)^power exp(G + a_tensor)        row_gain = exp(a_row)        column_gains = exp(a_column)
+
+with s the scale of the tensor, G its step-size adaptation (`nfn_optim.rule.step_size`) and a the last output of message
+passing. A tensor whose update might be out of range falls back to Adam's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nfn_optim.engine.blocks import Pooled
+from nfn_optim.engine.executor import Executor
+from nfn_optim.engine.inductor import run
+from nfn_optim.engine.weight_features import FEATURES, Statistics, WeightFeatures
+from nfn_optim.layers import Incidence, MessagePassing
+from nfn_optim.rule import features
+from nfn_optim.rule.coefficients import Coefficients, FeatureCoefficients
+from nfn_optim.rule.config import RuleConfig
+from nfn_optim.rule.direction import Direction
+from nfn_optim.rule.hyperparameters import horizon_of
+from nfn_optim.rule.step import Step
+from nfn_optim.rule.step_size import MAX_LOG_GAIN, adapt, gain_of, gradient_cosine, max_column_gain
+
+SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
+FALLBACK_RMS = 50.0  # bound on the root mean square of a direction (Adam's has about 1), above which Adam's is taken
+
+
+class CoefficientNetwork(nn.Module):
+    """From statistics to coefficients; a new one yields Adam's (for `power=0` and `gain=1`).
+
+    Args:
+        config: Of the rule.
+    """
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.message_passing = _message_passing(config)
+        self.power = nn.Parameter(torch.tensor(float(config.power)))
+        if config.adapt_rate:
+            self.adapt_rate = nn.Parameter(torch.tensor(float(config.adapt_rate)))
+            self.adapt_decay = nn.Parameter(torch.tensor(float(config.adapt_decay)))
+        with torch.no_grad():
+            self.message_passing.tensor_bias[-1] = MAX_LOG_GAIN * math.atanh(math.log(config.gain) / MAX_LOG_GAIN)
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """The parameters without which the coefficients are Adam's."""
+        others = [value for name, value in self.named_parameters() if not name.startswith("message_passing.")]
+        return [*others, *self.message_passing.output_parameters()]
+
+    def forward(
+        self, executor: Executor, direction: Direction, pooled: list[Pooled], step: Step
+    ) -> tuple[list[Coefficients], list[dict[str, Tensor]]]:
+        """Compute the coefficients of every tensor.
+
+        Args:
+            executor: Of the step.
+            direction: Base direction of the rule.
+            pooled: For every tensor the means over its rows by dimension, and over all of it; is emptied to free
+            memory.
+            step: The step.
+
+        Returns:
+            By tensor: its coefficients, and what else changes in its state.
+        """
+        inputs = _inputs(executor, pooled, step)
+        log_step_size = self._adapted(Statistics.unpack(inputs.tensor_means), step)
+        by_row, by_tensor = self._messages(executor, inputs.rows.pop(), inputs.tensors, step.incidence)
+        log_unit = self.power.unsqueeze(-1) * (inputs.scale / SCALE_UNIT).log()
+        unit = torch.exp(log_unit if log_step_size is None else log_unit + log_step_size)  # (*batch, T)
+        coefficients, trusted = _coefficients(direction, by_row, by_tensor, unit, inputs, step.incidence)
+        entries = []
+        for i, name in enumerate(step.names):
+            entries.append({"fallbacks": step.state[name]["fallbacks"] + ~trusted[..., i]})
+            entries[i] |= {} if log_step_size is None else {"log_step_size": log_step_size[..., i]}
+            entries[i] |= coefficients[i].to_state()
+        return coefficients, entries
+
+    def _adapted(self, means: Statistics, step: Step) -> Tensor | None:
+        """The logarithm of every tensor's step size after this step, `(*batch, T)`, if it is adapted."""
+        if not self.config.adapt_rate:
+            return None
+        before = torch.stack([step.state[name]["log_step_size"] for name in step.names], -1)
+        cosine = gradient_cosine(means, step.steps, step.incidence.at(step.steps)["entries"])
+        power = self.adapt_rate.unsqueeze(-1) * cosine - self.adapt_decay.unsqueeze(-1)
+        return adapt(before, power, step.steps, self.config.refresh_every)
+
+    def _messages(
+        self, executor: Executor, rows: Tensor, tensors: Tensor, incidence: Incidence
+    ) -> tuple[Tensor, Tensor]:
+        """`MessagePassing.forward`, compiled where that pays, once for each network."""
+        if not executor.compiles(rows.numel()):
+            coefficients: tuple[Tensor, Tensor] = self.message_passing(rows, tensors, incidence)
+        else:
+            theta, template = [*self.message_passing.parameters()], _template(self.config)
+            args = (rows, tensors, theta, template, incidence)
+            coefficients = run(_functional_message_passing, *args, dynamic=False)
+        return coefficients
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs of message passing, and what its outputs are combined with.
+
+    Attributes:
+        rows: One tensor, `log_statistics` of all rows `(*batch, N, ROW_CHANNELS)`; in a list, to be taken out and
+        freed.
+        tensors: `(*batch, T, TENSOR_CHANNELS)`.
+        tensor_means: `Statistics` of the tensors, packed, `(*batch, T, STATISTICS)`.
+        leading_means: The same of the leading rows, `(*batch, F, STATISTICS)`.
+        units: `WeightFeatures` of the tensors, packed, `(*batch, T, FEATURES)`.
+        scale: Of the tensors, `(*batch, T)`.
+    """
+
+    rows: list[Tensor]
+    tensors: Tensor
+    tensor_means: Tensor
+    leading_means: Tensor
+    units: Tensor
+    scale: Tensor
+
+
+def _inputs(executor: Executor, pooled: list[Pooled], step: Step) -> _Inputs:
+    """Statistics and features from means; arguments as of `CoefficientNetwork.forward`."""
+    incidence, steps = step.incidence, step.steps
+    index = incidence.at(steps)
+    tensor_means = torch.stack([tensor for _, tensor in pooled], -2)  # (*batch, T, STATISTICS)
+    means = Statistics.unpack(tensor_means)
+    scale, rms = features.scales_of(means.weight, incidence)  # (*batch, T)
+    units = torch.stack(features.units_of(means, scale), -1)  # (*batch, T, FEATURES)
+    statistics = features.log_statistics(tensor_means, units)
+    total = step.hyper.total_steps
+    time = features.time_features(steps, None if total is None else horizon_of(total, steps))
+    tensors = features.tensor_features(statistics, scale, rms, time, incidence)  # (*batch, T, TENSOR_CHANNELS)
+    rows = torch.cat([tensor_means[..., :0, :], *(x for by_dim, _ in pooled for x in by_dim)], -2)
+    leading = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
+    pooled.clear()
+    rows = rows.index_select(-2, index["gathered"])  # (*batch, N, STATISTICS)
+    compiles = executor.compiles(rows.numel())
+    log_statistics = partial(run, features.log_statistics) if compiles else features.log_statistics
+    rows = log_statistics(rows, incidence.tensors_to_rows(units))
+    if incidence.has_masked:
+        rows = torch.where(index["masked"], incidence.tensors_to_rows(statistics), rows)
+    return _Inputs([rows], tensors, tensor_means, leading, units, scale)
+
+
+def _coefficients(
+    direction: Direction, by_row: Tensor, by_tensor: Tensor, unit: Tensor, inputs: _Inputs, incidence: Incidence
+) -> tuple[list[Coefficients], Tensor]:
+    """From the outputs of message passing to the coefficients of every tensor.
+
+    Args:
+        direction: Base direction of the rule.
+        by_row: Outputs for the rows, `(*batch, N, FEATURES + 1)`.
+        by_tensor: Outputs for the tensors, `(*batch, T, FEATURES + 1)`.
+        unit: Of each tensor's updates, `(*batch, T)`.
+        inputs: Of message passing.
+        incidence: Of the network.
+
+    Returns:
+        By tensor; and which updates are in range, `(*batch, T)`: the others fall back to Adam's.
+    """
+    index = incidence.at(unit)
+    of_leading = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
+    by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, FEATURES + 1)
+    row_coeffs = by_leading[..., :-1] + by_tensor[..., :-1].index_select(-2, of_leading)
+    row_gains, tensor_gain = gain_of(by_row[..., -1]), gain_of(by_tensor[..., -1])  # (*batch, N), (*batch, T)
+    leading_gain = F.pad(row_gains, (0, 1), value=1.0).index_select(-1, index["leading"])  # (*batch, F)
+    units = inputs.units.index_select(-2, of_leading)
+
+    is_matrix = index["matrix"].index_select(-1, of_leading)
+    bound = leading_gain * _rms_bound(direction, is_matrix, inputs.leading_means, units, row_coeffs)  # (*batch, F)
+    squares = (bound * tensor_gain.index_select(-1, of_leading)).detach().square() * index["leading_weight"]
+    rms_bound = torch.zeros_like(unit).index_add(-1, of_leading, squares).sqrt()
+    trusted = rms_bound * max_column_gain(row_gains, incidence) <= FALLBACK_RMS  # (*batch, T); False for NaN
+
+    row_gains = torch.where(trusted.index_select(-1, index["tensor_of_row"]), row_gains, 1.0)
+    tensor_gain = torch.where(trusted, unit * tensor_gain, 1.0)
+    trusted_rows = trusted.index_select(-1, of_leading)
+    leading_gain = torch.where(trusted_rows, leading_gain, 1.0)
+    coeffs = WeightFeatures(*torch.where(trusted_rows.unsqueeze(-1), row_coeffs, 0.0).unbind(-1))
+    trusted_units = WeightFeatures(*torch.where(trusted_rows.unsqueeze(-1), units, 0.0).unbind(-1))
+    packed = _pack(direction, coeffs, trusted_units, trusted_rows * is_matrix)
+    by_tensor_rows = (torch.split(packed, incidence.lengths, -2), torch.split(leading_gain, incidence.lengths, -1))
+    coefficients = []
+    for i, (segments, coeffs_i, gain_i) in enumerate(zip(incidence.segments, *by_tensor_rows, strict=True)):
+        column_gains = tuple(row_gains[..., s.start : s.start + s.length] for s in segments[1:])
+        coefficients.append(Coefficients(coeffs_i, gain_i, column_gains, tensor_gain[..., i]))
+    return coefficients, trusted
+
+
+def _rms_bound(direction: Direction, is_matrix: Tensor, means: Tensor, units: Tensor, row_coeffs: Tensor) -> Tensor:
+    """A bound on the root mean square of direction + learned in every row, by Minkowski's inequality.
+
+    Args:
+        direction: Base direction of the rule.
+        is_matrix: 1 for rows of matrices, else 0; `(F,)`.
+        means: `Statistics` over the rows packed, `(*batch, F, STATISTICS)`.
+        units: `WeightFeatures` packed, `(*batch, F, FEATURES)`.
+        row_coeffs: Likewise.
+
+    Returns:
+        `(*batch, F)`, NaN where a statistic or a coefficient is.
+    """
+    rms = means[..., :FEATURES].sqrt() * units
+    bound = direction.rms_bound(rms[..., 0], is_matrix)
+    return (bound * (1 + row_coeffs[..., 0])).abs() + (rms * row_coeffs)[..., 1:].abs().sum(-1)
+
+
+def _pack(direction: Direction, coeffs: WeightFeatures, units: WeightFeatures, enabled: Tensor) -> Tensor:
+    """Coefficients of the direction's terms and `FeatureCoefficients`, `(*batch, F, terms + 5)`; units applied."""
+    terms = direction.terms_of(1 + coeffs.adam, enabled)
+    others = FeatureCoefficients(
+        slow=coeffs.slow,
+        gradient=coeffs.gradient,
+        weight=coeffs.weight * units.weight,
+        momentum=coeffs.momentum,
+        momentum_unit=units.momentum,
+    )
+    return torch.stack([*terms, *others], -1)
+
+
+def _message_passing(config: RuleConfig) -> MessagePassing:
+    """Message passing with an output for the coefficient of every feature and one for the gain."""
+    channels = features.ROW_CHANNELS, features.TENSOR_CHANNELS
+    return MessagePassing(*channels, config.hidden, FEATURES + 1, config.rounds)
+
+
+@lru_cache(maxsize=16)
+def _template(config: RuleConfig) -> MessagePassing:
+    """Message passing without parameters of its own, the same object for all rules of one configuration."""
+    with torch.device("meta"):
+        return _message_passing(config)
+
+
+def _functional_message_passing(
+    rows: Tensor, tensors: Tensor, theta: Sequence[Tensor], template: MessagePassing, incidence: Incidence
+) -> tuple[Tensor, Tensor]:
+    """`MessagePassing.forward` as a function of its parameters too, in their order."""
+    named = {name: value for (name, _), value in zip(template.named_parameters(), theta, strict=True)}
+    coefficients: tuple[Tensor, Tensor] = functional_call(template, named, (rows, tensors, incidence))
+    return coefficients

@@ -1,0 +1,103 @@
+"""Functions compiled for all sizes: as few graphs as that takes, and none where it would be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from compiler import compiler
+from torch import Tensor
+
+from nfn_optim.engine import inductor
+
+pytestmark = [compiler, pytest.mark.usefixtures("empty_cache")]
+
+
+def scale_(x: Tensor, others: Sequence[Tensor], row: Tensor | None, power: int) -> tuple[Tensor, list[Tensor]]:
+    """Changes its first argument; returns a tree."""
+    x.mul_(2**power)
+    for other in others:
+        x.add_(other)
+    return x.sum(-1), [x * 3 if row is None else x * row]
+
+
+def both(rows: int, rest: int, power: int = 1, row: bool = True, dtype: torch.dtype = torch.float32) -> None:
+    """Compiled and not are the same."""
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(rows, rest).to(dtype) for _ in range(3))
+    other, line = x.clone(), torch.randn(1, rest).to(dtype) if row else None
+    found = inductor.run(scale_, x, [a, b], line, power)
+    expected = scale_(other, [a, b], line, power)
+    torch.testing.assert_close([found[0], *found[1], x], [expected[0], *expected[1], other])
+    assert type(found[1]) is list
+
+
+@pytest.mark.slow
+def test_one_graph_serves_all_sizes_and_another_one_what_is_not_a_size() -> None:
+    for rows, rest in ((7, 30), (8, 8), (300, 200), (2, 5), (30, 7)):
+        both(rows, rest)
+    assert inductor.graph_count() == 1
+    both(1, 30)  # broadcast
+    both(7, 1)
+    assert inductor.graph_count() == 3
+    both(7, 30, power=2)
+    both(7, 30, row=False)
+    both(7, 30, dtype=torch.float64)
+    assert inductor.graph_count() == 6
+    both(9, 31, power=2)
+    assert inductor.graph_count() == 6
+
+
+def test_equal_sizes_are_not_taken_for_one() -> None:
+    both(8, 8)
+    both(7, 30)
+    assert inductor.graph_count() == 1
+
+
+def long(x: Tensor) -> Tensor:
+    """Decides upon a size."""
+    return x + 1 if x.shape[0] > 10 else x - 1
+
+
+@pytest.mark.slow
+def test_what_is_decided_upon_sizes_is_a_condition_of_the_graph() -> None:
+    for size in (20, 5, 30, 7, 11, 10):
+        x = torch.zeros(size)
+        assert torch.equal(inductor.run(long, x), long(x))
+    assert inductor.graph_count() == 2
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """Sizes have to fit."""
+    return x @ y
+
+
+@pytest.mark.slow
+def test_sizes_that_must_be_equal_or_the_same() -> None:
+    for m, n, k in ((3, 4, 5), (4, 4, 4), (9, 3, 2)):
+        x, y = torch.randn(m, n), torch.randn(n, k)
+        torch.testing.assert_close(inductor.run(product, x, y), x @ y)
+    assert inductor.graph_count() == 1
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), pytest.warns(UserWarning, match="compiled"):
+        inductor.run(product, torch.randn(3, 4), torch.randn(5, 3))
+    inductor._failures.clear()
+    fixed = [inductor.run(product, torch.ones(m, 2), torch.ones(2, 3), dynamic=False) for m in (3, 4, 3)]
+    assert [x.sum().item() for x in fixed] == [18, 24, 18]
+    assert inductor.graph_count() == 3
+
+
+@pytest.mark.slow
+def test_holes_in_memory_and_other_numbers_of_threads() -> None:
+    x = torch.zeros(6, 8)
+    inductor.run(scale_, x[:, ::2], [torch.ones(6, 4)], None, 1)
+    assert inductor.graph_count() == 0
+    assert x.sum() == 24
+    threads = torch.get_num_threads()
+    both(6, 8)
+    try:
+        torch.set_num_threads(threads + 1)
+        both(6, 8)
+    finally:
+        torch.set_num_threads(threads)
+    assert inductor.graph_count() == 2
