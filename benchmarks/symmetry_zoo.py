@@ -26,10 +26,14 @@ from nfn_optim.symmetry import certify, symmetry_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from real_model import RealModel
-from real_models import REAL_MODELS, UNTRACED
-from timm_models import timm
-from transformers_models import transformers
+import torchvision_ops
+
+torchvision_ops.declare()
+
+import timm  # noqa: E402 - after the declaration
+import transformers  # noqa: E402
+from real_model import RealModel  # noqa: E402
+from real_models import REAL_MODELS, UNTRACED  # noqa: E402
 
 TRACES = 3
 

