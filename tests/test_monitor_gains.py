@@ -33,12 +33,8 @@ def optimizer_after_a_step() -> NFNOptimizer:
     for _, p in params:
         p.grad = torch.ones_like(p)
         first, *others = (local_real_view(p).shape) or (1,)
-        optimizer.state[p] = {
-            "tensor_gain": draw(),
-            "row_gain": draw(first) if p.dim() else torch.ones(1),
-            "column_gains": draw(sum(others)),
-            "row_coeffs": draw(first, 5),
-        }
+        gains = draw(1), draw(first) if p.dim() else torch.ones(1), draw(sum(others))
+        optimizer.state[p] = {"gains": torch.cat(gains), "row_coeffs": draw(first, 5)}
     return optimizer
 
 
@@ -47,12 +43,17 @@ def params_of(optimizer: NFNOptimizer) -> dict[str, nn.Parameter]:
     return dict(zip(NAMES, optimizer.param_groups[0]["params"], strict=True))
 
 
+def factors_of(optimizer: NFNOptimizer, name: str) -> tuple[Tensor, ...]:
+    """The gains of a tensor, of its rows and of its other dimensions."""
+    p = params_of(optimizer)[name]
+    return optimizer.state[p]["gains"].split([1, *(local_real_view(p).shape or (1,))])
+
+
 def gains_of(optimizer: NFNOptimizer, name: str) -> Tensor:
     """The gain of every weight of a tensor, by the definition."""
-    p = params_of(optimizer)[name]
-    state, view = optimizer.state[p], local_real_view(p)
-    gains = state["tensor_gain"].expand(view.shape).clone()
-    factors = [state["row_gain"], *state["column_gains"].split(list(view.shape[1:]))]
+    view = local_real_view(params_of(optimizer)[name])
+    tensor_gain, *factors = factors_of(optimizer, name)
+    gains = tensor_gain.reshape(()).expand(view.shape).clone()
     for dim in range(view.dim()):
         shape = [-1 if d == dim else 1 for d in range(view.dim())]
         gains = gains * factors[dim].reshape(shape)
@@ -76,9 +77,8 @@ def test_the_gain_of_a_weight_is_the_product_of_its_factors(max_entries: int, mo
 
 def test_the_gain_of_a_neuron_is_the_mean_over_the_dimensions_with_its_axis() -> None:
     optimizer = optimizer_after_a_step()
-    state = {name: optimizer.state[p] for name, p in params_of(optimizer).items()}
-    conv, column = state["conv"]["row_gain"].log(), state["matrix"]["column_gains"].log()
-    rows = [state[name]["row_gain"].log() for name in ("matrix", "vector", "wave")]
+    conv, column = factors_of(optimizer, "conv")[1].log(), factors_of(optimizer, "matrix")[2].log()
+    rows = [factors_of(optimizer, name)[1].log() for name in ("matrix", "vector", "wave")]
     found = LogGains(optimizer).by_neuron(SYMMETRY)
     assert found.keys() == {"h", "k"}
     np.testing.assert_allclose(found["h"], (conv + column) / 2, rtol=1e-5)
@@ -96,7 +96,7 @@ def test_a_flattened_axis_counts_all_of_its_columns() -> None:
     rows, columns = torch.tensor([1.0, 2.0]), torch.arange(1.0, 7.0)
     for p, row_gain, column_gains in ((conv, rows, torch.ones(1)), (linear, torch.ones(1), columns)):
         p.grad = torch.ones_like(p)
-        optimizer.state[p] = {"tensor_gain": torch.tensor(9.0), "row_gain": row_gain, "column_gains": column_gains}
+        optimizer.state[p] = {"gains": torch.cat([torch.tensor([9.0]), row_gain, column_gains])}
     expected = (rows.log() + columns.reshape(2, 3).log().mean(1)) / 2
     np.testing.assert_allclose(LogGains(optimizer).by_neuron(symmetry)["c"], expected, rtol=1e-6)
 
@@ -109,8 +109,8 @@ def test_tensors_without_a_gradient_are_left_out() -> None:
     gains = LogGains(optimizer)
     assert np.flatnonzero(gains.by_tensor(NAMES)).tolist() == [0, 2, 3]
     found = gains.by_neuron(SYMMETRY)
-    np.testing.assert_allclose(found["h"], optimizer.state[params["conv"]]["row_gain"].log(), rtol=1e-6)
-    np.testing.assert_allclose(found["k"], optimizer.state[params["vector"]]["row_gain"].log(), rtol=1e-6)
+    np.testing.assert_allclose(found["h"], factors_of(optimizer, "conv")[1].log(), rtol=1e-6)
+    np.testing.assert_allclose(found["k"], factors_of(optimizer, "vector")[1].log(), rtol=1e-6)
 
 
 def test_a_part_of_a_sharded_tensor_has_no_gains_by_weight() -> None:

@@ -16,7 +16,7 @@ from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, UpdateRule
 from nfn_optim.engine.moments import MOMENTS, State
 
 EVERY = 3
-COEFFICIENTS = ("row_coeffs", "row_gain", "column_gains", "tensor_gain")
+COEFFICIENTS = ("row_coeffs", "gains")
 
 
 def cached_rule(form: str = "adam") -> UpdateRule:

@@ -72,13 +72,13 @@ class Matrix:
     def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
         """Means by tensor, from sums over rows `(*batch, rows, C)` and over columns `(*batch, rest, C)`."""
         rows, rest = self.sizes[0], by_column.shape[-2]
-        found = {0: by_row / rest}
+        means = {0: by_row / rest}
         taps = torch.unflatten(by_column / rows, -2, self.sizes[1:])  # (*batch, *sizes[1:], C)
         dims = range(len(self.batch), taps.dim() - 1)
         for dim, d in zip(dims, self.order[1:], strict=True):
             others = [other for other in dims if other != dim]
-            found[d] = taps.mean(others) if others else taps
-        return {self.index: ([found[d] for d in sorted(found)], found[0].mean(-2))}
+            means[d] = taps.mean(others) if others else taps
+        return {self.index: ([means[d] for d in sorted(means)], means[0].mean(-2))}
 
     def fold_basis(self, basis: Tensor) -> Tensor:
         """`(*batch, *shape[1:], k) -> (*batch, rest, k)`, for the columns of the array."""
@@ -238,20 +238,20 @@ def layouts_of(
 
 def _stacked(layouts: Sequence[Layout], params: Sequence[Tensor], size: int, kinds: Sequence[object]) -> list[Layout]:
     """Stack small matrices of one shape."""
-    found: list[Layout] = []
+    stacked: list[Layout] = []
     alike: dict[object, list[Matrix]] = {}
     for layout in layouts:
         if isinstance(layout, Matrix) and math.prod(layout.sizes) <= size:
             kind = layout.order, layout.sizes, params[layout.index].dtype, kinds[layout.index]
             alike.setdefault(kind, []).append(layout)
         else:
-            found.append(layout)
+            stacked.append(layout)
     for several in alike.values():
         count = max(MAX_STACK // max(math.prod(several[0].sizes), 1), 1)
         for some in (several[first : first + count] for first in range(0, len(several), count)):
             indices = tuple(layout.index for layout in some)
-            found.append(Stack(indices, replace(some[0], batch=(len(some),))) if len(some) > 1 else some[0])
-    return found
+            stacked.append(Stack(indices, replace(some[0], batch=(len(some),))) if len(some) > 1 else some[0])
+    return stacked
 
 
 @dataclass(frozen=True)

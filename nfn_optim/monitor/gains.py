@@ -21,7 +21,7 @@ from nfn_optim.monitor.writer import Array
 from nfn_optim.optimizer import NFNOptimizer
 from nfn_optim.symmetry import Symmetry
 
-FACTORS = ("tensor_gain", "row_gain", "column_gains")  # keys in the state of a parameter
+GAINS = "gains"  # in the state of a parameter: of the tensor, of its rows, and of every further dimension
 
 
 class LogGains:
@@ -36,7 +36,7 @@ class LogGains:
         named = {
             name: (p, optimizer.state[p])
             for name, p in zip(optimizer.names, params, strict=True)
-            if p.grad is not None and p.numel() > 0 and FACTORS[0] in optimizer.state.get(p, {})
+            if p.grad is not None and p.numel() > 0 and GAINS in optimizer.state.get(p, {})
         }
         self._shapes = {name: (*p.shape, 2) if p.is_complex() else tuple(p.shape) for name, (p, _) in named.items()}
         self._tensor: dict[str, float] = {}
@@ -44,7 +44,7 @@ class LogGains:
         for device in dict.fromkeys(p.device for p, _ in named.values()):
             here = {name: state for name, (p, state) in named.items() if p.device == device}
             lengths = [length for name in here for length in (1, *(self._shapes[name] or (1,)))]
-            flat = torch.cat([local_real_view(state[key]).reshape(-1) for state in here.values() for key in FACTORS])
+            flat = torch.cat([local_real_view(state[GAINS]) for state in here.values()])
             logs = iter(torch.split(flat.log().cpu(), lengths))  # one synchronization for each device
             for name in here:
                 shape = self._shapes[name]

@@ -79,13 +79,13 @@ class Sample:
 
 def to_numpy(values: Sequence[Tensor | float]) -> Array:
     """One number for every tensor, `(T,)`, with one synchronization for each device."""
-    found = list(values)
+    numbers = list(values)
     for device in {value.device for value in values if isinstance(value, Tensor)} - {torch.device("cpu")}:
         indices = [k for k, value in enumerate(values) if isinstance(value, Tensor) and value.device == device]
         stacked = torch.stack([torch.as_tensor(values[k]).reshape(()).double() for k in indices]).tolist()
         for k, value in zip(indices, stacked, strict=True):
-            found[k] = value
-    return np.array([float(value) for value in found])
+            numbers[k] = value
+    return np.array([float(value) for value in numbers])
 
 
 def local_real_view(tensor: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
-"""The coefficients of a tensor's update: what message passing computes and the state caches between refreshes.
+"""The coefficients of a tensor's update: computed by the network at a refresh, cached in the state in between.
 
-update[i, j, ...] = -lr tensor_gain row_gain[i] column_gains[j, ...] (row_coeffs[i] . terms and features)
+    update[i, j, ...] = -lr tensor_gain row_gain[i] column_gains[j, ...] (row_coeffs[i] . terms and features)
+
+The state of a tensor has `row_coeffs`; and all gains in one vector, `gains`: of the tensor, its rows, and its further
+dimensions one after the other.
 """
 
 from __future__ import annotations
@@ -56,19 +59,15 @@ class Coefficients:
 
         Args:
             state: Of the tensor.
-            lengths: Of its dimensions but the first.
+            lengths: Of its dimensions; `(1,)` for a scalar.
         """
-        column_gains = torch.split(state["column_gains"], list(lengths), -1)
-        return cls(state["row_coeffs"], state["row_gain"], column_gains, state["tensor_gain"])
+        tensor_gain, row_gain, *column_gains = torch.split(state["gains"], [1, *lengths], -1)
+        return cls(state["row_coeffs"], row_gain, tuple(column_gains), tensor_gain.squeeze(-1))
 
     def to_state(self) -> dict[str, Tensor]:
         """The inverse of `from_state`."""
-        return {
-            "row_coeffs": self.row_coeffs,
-            "row_gain": self.row_gain,
-            "column_gains": torch.cat([self.row_gain[..., :0], *self.column_gains], -1),
-            "tensor_gain": self.tensor_gain,
-        }
+        gains = torch.cat([self.tensor_gain.unsqueeze(-1), self.row_gain, *self.column_gains], -1)
+        return {"row_coeffs": self.row_coeffs, "gains": gains}
 
     def local(self, name: str, shards: Shards) -> Coefficients:
         """Those of the local part of a sharded tensor; no batch."""

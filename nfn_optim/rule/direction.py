@@ -5,7 +5,7 @@ defines, each in one place,
 
     state         `init_state`, `StepDirection.next_state`    what it remembers of a tensor, and how that changes
     reductions    `prepare`                                   the sums over the weights that it needs at a step
-    combination   `terms_of`, `StepDirection.combine`   from the coefficient of the direction to those of its terms
+    combination   `terms_of`, `StepDirection.combine`         from its coefficient to those of its terms
     bound         `rms_bound`                                 on its size, by which updates out of range are recognised
 
 To add one, write its class in a file of its own and name it in `nfn_optim.rule.config.DIRECTIONS`.

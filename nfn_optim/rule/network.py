@@ -72,8 +72,7 @@ class CoefficientNetwork(nn.Module):
         Args:
             executor: Of the step.
             direction: Base direction of the rule.
-            pooled: For every tensor the means over its rows by dimension, and over all of it; is emptied to free
-            memory.
+            pooled: For every tensor the means over its rows by dimension, and over all of it; emptied to free memory.
             step: The step.
 
         Returns:

@@ -261,7 +261,7 @@ class UpdateRule(nn.Module):
         if refresh:
             coefficients = self._refresh(executor, direction, step, new_state, shards)
         else:
-            lengths = ([s.length for s in segments[1:]] for segments in incidence.segments)
+            lengths = ([s.length for s in segments] or [1] for segments in incidence.segments)
             coefficients = [Coefficients.from_state(step.state[n], x) for n, x in zip(names, lengths, strict=True)]
         tensor_gain = torch.stack([x.tensor_gain for x in coefficients], -1)  # (*batch, T)
         row_gain = torch.cat([x.row_gain for x in coefficients], -1)  # (*batch, F)
