@@ -118,8 +118,8 @@ class _Inputs:
     """The inputs of message passing, and what its outputs are combined with.
 
     Attributes:
-        rows: One tensor, `log_statistics` of all rows `(*batch, N, ROW_CHANNELS)`; in a list, to be taken out and
-        freed.
+        rows: One tensor, `log_statistics` of all rows `(*batch, N, ROW_CHANNELS)`; in a list, from which it
+            is taken to free memory.
         tensors: `(*batch, T, TENSOR_CHANNELS)`.
         tensor_means: `Statistics` of the tensors, packed, `(*batch, T, STATISTICS)`.
         leading_means: The same of the leading rows, `(*batch, F, STATISTICS)`.
