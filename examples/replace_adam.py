@@ -47,7 +47,7 @@ from nfn_optim import NFNOptimizer
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 BATCH_SIZE = 64
 SMOOTH = 30  # batches in the running mean of the training loss
-DURATION = "two to three minutes on two idle cores"
+DURATION = "three to four minutes on two cores"
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
