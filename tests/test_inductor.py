@@ -49,6 +49,7 @@ def test_one_graph_serves_all_sizes_and_another_one_what_is_not_a_size() -> None
     assert inductor.graph_count() == 6
 
 
+@pytest.mark.slow
 def test_equal_sizes_are_not_taken_for_one() -> None:
     both(8, 8)
     both(7, 30)

@@ -154,6 +154,7 @@ def test_jacobians_agree() -> None:
     torch.testing.assert_close(batched, expected)
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     torch.manual_seed(0)
     symmetry = ZOO_HNP["mlp"]

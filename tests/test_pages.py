@@ -65,6 +65,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
             assert {str(relative.with_suffix("")), relative.stem} & set(listed), relative
 
 
+@pytest.mark.slow
 def test_flags_of_meta_training_exist() -> None:
     page = (ROOT / "docs" / "meta_training.md").read_text()
     known = "--nproc-per-node --max-restarts --logdir --help"

@@ -16,6 +16,7 @@ from nfn_optim import NFNOptimizer
 STEPS = 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["model", "parameters"])
 def test_compiled_model(given: str) -> None:
     plain, compiled = network(), torch.compile(network(), backend="aot_eager", fullgraph=True)
