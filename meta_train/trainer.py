@@ -33,10 +33,9 @@ from meta_train.tasks import Task
 from meta_train.unroll import Carry, start, warm_start
 from meta_train.validation import Comparison, score_of
 from nfn_optim import pretrained
+from nfn_optim.layers.message_passing import HIDDEN_PARTS
 from nfn_optim.rule import RuleConfig, UpdateRule
 
-# Parts of the names of parameters that have no effect where heads are zero: a rule to start from may lack them.
-HIDDEN_PARTS = ("_embedding", "_to_row", "_to_tensor", "_head")
 # Fields of `RuleConfig` in which the rule to start from may differ.
 COMPATIBLE_FIELDS = (
     "power",

@@ -2,7 +2,7 @@
 
 A function is traced once with symbolic sizes and the trace is compiled. The graph serves all tensors of the same kinds
 (number of dimensions, which sizes are 1, dtype, device) whose sizes meet the guards collected in tracing; guards are
-evaluated once for each set of sizes, so that a call costs one dictionary lookup. The overhead of a call is a seventh of
+evaluated once for each set of sizes, so that a call costs one dictionary lookup. The overhead of a call is a fifth of
 `torch.compile`'s, which counts where a pass goes over a large tensor in many tiles.
 
 After one failure nothing is compiled any more in this process: everything continues uncompiled, with one warning.

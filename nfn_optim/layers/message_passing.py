@@ -29,6 +29,9 @@ from torch import Tensor, nn
 
 from nfn_optim.layers.incidence import ROLES, Incidence
 
+HIDDEN_PARTS = ("_embedding", "_to_row", "_to_tensor", "_head")
+"""In names of parameters that have no effect where the heads are zero."""
+
 
 class SharedLinear(nn.Linear):
     """A linear map of rows whose tensors may have leading batch dimensions: one map for each member of a batch."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nfn_optim.layers.message_passing import HIDDEN_PARTS
+
 FORMAT = "nfn_optim.rule.1"
 _FIELDS = {
     "talk_every": "refresh_every",
@@ -33,7 +35,6 @@ _TENSORS = {
     "stack.bypass_rows": f"{_MESSAGES}.row_skip",
     "stack.bypass_tensors": f"{_MESSAGES}.tensor_skip",
 }
-_HIDDEN = ("_embedding", "_to_row", "_to_tensor", "_head")  # parts without effect where the heads are zero
 
 
 def convert(config: Mapping[str, Any], theta: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -53,7 +54,7 @@ def convert(config: Mapping[str, Any], theta: Mapping[str, Tensor]) -> tuple[dic
     heads = [value for name, value in renamed.items() if "_head." in name]
     if not any(bool(head.any()) for head in heads):
         entries |= {"hidden": 0, "rounds": 0}
-        renamed = {name: value for name, value in renamed.items() if not any(part in name for part in _HIDDEN)}
+        renamed = {name: value for name, value in renamed.items() if not any(part in name for part in HIDDEN_PARTS)}
     return entries, renamed
 
 

@@ -47,8 +47,8 @@ class StepDirection:
         """State for the steps to come, computed at a refresh.
 
         Args:
-            row_means: Index of a tensor -> mean squares of X and of the momentum m^ over each row of the whole tensor,
-                `(*batch, shape[0], 2)`.
+            row_means: Index of a tensor -> `Statistics` over each row of the whole tensor, packed,
+                `(*batch, shape[0], STATISTICS)`.
 
         Returns:
             Index of a tensor, and the entries of its state that change.

@@ -78,9 +78,10 @@ class CoefficientNetwork(nn.Module):
         Returns:
             By tensor: its coefficients, and what else changes in its state.
         """
-        inputs = _inputs(executor, pooled, step)
+        rows, inputs = _inputs(executor, pooled, step)
         log_step_size = self._adapted(Statistics.unpack(inputs.tensor_means), step)
-        by_row, by_tensor = self._messages(executor, inputs.rows.pop(), inputs.tensors, step.incidence)
+        by_row, by_tensor = self._messages(executor, rows, inputs.tensors, step.incidence)
+        del rows  # as large as everything that follows
         log_unit = self.power.unsqueeze(-1) * (inputs.scale / SCALE_UNIT).log()
         unit = torch.exp(log_unit if log_step_size is None else log_unit + log_step_size)  # (*batch, T)
         coefficients, trusted = _coefficients(direction, by_row, by_tensor, unit, inputs, step.incidence)
@@ -115,11 +116,9 @@ class CoefficientNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The inputs of message passing, and what its outputs are combined with.
+    """The inputs of message passing but for the rows, and what its outputs are combined with.
 
     Attributes:
-        rows: One tensor, `log_statistics` of all rows `(*batch, N, ROW_CHANNELS)`; in a list, from which it
-            is taken to free memory.
         tensors: `(*batch, T, TENSOR_CHANNELS)`.
         tensor_means: `Statistics` of the tensors, packed, `(*batch, T, STATISTICS)`.
         leading_means: The same of the leading rows, `(*batch, F, STATISTICS)`.
@@ -127,7 +126,6 @@ class _Inputs:
         scale: Of the tensors, `(*batch, T)`.
     """
 
-    rows: list[Tensor]
     tensors: Tensor
     tensor_means: Tensor
     leading_means: Tensor
@@ -135,8 +133,8 @@ class _Inputs:
     scale: Tensor
 
 
-def _inputs(executor: Executor, pooled: list[Pooled], step: Step) -> _Inputs:
-    """Statistics and features from means; arguments as of `CoefficientNetwork.forward`."""
+def _inputs(executor: Executor, pooled: list[Pooled], step: Step) -> tuple[Tensor, _Inputs]:
+    """`log_statistics` of all rows, `(*batch, N, ROW_CHANNELS)`, and the other inputs; arguments as of `forward`."""
     incidence, steps = step.incidence, step.steps
     index = incidence.at(steps)
     tensor_means = torch.stack([tensor for _, tensor in pooled], -2)  # (*batch, T, STATISTICS)
@@ -156,7 +154,7 @@ def _inputs(executor: Executor, pooled: list[Pooled], step: Step) -> _Inputs:
     rows = log_statistics(rows, incidence.tensors_to_rows(units))
     if incidence.has_masked:
         rows = torch.where(index["masked"], incidence.tensors_to_rows(statistics), rows)
-    return _Inputs([rows], tensors, tensor_means, leading, units, scale)
+    return rows, _Inputs(tensors, tensor_means, leading, units, scale)
 
 
 def _coefficients(

@@ -26,6 +26,7 @@ from nfn_optim.engine.blocks import Block, Matrix, Stack, Vectors
 from nfn_optim.engine.executor import Executor
 from nfn_optim.engine.moments import SQRT_EPS, State
 from nfn_optim.engine.sharding import Shard, Shards
+from nfn_optim.engine.weight_features import Statistics
 
 STATE_KEY = "basis"
 MIN_INDEPENDENT = 1e-3  # a column of which no larger part is new counts as dependent
@@ -108,8 +109,8 @@ class Subspaces:
         Args:
             projections: Of `project`.
             roots: Index of a block -> R `(*batch, k, k)`, with P = Z R up to a factor.
-            row_means: Mean squares of X and of the momentum m^ over each row of the whole matrices,
-                `(*batch, shape[0], 2)`, by index of the tensor.
+            row_means: Index of the tensor -> `Statistics` over each row of the whole matrix, packed,
+                `(*batch, shape[0], STATISTICS)`.
         """
         partial = {index: projection for index, projection in projections.items() if projection.is_partial}
         images = {}
@@ -117,10 +118,10 @@ class Subspaces:
             layout = self.executor.blocks[index].layout
             assert not isinstance(layout, Vectors)
             columns = projection.basis.flatten(-projection.basis.dim() + len(layout.batch), -2).square().sum(-2)
-            adam, momentum = layout.gather_rows([row_means[i] for i in layout.indices]).unbind(-1)
+            means = Statistics.unpack(layout.gather_rows([row_means[i] for i in layout.indices]))
             inside = projection.projected.square().sum(-1) / projection.shape[1]
-            outside = (1 - inside / (adam + SQRT_EPS)).clamp(min=0)
-            polar = fill_missing(projection.projected @ roots[index], columns, momentum * outside)
+            outside = (1 - inside / (means.adam + SQRT_EPS)).clamp(min=0)
+            polar = fill_missing(projection.projected @ roots[index], columns, means.momentum * outside)
             image = self.executor.project_back(index, self._local_rows(index, polar))
             images[self._name(index)] = layout.unfold_basis(image)
         if self.shards is not None:

@@ -40,7 +40,6 @@ from nfn_optim.engine.executor import Execution, Executor, InPlaceExecutor, LowR
 from nfn_optim.engine.moments import MOMENTS, State, bias_corrections, init_moments
 from nfn_optim.engine.passes import where_finite
 from nfn_optim.engine.sharding import Shards
-from nfn_optim.engine.weight_features import Statistics
 from nfn_optim.rule.coefficients import Coefficients
 from nfn_optim.rule.config import DIRECTIONS, RuleConfig
 from nfn_optim.rule.direction import StepDirection
@@ -297,11 +296,7 @@ class UpdateRule(nn.Module):
         """Compute the coefficients of every tensor; adds to the new state what else a refresh changes. O(neurons)."""
         names = step.names
         pooled = _pool(executor, names, shards)
-        row_means = {}
-        for i, (by_dim, _) in enumerate(pooled):
-            if by_dim:
-                means = Statistics.unpack(by_dim[0])
-                row_means[i] = torch.stack([means.adam, means.momentum], -1)
+        row_means = {i: by_dim[0] for i, (by_dim, _) in enumerate(pooled) if by_dim}
         for i, entries in direction.next_state(row_means):
             new_state[names[i]] |= entries
         del row_means
