@@ -32,11 +32,13 @@ Neuron = tuple[tuple[str, int], ...]
 """An entry of an axis, after the entries of the axes that it is nested in."""
 
 
-def rows_of_neurons(symmetry: Symmetry, incidence: Incidence) -> dict[Neuron, list[tuple[int, float]]]:
+def rows_of_neurons(
+    symmetry: Symmetry, incidence: Incidence, active: Tensor | None = None
+) -> dict[Neuron, list[tuple[int, float]]]:
     """The rows of every neuron, with their weights in the mean.
 
     All occurrences of an axis in dimensions have equal weight, as do all rows of one occurrence. Dimensions in which an
-    axis occurs without the axes that it is nested in are left out.
+    axis occurs without the axes that it is nested in are left out, and rows that are not active, `(N,)`.
     """
     rows_of: dict[Neuron, dict[object, list[int]]] = {}
     for axis, size in symmetry.sizes.items():
@@ -50,6 +52,8 @@ def rows_of_neurons(symmetry: Symmetry, incidence: Incidence) -> dict[Neuron, li
                 continue
             for row, membership in enumerate(memberships_of(expression, symmetry.sizes)):
                 entries = {axis: entry for axis, entry, _ in membership}
+                if active is not None and not active[segment.start + row]:
+                    continue
                 for axis, entry, path in membership:
                     neuron = (*((above, entries[above]) for above in symmetry.nested.get(axis, ())), (axis, entry))
                     rows_of[neuron].setdefault((t, segment.dim, path), []).append(segment.start + row)
@@ -59,12 +63,13 @@ def rows_of_neurons(symmetry: Symmetry, incidence: Incidence) -> dict[Neuron, li
     }
 
 
-def rows_to_neurons(rows: Tensor, symmetry: Symmetry, incidence: Incidence) -> Tensor:
-    """Weighted mean over the rows of every neuron: `(N, C) -> (A, C)`."""
+def rows_to_neurons(rows: Tensor, symmetry: Symmetry, incidence: Incidence, active: Tensor | None = None) -> Tensor:
+    """Weighted mean over the rows of every neuron, or over those that are active: `(N, C) -> (A, C)`."""
+    active = torch.ones(len(rows)) if active is None else active
     return torch.stack(
         [
             sum((weight * rows[row] for row, weight in weighted_rows), torch.zeros_like(rows[0]))
-            for weighted_rows in rows_of_neurons(symmetry, incidence).values()
+            for weighted_rows in rows_of_neurons(symmetry, incidence, active).values()
         ]
     )
 

@@ -19,6 +19,7 @@ from nfn_optim.engine.moments import SQRT_EPS, State
 from nfn_optim.engine.sharding import Shards
 from nfn_optim.rule import config as configuration
 from nfn_optim.rule.direction import Direction, StepDirection
+from nfn_optim.rule.pooled import Pooled
 
 
 class RowNormalized(Direction):
@@ -33,7 +34,13 @@ class RowNormalized(Direction):
         return adam_rms.clamp(min=1.0)
 
     def prepare(
-        self, executor: Executor, names: Sequence[str], state: State, batch_dims: int, shards: Shards | None
+        self,
+        executor: Executor,
+        names: Sequence[str],
+        state: State,
+        batch_dims: int,
+        shards: Shards | None,
+        pooled: Pooled | None,
     ) -> StepDirection:
         inverse_rms = {}
         for index, block in enumerate(executor.blocks):

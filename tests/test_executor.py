@@ -109,7 +109,7 @@ def train(name: str, dtype: torch.dtype, rank: int, *, compiled: bool = False, d
     network = BY_NAME[name]
     model = network.module().to(dtype)
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in network.inputs()]
-    optimizer = NFNOptimizer(model, rule=random_rule(rank=rank, seed=1))
+    optimizer = NFNOptimizer(model, rule=random_rule(0.1, rank=rank, seed=1))
     optimizer._execution = lambda _: Execution(compiled=compiled, compile_from=30)  # type: ignore[method-assign]
     for _ in range(200):
         optimizer.zero_grad()

@@ -46,7 +46,9 @@ def features_after(params: dict[str, Tensor], history: list[dict[str, Tensor]]) 
     units = torch.stack(features.units_of(Statistics.unpack(means), scale), -1)
     seen = {n: torch.stack([x * u for x, u in zip(raw[n], units[i], strict=True)]) for i, n in enumerate(NAMES)}
     time = features.time_features(steps, None)
-    return seen, features.tensor_features(features.log_statistics(means, units), scale, rms, time, incidence)
+    counts = torch.tensor([[*p.shape, 1, 1, 1][:3] for p in params.values()]).double()
+    statistics = features.log_statistics(means, units)
+    return seen, features.tensor_features(statistics, scale, rms, counts, time, incidence)
 
 
 @pytest.mark.parametrize("factor", [1e-2, 1e3])
@@ -150,7 +152,8 @@ def test_rows_are_pooled_over_all_other_dimensions(order: tuple[int, ...]) -> No
     (layout,) = layouts_of([p], 0)
     arrays = [layout.fold([x]) for x in (p, g, *moments)]
     _, raw = passes.moments_and_features(arrays[0], arrays[1], arrays[2:], corrections[0])
-    by_dim, whole = layout.means(*passes.sums_of(raw))[0]
+    by_dim, whole = layout.sums(*passes.sums_of(raw))[0]
+    by_dim, whole = [x * x.shape[0] / 24 for x in by_dim], whole / 24
     raw = WeightFeatures(*(layout.unfold(x)[0] for x in raw))
     assert [tuple(rows.shape) for rows in by_dim] == [(n, STATISTICS) for n in p.shape]
     torch.testing.assert_close(by_dim[1][1, 1], raw.slow[:, 1].square().mean())

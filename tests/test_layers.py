@@ -61,6 +61,24 @@ def test_means_and_sums_equal_the_slow_ones(symmetry: Symmetry) -> None:
     torch.testing.assert_close(incidence.neurons_to_rows(neurons), slow)
 
 
+def test_means_over_active_rows_equal_the_slow_ones(symmetry: Symmetry) -> None:
+    """Idle rows have no weight; all dimensions with an active row of a neuron weigh the same."""
+    incidence = Incidence(symmetry)
+    rows, _ = inputs(incidence)
+    active = (torch.rand(incidence.rows, generator=torch.Generator().manual_seed(2)) > 0.4).double()
+    pair_weight, row_weight = incidence.mean_weights(active)
+    slow = oracle.rows_to_neurons(rows, symmetry, incidence, active)
+    torch.testing.assert_close(incidence.rows_to_neurons(rows, pair_weight), slow, rtol=1e-6, atol=1e-6)
+    found = incidence.rows_to_tensors(rows, row_weight)
+    for t, segments in enumerate(incidence.segments):
+        spans = [slice(s.start, s.start + s.length) for s in segments]
+        means = [rows[span][active[span] > 0].sum(0) / active[span].sum().clamp(min=1) for span in spans]
+        torch.testing.assert_close(found[t], sum(means, torch.zeros_like(rows[0])) / max(len(means), 1))
+    everything = incidence.mean_weights(torch.ones_like(active))
+    torch.testing.assert_close(incidence.rows_to_neurons(rows, everything[0]), incidence.rows_to_neurons(rows))
+    torch.testing.assert_close(incidence.rows_to_tensors(rows, everything[1]), incidence.rows_to_tensors(rows))
+
+
 def test_means_of_ones_are_ones(symmetry: Symmetry) -> None:
     incidence = Incidence(symmetry)
     ones = torch.ones(2, incidence.rows, 1)

@@ -1,4 +1,4 @@
-"""However a tensor is sharded, partial means add up to the mean; two real processes are in integrations/."""
+"""However a tensor is sharded, partial sums add up to the sum; two real processes are in integrations/."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ CUTS = {
 
 
 def pool(x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Means of numbers and of their squares, over the rest of every dimension and over all."""
+    """Sums of numbers and of their squares, over the rest of every dimension and over all."""
     products = torch.stack([x, x.square()], -1)
     others = [tuple(other for other in range(x.dim()) if other != d) for d in range(x.dim())]
-    return [products.mean(dims) if dims else products for dims in others], products.reshape(-1, 2).mean(0)
+    return [products.sum(dims) if dims else products for dims in others], products.reshape(-1, 2).sum(0)
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_partial_means_add_up(cut: str) -> None:
+def test_partial_sums_add_up(cut: str) -> None:
     shape, borders = CUTS[cut]
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows, whole = pool(x)
-    sums = [torch.zeros_like(means) for means in (*rows, whole)]
+    totals = [torch.zeros_like(x) for x in (*rows, whole)]
     for spans in itertools.product(*([slice(*pair) for pair in itertools.pairwise(cuts)] for cuts in borders)):
         shard = Shard(MESH, shape, spans, is_primary=True)
-        for total, part in zip(sums, shard.partial_means(pool(x[spans])), strict=True):
+        for total, part in zip(totals, shard.partial_sums(pool(x[spans])), strict=True):
             total.add_(part)
-    for total, means in zip(sums, (*rows, whole), strict=True):
-        torch.testing.assert_close(total, means)
+    for total, expected in zip(totals, (*rows, whole), strict=True):
+        torch.testing.assert_close(total, expected)
 
 
 def test_a_replica_does_not_count() -> None:
     x = torch.randn(4, 3)
     shard = Shard(MESH, (4, 3), (slice(0, 4), slice(0, 3)), is_primary=False)
-    parts = shard.partial_means(pool(x))
+    parts = shard.partial_sums(pool(x))
     assert [part.shape for part in parts] == [(4, 2), (3, 2), (2,)]
     assert not any(part.any() for part in parts)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 MAX_STACK = 2**18  # entries of small matrices that are stacked in one block
 
-Pooled = tuple[list[Tensor], Tensor]
-"""Means over one tensor: for every dimension over the rest, `(*batch, shape[d], C)`; and over all, `(*batch, C)`."""
+Sums = tuple[list[Tensor], Tensor]
+"""Sums over one tensor: for every dimension over the rest, `(*batch, shape[d], C)`; and over all, `(*batch, C)`."""
 
 
 @lru_cache(maxsize=1024)
@@ -69,16 +69,15 @@ class Matrix:
         """Values of all tensors, `(*batch, T, C)`, for the rows of the array: `(*batch, 1, C)`."""
         return value[..., self.index : self.index + 1, :]
 
-    def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
-        """Means by tensor, from sums over rows `(*batch, rows, C)` and over columns `(*batch, rest, C)`."""
-        rows, rest = self.sizes[0], by_column.shape[-2]
-        means = {0: by_row / rest}
-        taps = torch.unflatten(by_column / rows, -2, self.sizes[1:])  # (*batch, *sizes[1:], C)
+    def sums(self, by_row: Tensor, by_column: Tensor) -> dict[int, Sums]:
+        """Sums by tensor, from those over rows `(*batch, rows, C)` and over columns `(*batch, rest, C)`."""
+        sums = {0: by_row}
+        taps = torch.unflatten(by_column, -2, self.sizes[1:])  # (*batch, *sizes[1:], C)
         dims = range(len(self.batch), taps.dim() - 1)
         for dim, d in zip(dims, self.order[1:], strict=True):
             others = [other for other in dims if other != dim]
-            means[d] = taps.mean(others) if others else taps
-        return {self.index: ([means[d] for d in sorted(means)], means[0].mean(-2))}
+            sums[d] = taps.sum(others) if others else taps
+        return {self.index: ([sums[d] for d in sorted(sums)], by_row.sum(-2))}
 
     def fold_basis(self, basis: Tensor) -> Tensor:
         """`(*batch, *shape[1:], k) -> (*batch, rest, k)`, for the columns of the array."""
@@ -139,12 +138,12 @@ class Vectors:
         parts = [value[..., n : n + 1, :] for n in self.indices]
         return torch.cat([x.expand(*x.shape[:-2], n, -1) for x, n in zip(parts, self.lengths, strict=True)], -2)
 
-    def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
-        """Means by tensor, from sums over rows `(*batch, rows, C)`; those over columns mix tensors."""
+    def sums(self, by_row: Tensor, by_column: Tensor) -> dict[int, Sums]:
+        """Sums by tensor, from those over rows `(*batch, rows, C)`; those over columns mix tensors."""
         del by_column
         parts = torch.split(by_row, self.lengths, -2)
-        means = (([x] * len(shape), x.mean(-2)) for x, shape in zip(parts, self.shapes, strict=True))
-        return dict(zip(self.indices, means, strict=True))
+        sums = (([x] * len(shape), x.sum(-2)) for x, shape in zip(parts, self.shapes, strict=True))
+        return dict(zip(self.indices, sums, strict=True))
 
     def gain(self, gains: Sequence[Sequence[Tensor]]) -> None:
         """Vectors have no columns."""
@@ -184,9 +183,9 @@ class Stack:
         """Values of all tensors, `(T, C)`, for the rows of the array: `(count, 1, C)`."""
         return value.index_select(0, constant(self.indices, torch.int64, value.device)).unsqueeze(-2)
 
-    def means(self, by_row: Tensor, by_column: Tensor) -> dict[int, Pooled]:
-        """Means by tensor, from sums over rows `(count, rows, C)` and over columns `(count, rest, C)`."""
-        rows, whole = self.each.means(by_row, by_column)[self.each.index]
+    def sums(self, by_row: Tensor, by_column: Tensor) -> dict[int, Sums]:
+        """Sums by tensor, from those over rows `(count, rows, C)` and over columns `(count, rest, C)`."""
+        rows, whole = self.each.sums(by_row, by_column)[self.each.index]
         parts = zip(*(x.unbind() for x in rows), strict=True)
         return {i: (list(part), x) for i, part, x in zip(self.indices, parts, whole.unbind(), strict=True)}
 

@@ -36,7 +36,7 @@ class Executor(Protocol):
         """Sums of `Statistics` over rows and over columns, see `passes.sums_of`."""
 
     def project(self, index: int, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Adam's direction X in a subspace: X basis, `(*batch, rows, k)`, and the sum of squares of X, `(*batch,)`."""
+        """Adam's direction X in a subspace: X basis, `(*batch, rows, k)`; sums of squares of X, `(*batch, rows)`."""
 
     def project_back(self, index: int, left: Tensor) -> Tensor:
         """X^T left, `(*batch, rest, k)`, for a matrix `(*batch, rows, k)`."""
@@ -80,7 +80,7 @@ class PureExecutor:
         moments, features = self._cache[index]
         direction = None if low_rank is None else low_rank[0] @ low_rank[1]
         p = self.blocks[index].arrays[0]
-        return passes.compute_update(features, p, row_coeffs, column_gain, direction), moments
+        return passes.compute_update(features, p, moments[1], row_coeffs, column_gain, direction), moments
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,10 @@ class InPlaceExecutor:
             return _project(self._cache[index][1].adam, basis)
         p, _, _, corrections = self.blocks[index].arrays
         projected = corrections.new_empty((*p.shape[:-1], basis.shape[-1]))
-        energy = corrections.new_zeros(p.shape[:-2])
+        energy = corrections.new_empty(p.shape[:-1])
         for rows, x, squares in self._directions(index):
             torch.matmul(x, basis, out=projected[rows])
-            energy += squares
+            energy[rows] = squares
         return projected, energy
 
     def project_back(self, index: int, left: Tensor) -> Tensor:
@@ -176,7 +176,9 @@ class InPlaceExecutor:
         if index in self._cache:
             new, features = self._cache[index]
             direction = None if low_rank is None else low_rank[0] @ low_rank[1]
-            update = None if frozen else passes.compute_update(features, p, row_coeffs, column_gain, direction)
+            update = None
+            if not frozen:
+                update = passes.compute_update(features, p, new[1], row_coeffs, column_gain, direction)
             passes.store_(p, g, moments, corrections, update, new, grads_finite)
             return
         compiles = self._compiles(p)
@@ -193,7 +195,7 @@ class InPlaceExecutor:
             apply_(tile_p, tile_g, tile_moments, *of_rows, column_gain, direction, frozen, grads_finite)
 
     def _directions(self, index: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Adam's direction X tile by tile: which rows, X of them, and the sum of its squares."""
+        """Adam's direction X tile by tile: which rows, X of them, and the sums of its squares by row."""
         p, g, moments, corrections = self.blocks[index].arrays
         compiles = self._compiles(p)
         adam_direction = partial(run, passes.adam_direction) if compiles else passes.adam_direction
@@ -229,7 +231,7 @@ class InPlaceExecutor:
 
 
 def _project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    return x @ basis, x.square().sum((-2, -1))
+    return x @ basis, x.square().sum(-1)
 
 
 def _learned(features: WeightFeatures | AdamFeature) -> WeightFeatures:

@@ -7,7 +7,7 @@ Both see a tensor as an array `(*batch, rows, rest)`: its first dimension, and a
 one vector, `RowCoefficients` `(*batch, rows or 1, 7)`; the gains of columns and taps are one factor `(*batch, 1,
 rest)`:
 
-    update = gain (adam a + slow s + gradient n + weight w + clip(u momentum) k + D) + decay p
+    update = gain (adam a + slow s + gradient n + weight w + clip(u momentum) k + D) [v > 0] + decay p
 
 with D the part of the direction that is not proportional to Adam's, if there is one (`nfn_optim.rule.direction`).
 `moments_and_features`, `sums_of` and `compute_update` are that mathematics and pure. `reduce_pass` and `apply_` are
@@ -61,17 +61,18 @@ def sums_of(features: WeightFeatures) -> tuple[Tensor, Tensor]:
 
 
 def adam_direction(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
-    """Adam's direction at this step, `(*batch, rows, rest)`, and the sum of its squares, `(*batch,)`.
+    """Adam's direction at this step, `(*batch, rows, rest)`, and the sums of its squares by row, `(*batch, rows)`.
 
     Arguments as of `moments_and_features`. Not differentiable at zero.
     """
     x = moments_and_features(p, g, moments[:2], corrections)[1].adam
-    return x, torch.linalg.vector_norm(x, dim=(-2, -1)).square()
+    return x, torch.linalg.vector_norm(x, dim=-1).square()
 
 
 def compute_update(
     features: WeightFeatures | AdamFeature,
     p: Tensor,
+    v: Tensor,
     row_coeffs: Tensor,
     column_gain: Tensor | None,
     direction: Tensor | None = None,
@@ -81,6 +82,7 @@ def compute_update(
     Args:
         features: See `features_of`.
         p: Parameters `(*batch, rows, rest)`.
+        v: Their second moments after this gradient; where it is zero nothing but weight decay moves a weight.
         row_coeffs: `RowCoefficients` packed, `(*batch, rows or 1, 7)`; with `AdamFeature` only adam and decay, `(...,
         2)`.
         column_gain: Product of the gains of columns and taps, `(*batch, 1, rest)`.
@@ -98,7 +100,7 @@ def compute_update(
         update = torch.addcmul(update, features.weight, c.weight)
         update = torch.addcmul(update, (features.momentum * c.momentum_unit).clamp(-CLIP, CLIP), c.momentum)
     if direction is not None:
-        update = update + direction
+        update = torch.addcmul(update, direction, v.sign())  # all features are zero already
     if column_gain is not None:
         update = update * column_gain
     return torch.addcmul(update, p.to(update.dtype), decay)
@@ -163,7 +165,7 @@ def apply_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made 
         grads_finite: 0-d; where False nothing changes. None: True.
     """
     new, features = moments_and_features(p, g, moments, corrections)
-    update = None if frozen else compute_update(features, p, row_coeffs, column_gain, direction)
+    update = None if frozen else compute_update(features, p, new[1], row_coeffs, column_gain, direction)
     store_(p, g, moments, corrections, update, new, grads_finite)
 
 

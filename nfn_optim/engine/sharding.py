@@ -5,18 +5,13 @@ Under FSDP2 and tensor parallelism parameters are DTensors. Of a tensor of shape
     spans[d].start ... spans[d].stop        of every dimension d
 
 and the passes over the weights run on these alone. What lies between the passes costs O(neurons), and every process
-computes all of it. Only means have to be communicated: each process contributes a partial mean of every row and tensor,
-zero where it holds none of it,
-
-    mean of row r  =  sum over processes of  (local entries of r / entries of r) x local mean of r
-
-in one all-reduce for the whole network. How tensors are sharded, evenly or not, makes no difference. Projections onto
-subspaces (`nfn_optim.rule.subspace`) are sums over processes in the same way.
+computes all of it. Only sums over rows and tensors have to be communicated: each process contributes those over its own
+entries, zero where it holds none, in one all-reduce for the whole network. How tensors are sharded, evenly or not,
+makes no difference. Projections onto subspaces (`nfn_optim.rule.subspace`) are sums over processes in the same way.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nfn_optim.engine.blocks import Pooled
+from nfn_optim.engine.blocks import Sums
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -51,19 +46,11 @@ class Shard:
     spans: tuple[slice, ...]
     is_primary: bool
 
-    def partial_means(self, pooled: Pooled) -> list[Tensor]:
-        """The contribution of this part to the means over the whole tensor, those of every dimension first."""
-        rows, whole = pooled
-        lengths = [span.stop - span.start for span in self.spans]
-        if not self.is_primary or 0 in lengths:
-            return [*(whole.new_zeros((size, *whole.shape)) for size in self.shape), torch.zeros_like(whole)]
-        fractions = [length / size for length, size in zip(lengths, self.shape, strict=True)]
-        partials = []
-        for d, (means, span) in enumerate(zip(rows, self.spans, strict=True)):
-            partial = means.new_zeros((self.shape[d], *means.shape[1:]))
-            partial[span] = means * math.prod(fractions[:d] + fractions[d + 1 :])
-            partials.append(partial)
-        return [*partials, whole * math.prod(fractions)]
+    def partial_sums(self, sums: Sums) -> list[Tensor]:
+        """The contribution of this part to the sums over the whole tensor, those of every dimension first."""
+        by_dim, whole = sums
+        padded = [self.pad_to_whole(x, d, d + 1) for d, x in enumerate(by_dim)]
+        return [*padded, whole if self.is_primary else torch.zeros_like(whole)]
 
     def pad_to_whole(self, value: Tensor, first: int, last: int) -> Tensor:
         """The contribution of this process to a sum with the dimensions `first` to `last` of the tensor.
@@ -98,18 +85,18 @@ class Shards:
         by_name = {name: shard_of(p) for name, p in params.items() if is_sharded(p)}
         return cls(by_name) if by_name else None
 
-    def reduce_means(self, names: Sequence[str], pooled: Sequence[Pooled]) -> list[Pooled]:
-        """Means over the whole tensors, on every process the same; one all-reduce for each mesh.
+    def reduce_sums(self, names: Sequence[str], sums: Sequence[Sums]) -> list[Sums]:
+        """Sums over the whole tensors, on every process the same; one all-reduce for each mesh.
 
         Args:
             names: Of the tensors, the same on every process.
-            pooled: Means over the local parts.
+            sums: Over the local parts.
         """
-        means = dict(zip(names, pooled, strict=True))
-        partials = {name: shard.partial_means(means[name]) for name, shard in self.by_name.items()}
-        for name, (*rows, whole) in self.all_reduce(partials).items():
-            means[name] = rows, whole
-        return list(means.values())
+        by_name = dict(zip(names, sums, strict=True))
+        partials = {name: shard.partial_sums(by_name[name]) for name, shard in self.by_name.items()}
+        for name, (*by_dim, whole) in self.all_reduce(partials).items():
+            by_name[name] = by_dim, whole
+        return list(by_name.values())
 
     def all_reduce(self, partials: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
         """Sums over all processes that hold a part of a tensor; one all-reduce for each mesh.

@@ -6,7 +6,8 @@
     weight      p                   the weight itself
     momentum    m^                  the direction of SGD with momentum
 
-All of them are zero where gradient and moments are (the weight apart).
+All of them are exactly zero where v is: an entry that never had a gradient does not move, and has no part in any
+statistic.
 """
 
 from __future__ import annotations
@@ -71,13 +72,14 @@ def features_of(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Te
     """
     m, v, *slow = moments
     correct_m, correct_v, correct_slow, _ = corrections.unsqueeze(-2).unbind(-1)
-    inverse = 1 / ((v + SQRT_EPS).sqrt() * correct_v + EPS)
+    active = v.sign()
+    inverse = active / ((v + SQRT_EPS).sqrt() * correct_v + EPS)
     momentum = m * correct_m
     adam = momentum * inverse
     if not slow:
         return AdamFeature(adam)
     gradient = (g.to(m.dtype) * inverse).clamp(-CLIP, CLIP)
-    return WeightFeatures(adam, slow[0] * correct_slow * inverse, gradient, p.to(m.dtype), momentum)
+    return WeightFeatures(adam, slow[0] * correct_slow * inverse, gradient, p.to(m.dtype) * active, momentum * active)
 
 
 def products_of(features: WeightFeatures) -> list[Tensor]:

@@ -14,7 +14,8 @@ another, pooling would add unrelated neurons; such a dimension is *masked*: all 
 tensor.
 
 Sums over these lists are all the communication that an equivariant map between axes needs: O(neurons), however many
-weights there are.
+weights there are. Means can be restricted to *active* rows and tensors, those that have gradients: whatever the others
+are, and however many, makes no difference then.
 
 References:
     Universal Neural Functionals (Zhou et al., 2024), Sec. 3, arXiv:2402.05232
@@ -23,9 +24,11 @@ References:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nfn_optim.symmetry import Symmetry
@@ -64,20 +67,22 @@ class Incidence:
         indices: The lists, by name. `row`, `neuron` and `pair_weight`: pairs that belong together, and the weight of
         the
             row in the mean of the neuron. `tensor_of_row`; `row_weight`, in the mean of its tensor; `masked`, rows.
+            `group`: of every pair, those of one neuron in one place of one dimension; `neuron_of_group`.
+            `segment_of_row`: number of the tensor times `max_ndim`, plus the dimension.
             `gathered`: position of every row in the order tensor 0, tensor 1, ... . `leading`: the row that every
-            leading row is (N for that of a scalar), with `tensor_of_leading` and `leading_weight`, in the mean of its
-            tensor. `neighbours`: tensors that share an axis, see `_neighbours`. `matrix`: tensors of two dimensions or
-            more. `entries`: of every tensor. `static`: constant features of a tensor, `(T, STATIC)`: its order, log
-            sizes, log number of entries.
+            leading row is (N for that of a scalar), with `tensor_of_leading`. `neighbours`: tensors that share an axis,
+            see `_neighbours`. `matrix`: tensors of two dimensions or more. `order`: `(T, ORDERS)`, whether a tensor has
+            at most one dimension, two, or more.
     """
 
-    STATIC = 6
+    ORDERS = 3
 
     def __init__(self, symmetry: Symmetry) -> None:
         self.names = tuple(symmetry.dims)
         shapes = [symmetry.shape_of(name) for name in self.names]
         expressions = [symmetry.expressions_of(name) for name in self.names]
         self.ndims = tuple(len(shape) for shape in shapes)
+        self.max_ndim = width = max(2, *self.ndims, 0)
         self.segments: list[list[Segment]] = [[] for _ in self.names]
         self.role_spans: dict[str, tuple[int, int]] = {}
         start = 0
@@ -100,8 +105,6 @@ class Incidence:
         self.neurons = total
         all_segments = [s for segments in self.segments for s in segments]
         unmasked = [s for s in all_segments if not s.masked]
-        carriers = Counter(axis for s in unmasked for axis in axes_of(expressions[s.tensor][s.dim]))
-        row, neuron, pair_weight = [], [], []
         tensor_of_row, row_weight = torch.zeros(self.rows, dtype=torch.int64), torch.zeros(self.rows)
         is_masked = torch.zeros(self.rows, dtype=torch.bool)
         for segment in all_segments:
@@ -116,34 +119,22 @@ class Incidence:
         position = {(s.tensor, s.dim): k for k, s in enumerate(all_segments)}
         starts = torch.tensor([0, *(s.length for s in all_segments)]).cumsum(0)
         gathered = [torch.arange(s.length) + starts[position[s.tensor, s.dim]] for s in order]
-        for segment in unmasked:
-            occurrences = symmetry.occurrences_of(expressions[segment.tensor][segment.dim])
-            for o in occurrences:
-                size = symmetry.sizes[o.axis]
-                copy = entries_within(o, occurrences, symmetry.nested.get(o.axis, ()), symmetry.sizes)
-                assert copy is not None
-                entry = copy * size + o.entries
-                row.append(segment.start + o.rows)
-                neuron.append(offsets[o.axis] + entry)
-                pair_weight.append(1.0 / torch.bincount(entry)[entry] / carriers[o.axis])
         empty = torch.zeros(0, dtype=torch.int64)
-        rows, by_row = torch.sort(torch.cat([empty, *row]), stable=True)
-        self.plain = torch.equal(rows, torch.arange(self.rows))
-        self.indices = {
-            "row": rows,
-            "neuron": torch.cat([empty, *neuron])[by_row],
-            "pair_weight": torch.cat([torch.zeros(0), *pair_weight])[by_row, None],
+        pairs = _pairs(symmetry, [(s.start, expressions[s.tensor][s.dim]) for s in unmasked], offsets)
+        self.plain = torch.equal(pairs["row"], torch.arange(self.rows))
+        self.indices = pairs | {
+            "segment_of_row": torch.cat([empty, *(torch.full((s.length,), s.tensor * width + s.dim) for s in order)]),
+            "no_segment": torch.tensor([[float(d >= n) for d in range(width)] for n in self.ndims]).reshape(-1, width),
             "tensor_of_row": tensor_of_row,
             "masked": is_masked[:, None],
             "gathered": torch.cat([empty, *gathered]),
             "leading": torch.cat([empty, *leading]),
-            "leading_weight": torch.cat([torch.full((n,), 1.0 / max(n, 1)) for n in self.lengths]),
             "tensor_of_leading": torch.repeat_interleave(torch.arange(len(shapes)), torch.tensor(self.lengths)),
             "row_weight": row_weight[:, None],
             "neighbours": _neighbours(symmetry, shapes),
-            "entries": torch.tensor([float(shape.numel()) for shape in map(torch.Size, shapes)]),
             "matrix": torch.tensor([float(len(shape) > 1) for shape in shapes]),
-            "static": torch.tensor([_static(shape) for shape in shapes]).reshape(len(shapes), self.STATIC),
+            "ndims": torch.tensor(self.ndims, dtype=torch.float32),
+            "order": F.one_hot(torch.tensor(self.ndims, dtype=torch.int64).clamp(1, 3) - 1, self.ORDERS).float(),
         }
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
@@ -157,12 +148,49 @@ class Incidence:
             }
         return self._placed[key]
 
-    def rows_to_neurons(self, rows: Tensor) -> Tensor:
-        """Mean over all the rows of a neuron. `(*batch, N, C) -> (*batch, A, C)`."""
+    def counts_of(self, active: Tensor) -> Tensor:
+        """Number of active rows of every dimension of every tensor, or the sum of other weights of rows.
+
+        Args:
+            active: 1 for active rows, else 0; `(*batch, N)`.
+
+        Returns:
+            `(*batch, T, max_ndim)`, 1 where a tensor has no such dimension.
+        """
+        index = self.at(active)
+        start = index["no_segment"].flatten().expand(*active.shape[:-1], -1)
+        counts = start.index_add(-1, index["segment_of_row"], active)
+        return counts.reshape(*active.shape[:-1], len(self.names), self.max_ndim)
+
+    def of_segments(self, values: Tensor) -> Tensor:
+        """Copy a value of every dimension of every tensor to its rows. `(*batch, T, max_ndim) -> (*batch, N)`."""
+        return values.flatten(-2).index_select(-1, self.at(values)["segment_of_row"])
+
+    def mean_weights(self, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of rows in means over active rows only.
+
+        Args:
+            active: 1 for active rows, else 0; `(*batch, N)`.
+
+        Returns:
+            Of every pair in the mean of its neuron, `(*batch, pairs, 1)`: all dimensions with an active row weigh the
+            same; and of every row in the mean of its tensor, `(*batch, N, 1)`.
+        """
+        index, batch = self.at(active), active.shape[:-1]
+        in_pairs = active.index_select(-1, index["row"])
+        groups = active.new_zeros((*batch, len(index["neuron_of_group"]))).index_add(-1, index["group"], in_pairs)
+        zeros = active.new_zeros((*batch, self.neurons))
+        carriers = zeros.index_add(-1, index["neuron_of_group"], groups.sign()).clamp(min=1)
+        others = groups.clamp(min=1).index_select(-1, index["group"]) * carriers.index_select(-1, index["neuron"])
+        counts = self.of_segments(self.counts_of(active)).clamp(min=1)
+        by_row = active / (counts * index["ndims"].index_select(-1, index["tensor_of_row"]))
+        return (in_pairs / others).unsqueeze(-1), by_row.unsqueeze(-1)
+
+    def rows_to_neurons(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean over all the rows of a neuron, or with `mean_weights`. `(*batch, N, C) -> (*batch, A, C)`."""
         index = self.at(rows)
-        messages = (rows if self.plain else rows.index_select(-2, index["row"])) * index[
-            "pair_weight"
-        ]  # (*batch, pairs, C)
+        weights = index["pair_weight"] if weights is None else weights
+        messages = (rows if self.plain else rows.index_select(-2, index["row"])) * weights  # (*batch, pairs, C)
         zeros = rows.new_zeros((*rows.shape[:-2], self.neurons, rows.shape[-1]))
         return zeros.index_add(-2, index["neuron"], messages)
 
@@ -175,15 +203,53 @@ class Incidence:
         zeros = neurons.new_zeros((*neurons.shape[:-2], self.rows, neurons.shape[-1]))
         return zeros.index_add(-2, index["row"], messages)
 
-    def rows_to_tensors(self, rows: Tensor) -> Tensor:
-        """Mean over the rows of a tensor, each dimension weighing the same. `(*batch, N, C) -> (*batch, T, C)`."""
+    def rows_to_tensors(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean over the rows of a tensor, each dimension weighing the same, or with `mean_weights`.
+
+        `(*batch, N, C) -> (*batch, T, C)`.
+        """
         index = self.at(rows)
+        weights = index["row_weight"] if weights is None else weights
         zeros = rows.new_zeros((*rows.shape[:-2], len(self.names), rows.shape[-1]))
-        return zeros.index_add(-2, index["tensor_of_row"], rows * index["row_weight"])
+        return zeros.index_add(-2, index["tensor_of_row"], rows * weights)
 
     def tensors_to_rows(self, tensors: Tensor) -> Tensor:
         """Copy to every row of a tensor. `(*batch, T, C) -> (*batch, N, C)`."""
         return tensors.index_select(-2, self.at(tensors)["tensor_of_row"])
+
+
+def _pairs(symmetry: Symmetry, dims: Sequence[tuple[int, Expression]], offsets: Mapping[str, int]) -> dict[str, Tensor]:
+    """`row`, `neuron`, `pair_weight`, `group` and `neuron_of_group` of `Incidence.indices`.
+
+    Args:
+        symmetry: Of the network.
+        dims: The first row of a dimension, and its expression.
+        offsets: Of the neurons of every axis.
+    """
+    carriers = Counter(axis for _, expression in dims for axis in axes_of(expression))
+    row, neuron, weight, group, neuron_of_group = ([torch.zeros(0, dtype=torch.int64)] for _ in range(5))
+    groups = 0
+    for start, expression in dims:
+        occurrences = symmetry.occurrences_of(expression)
+        for o in occurrences:
+            size = symmetry.sizes[o.axis]
+            copy = entries_within(o, occurrences, symmetry.nested.get(o.axis, ()), symmetry.sizes)
+            assert copy is not None
+            entry = copy * size + o.entries
+            row.append(start + o.rows)
+            neuron.append(offsets[o.axis] + entry)
+            weight.append(1.0 / torch.bincount(entry)[entry] / carriers[o.axis])
+            group.append(groups + entry)
+            neuron_of_group.append(offsets[o.axis] + torch.arange(symmetry.copies_of(o.axis) * size))
+            groups += len(neuron_of_group[-1])
+    rows, by_row = torch.sort(torch.cat(row), stable=True)
+    return {
+        "row": rows,
+        "neuron": torch.cat(neuron)[by_row],
+        "pair_weight": torch.cat(weight).to(torch.get_default_dtype())[by_row, None],
+        "group": torch.cat(group)[by_row],
+        "neuron_of_group": torch.cat(neuron_of_group),
+    }
 
 
 def _is_whole(symmetry: Symmetry, expression: Expression) -> bool:
@@ -196,19 +262,6 @@ def _is_whole(symmetry: Symmetry, expression: Expression) -> bool:
 def role_of(dim: int, ndim: int) -> str:
     """The role of dimension `dim` in a tensor of `ndim` dimensions."""
     return "vector" if ndim == 1 else ROLES[min(dim, 2) + 1]
-
-
-def _static(shape: tuple[int, ...]) -> list[float]:
-    logs = torch.tensor([max(length, 1) for length in (*shape, 1, 1)], dtype=torch.float64).log()
-    order = len(shape)
-    return [
-        float(order <= 1),
-        float(order == 2),  # noqa: PLR2004 - the number of dimensions of a matrix
-        float(order > 2),  # noqa: PLR2004
-        float(logs[0]) / 5,
-        float(logs[1]) / 5,
-        float(logs.sum()) / 10,
-    ]
 
 
 def _neighbours(symmetry: Symmetry, shapes: list[tuple[int, ...]]) -> Tensor:

@@ -21,7 +21,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +93,17 @@ class MessagePassing(nn.Module):
         heads = (*self.row_head.parameters(), self.tensor_head.weight) if self.hidden else ()
         return not any(bool(weight.any()) for weight in heads)
 
-    def forward(self, rows: Tensor, tensors: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, rows: Tensor, tensors: Tensor, incidence: Incidence, active: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Pass messages and compute coefficients.
 
         Args:
             rows: Pooled features, `(*batch, N, row_channels)`, rows of one role contiguous as in `incidence`.
             tensors: `(*batch, T, tensor_channels)`.
             incidence: Which rows, neurons and tensors meet.
+            active: 1 for rows, `(*batch, N)`, and tensors, `(*batch, T)`, of which messages are sent, else 0; None if
+                all are.
 
         Returns:
             Coefficients of the rows `(*batch, N, out_channels)` and of the tensors `(*batch, T, out_channels)`.
@@ -108,22 +112,29 @@ class MessagePassing(nn.Module):
         bias = self.tensor_bias.unsqueeze(-2)
         if not self.hidden:
             return _as_last(row_skip, self.out_channels), _as_last(tensor_skip, self.out_channels) + bias
-        h, z = self._embeddings(rows, tensors, incidence)
+        h, z = self._embeddings(rows, tensors, incidence, active)
         by_row = _by_role(self.row_head, h, incidence) + _as_last(row_skip, self.out_channels)
         return by_row, self.tensor_head(z) + bias + _as_last(tensor_skip, self.out_channels)
 
-    def _embeddings(self, rows: Tensor, tensors: Tensor, incidence: Incidence) -> tuple[Tensor, Tensor]:
+    def _embeddings(
+        self, rows: Tensor, tensors: Tensor, incidence: Incidence, active: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings of rows `(*batch, N, hidden)` and tensors `(*batch, T, hidden)` after all rounds."""
+        pair_weight, row_weight, tensor_weight = None, None, torch.ones_like(tensors[..., :1])
+        if active is not None:
+            pair_weight, row_weight = incidence.mean_weights(active[0])
+            tensor_weight = active[1].unsqueeze(-1)
+        tensor_weight = tensor_weight / tensor_weight.sum(-2, keepdim=True).clamp(min=1)
         z0 = self.tensor_embedding(tensors)  # (*batch, T, hidden)
         h0 = _by_role(self.row_embedding, rows, incidence) + incidence.tensors_to_rows(z0)  # (*batch, N, hidden)
         h, z = torch.tanh(h0), torch.tanh(z0)
         for k in range(len(self.row_to_tensor)):
             if k > 0:
-                neurons = self.neuron_to_row[k - 1](incidence.rows_to_neurons(h))  # neurons are fewer than rows
+                neurons = self.neuron_to_row[k - 1](incidence.rows_to_neurons(h, pair_weight))  # fewer than rows
                 from_tensors = incidence.tensors_to_rows(self.tensor_to_row[k - 1](z))
                 h = torch.tanh(h0 + incidence.neurons_to_rows(neurons) + from_tensors)
-            from_all = self.tensors_to_tensor[k](z.mean(-2, keepdim=True))  # (*batch, 1, hidden)
-            z = torch.tanh(z0 + self.row_to_tensor[k](incidence.rows_to_tensors(h)) + from_all)
+            from_all = self.tensors_to_tensor[k]((z * tensor_weight).sum(-2, keepdim=True))  # (*batch, 1, hidden)
+            z = torch.tanh(z0 + self.row_to_tensor[k](incidence.rows_to_tensors(h, row_weight)) + from_all)
         return h, z
 
 

@@ -7,6 +7,7 @@
                                          rows and its other dimensions, `(1 + (shape[0] or 1) + sum of other sizes,)`;
                                          see `nfn_optim.rule.coefficients`
     basis                                of the subspace of a matrix, `(*shape[1:], k)`
+    active_columns                       0-d, of a matrix with orthogonal directions; see `nfn_optim.rule.pooled`
 
 A rule without a learned part has only the first two moments and `step`. Coefficients and bases are whole on every
 process where the parameter is sharded. Everything is float32, or float64 for float64 parameters, whatever the precision

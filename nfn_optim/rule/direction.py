@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nfn_optim.engine.executor import Executor, LowRank
 from nfn_optim.engine.moments import State
 from nfn_optim.engine.sharding import Shards
+from nfn_optim.rule.pooled import Pooled
 
 
 class StepDirection:
@@ -81,7 +82,7 @@ class Direction(nn.Module, ABC):
 
     @abstractmethod
     def rms_bound(self, adam_rms: Tensor, is_matrix: Tensor) -> Tensor:
-        """A bound on the direction's root mean square in a row.
+        """A bound on the direction's root mean square in a row, over active columns.
 
         Args:
             adam_rms: That of X, `(*batch, F)`.
@@ -92,7 +93,13 @@ class Direction(nn.Module, ABC):
         """
 
     def prepare(
-        self, executor: Executor, names: Sequence[str], state: State, batch_dims: int, shards: Shards | None
+        self,
+        executor: Executor,
+        names: Sequence[str],
+        state: State,
+        batch_dims: int,
+        shards: Shards | None,
+        pooled: Pooled | None,
     ) -> StepDirection:
         """The reductions over the weights that a step needs.
 
@@ -102,8 +109,9 @@ class Direction(nn.Module, ABC):
             state: By name.
             batch_dims: How many leading dimensions are batch.
             shards: Which parts of the tensors are local; None if all are whole.
+            pooled: Statistics of rows and tensors; None between two refreshes.
         """
-        del executor, names, state, batch_dims, shards
+        del executor, names, state, batch_dims, shards, pooled
         return StepDirection()
 
     @torch.no_grad()

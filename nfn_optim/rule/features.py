@@ -30,7 +30,8 @@ from nfn_optim.layers import Incidence
 
 ROW_CHANNELS = STATISTICS
 TIME_CHANNELS = 8
-TENSOR_CHANNELS = ROW_CHANNELS + 1 + Incidence.STATIC + TIME_CHANNELS
+SIZE_CHANNELS = 3
+TENSOR_CHANNELS = ROW_CHANNELS + 1 + Incidence.ORDERS + SIZE_CHANNELS + TIME_CHANNELS
 LOG_EPS = 0.05  # added before logarithms of quantities of order one
 MAX_STATISTIC = 1e6  # bound on statistics, which finite features never exceed
 MIN_ALIVE_RMS = 1e-8  # a tensor of smaller root mean square counts as zero
@@ -87,7 +88,7 @@ def scales_of(mean_squares: Tensor, incidence: Incidence) -> tuple[Tensor, Tenso
     alive = (rms > MIN_ALIVE_RMS).to(rms.dtype)
     count = alive @ index["neighbours"].T
     of_neighbours = ((rms.log() * alive) @ index["neighbours"].T / count.clamp(min=1)).exp()
-    lower = of_neighbours * torch.where(index["static"][:, 0] > 0, 1.0, 0.1).to(rms.dtype)
+    lower = of_neighbours * torch.where(index["matrix"] > 0, 0.1, 1.0).to(rms.dtype)
     scale = torch.maximum(rms, torch.where(count > 0, lower, DEFAULT_SCALE * (1 - alive)))
     return scale, rms
 
@@ -114,22 +115,38 @@ def time_features(steps: Tensor, total_steps: Tensor | float | None) -> Tensor:
     return torch.stack([*age, known, done, left], -1)
 
 
-def tensor_features(statistics: Tensor, scale: Tensor, rms: Tensor, time: Tensor, incidence: Incidence) -> Tensor:
+def size_features(counts: Tensor) -> Tensor:
+    """Logarithms of the sizes of the first two dimensions and of the number of entries.
+
+    Args:
+        counts: Sizes of every dimension, `(*batch, T, 2 or more)`.
+
+    Returns:
+        `(*batch, T, SIZE_CHANNELS)`.
+    """
+    logs = counts.log()
+    return torch.cat([logs[..., :2] / 5, logs.sum(-1, keepdim=True) / 10], -1)
+
+
+def tensor_features(
+    statistics: Tensor, scale: Tensor, rms: Tensor, counts: Tensor, time: Tensor, incidence: Incidence
+) -> Tensor:
     """All features of the tensors.
 
     Args:
         statistics: `log_statistics` of the tensors, `(*batch, T, ROW_CHANNELS)`.
         scale: `(*batch, T)`.
         rms: `(*batch, T)`.
+        counts: Sizes of every dimension, `(*batch, T, 2 or more)`.
         time: `(*batch, T, TIME_CHANNELS)`.
-        incidence: For the tensors' order and sizes.
+        incidence: For the number of dimensions of the tensors.
 
     Returns:
         `(*batch, T, TENSOR_CHANNELS)`.
     """
-    static = incidence.at(statistics)["static"].expand(*statistics.shape[:-1], Incidence.STATIC)
+    order = incidence.at(statistics)["order"].expand(*statistics.shape[:-1], -1)
     relative_rms = torch.log(rms / scale + LOG_EPS).unsqueeze(-1)  # 0 for a matrix, log(.05) for a bias of zeros
-    return torch.cat([statistics, relative_rms, static, time], -1)
+    return torch.cat([statistics, relative_rms, order, size_features(counts), time], -1)
 
 
 def _finite(value: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nfn_optim.engine.blocks import Pooled
 from nfn_optim.engine.executor import Executor
 from nfn_optim.engine.inductor import run
 from nfn_optim.engine.weight_features import FEATURES, Statistics, WeightFeatures
@@ -34,6 +33,7 @@ from nfn_optim.rule.coefficients import Coefficients, FeatureCoefficients
 from nfn_optim.rule.config import RuleConfig
 from nfn_optim.rule.direction import Direction
 from nfn_optim.rule.hyperparameters import horizon_of
+from nfn_optim.rule.pooled import Pooled
 from nfn_optim.rule.step import Step
 from nfn_optim.rule.step_size import MAX_LOG_GAIN, adapt, gain_of, gradient_cosine, max_column_gain
 
@@ -65,26 +65,26 @@ class CoefficientNetwork(nn.Module):
         return [*others, *self.message_passing.output_parameters()]
 
     def forward(
-        self, executor: Executor, direction: Direction, pooled: list[Pooled], step: Step
+        self, executor: Executor, direction: Direction, pooled: Pooled, step: Step
     ) -> tuple[list[Coefficients], list[dict[str, Tensor]]]:
         """Compute the coefficients of every tensor.
 
         Args:
             executor: Of the step.
             direction: Base direction of the rule.
-            pooled: For every tensor the means over its rows by dimension, and over all of it; emptied to free memory.
+            pooled: Statistics of rows and tensors.
             step: The step.
 
         Returns:
             By tensor: its coefficients, and what else changes in its state.
         """
         rows, inputs = _inputs(executor, pooled, step)
-        log_step_size = self._adapted(Statistics.unpack(inputs.tensor_means), step)
-        by_row, by_tensor = self._messages(executor, rows, inputs.tensors, step.incidence)
+        log_step_size = self._adapted(pooled, step)
+        by_row, by_tensor = self._messages(executor, rows, inputs.tensors, pooled)
         del rows  # as large as everything that follows
         log_unit = self.power.unsqueeze(-1) * (inputs.scale / SCALE_UNIT).log()
         unit = torch.exp(log_unit if log_step_size is None else log_unit + log_step_size)  # (*batch, T)
-        coefficients, trusted = _coefficients(direction, by_row, by_tensor, unit, inputs, step.incidence)
+        coefficients, trusted = _coefficients(direction, by_row, by_tensor, unit, inputs, pooled)
         entries = []
         for i, name in enumerate(step.names):
             entries.append({"fallbacks": step.state[name]["fallbacks"] + ~trusted[..., i]})
@@ -92,24 +92,23 @@ class CoefficientNetwork(nn.Module):
             entries[i] |= coefficients[i].to_state()
         return coefficients, entries
 
-    def _adapted(self, means: Statistics, step: Step) -> Tensor | None:
+    def _adapted(self, pooled: Pooled, step: Step) -> Tensor | None:
         """The logarithm of every tensor's step size after this step, `(*batch, T)`, if it is adapted."""
         if not self.config.adapt_rate:
             return None
         before = torch.stack([step.state[name]["log_step_size"] for name in step.names], -1)
-        cosine = gradient_cosine(means, step.steps, step.incidence.at(step.steps)["entries"])
+        cosine = gradient_cosine(Statistics.unpack(pooled.tensors), step.steps, pooled.entries)
         power = self.adapt_rate.unsqueeze(-1) * cosine - self.adapt_decay.unsqueeze(-1)
         return adapt(before, power, step.steps, self.config.refresh_every)
 
-    def _messages(
-        self, executor: Executor, rows: Tensor, tensors: Tensor, incidence: Incidence
-    ) -> tuple[Tensor, Tensor]:
+    def _messages(self, executor: Executor, rows: Tensor, tensors: Tensor, pooled: Pooled) -> tuple[Tensor, Tensor]:
         """`MessagePassing.forward`, compiled where that pays, once for each network."""
+        incidence, active = pooled.incidence, (pooled.active_rows, pooled.active_tensors)
         if not executor.compiles(rows.numel()):
-            coefficients: tuple[Tensor, Tensor] = self.message_passing(rows, tensors, incidence)
+            coefficients: tuple[Tensor, Tensor] = self.message_passing(rows, tensors, incidence, active)
         else:
             theta, template = [*self.message_passing.parameters()], _template(self.config)
-            args = (rows, tensors, theta, template, incidence)
+            args = (rows, tensors, theta, template, incidence, active)
             coefficients = run(_functional_message_passing, *args, dynamic=False)
         return coefficients
 
@@ -120,45 +119,36 @@ class _Inputs:
 
     Attributes:
         tensors: `(*batch, T, TENSOR_CHANNELS)`.
-        tensor_means: `Statistics` of the tensors, packed, `(*batch, T, STATISTICS)`.
-        leading_means: The same of the leading rows, `(*batch, F, STATISTICS)`.
         units: `WeightFeatures` of the tensors, packed, `(*batch, T, FEATURES)`.
         scale: Of the tensors, `(*batch, T)`.
     """
 
     tensors: Tensor
-    tensor_means: Tensor
-    leading_means: Tensor
     units: Tensor
     scale: Tensor
 
 
-def _inputs(executor: Executor, pooled: list[Pooled], step: Step) -> tuple[Tensor, _Inputs]:
+def _inputs(executor: Executor, pooled: Pooled, step: Step) -> tuple[Tensor, _Inputs]:
     """`log_statistics` of all rows, `(*batch, N, ROW_CHANNELS)`, and the other inputs; arguments as of `forward`."""
     incidence, steps = step.incidence, step.steps
     index = incidence.at(steps)
-    tensor_means = torch.stack([tensor for _, tensor in pooled], -2)  # (*batch, T, STATISTICS)
-    means = Statistics.unpack(tensor_means)
+    means = Statistics.unpack(pooled.tensors)
     scale, rms = features.scales_of(means.weight, incidence)  # (*batch, T)
     units = torch.stack(features.units_of(means, scale), -1)  # (*batch, T, FEATURES)
-    statistics = features.log_statistics(tensor_means, units)
+    statistics = features.log_statistics(pooled.tensors, units)
     total = step.hyper.total_steps
     time = features.time_features(steps, None if total is None else horizon_of(total, steps))
-    tensors = features.tensor_features(statistics, scale, rms, time, incidence)  # (*batch, T, TENSOR_CHANNELS)
-    rows = torch.cat([tensor_means[..., :0, :], *(x for by_dim, _ in pooled for x in by_dim)], -2)
-    leading = torch.cat([by_dim[0] if by_dim else x.unsqueeze(-2) for by_dim, x in pooled], -2)
-    pooled.clear()
-    rows = rows.index_select(-2, index["gathered"])  # (*batch, N, STATISTICS)
-    compiles = executor.compiles(rows.numel())
+    tensors = features.tensor_features(statistics, scale, rms, pooled.counts, time, incidence)
+    compiles = executor.compiles(pooled.rows.numel())
     log_statistics = partial(run, features.log_statistics) if compiles else features.log_statistics
-    rows = log_statistics(rows, incidence.tensors_to_rows(units))
+    rows = log_statistics(pooled.rows, incidence.tensors_to_rows(units))
     if incidence.has_masked:
         rows = torch.where(index["masked"], incidence.tensors_to_rows(statistics), rows)
-    return rows, _Inputs(tensors, tensor_means, leading, units, scale)
+    return rows, _Inputs(tensors, units, scale)
 
 
 def _coefficients(
-    direction: Direction, by_row: Tensor, by_tensor: Tensor, unit: Tensor, inputs: _Inputs, incidence: Incidence
+    direction: Direction, by_row: Tensor, by_tensor: Tensor, unit: Tensor, inputs: _Inputs, pooled: Pooled
 ) -> tuple[list[Coefficients], Tensor]:
     """From the outputs of message passing to the coefficients of every tensor.
 
@@ -168,11 +158,12 @@ def _coefficients(
         by_tensor: Outputs for the tensors, `(*batch, T, FEATURES + 1)`.
         unit: Of each tensor's updates, `(*batch, T)`.
         inputs: Of message passing.
-        incidence: Of the network.
+        pooled: Statistics of rows and tensors.
 
     Returns:
         By tensor; and which updates are in range, `(*batch, T)`: the others fall back to Adam's.
     """
+    incidence = pooled.incidence
     index = incidence.at(unit)
     of_leading = index["tensor_of_leading"]  # F leading rows, of all tensors one after the other
     by_leading = F.pad(by_row, (0, 0, 0, 1)).index_select(-2, index["leading"])  # (*batch, F, FEATURES + 1)
@@ -182,10 +173,10 @@ def _coefficients(
     units = inputs.units.index_select(-2, of_leading)
 
     is_matrix = index["matrix"].index_select(-1, of_leading)
-    bound = leading_gain * _rms_bound(direction, is_matrix, inputs.leading_means, units, row_coeffs)  # (*batch, F)
-    squares = (bound * tensor_gain.index_select(-1, of_leading)).detach().square() * index["leading_weight"]
-    rms_bound = torch.zeros_like(unit).index_add(-1, of_leading, squares).sqrt()
-    trusted = rms_bound * max_column_gain(row_gains, incidence) <= FALLBACK_RMS  # (*batch, T); False for NaN
+    bound = leading_gain * _rms_bound(direction, is_matrix, pooled.leading, units, row_coeffs)  # (*batch, F)
+    others = tensor_gain * max_column_gain(torch.where(pooled.active_rows > 0, row_gains, 1.0), incidence)
+    beyond = ~(bound * others.index_select(-1, of_leading) <= FALLBACK_RMS) * pooled.active_leading  # 1 for NaN
+    trusted = torch.zeros_like(unit).index_add(-1, of_leading, beyond.detach()) == 0  # (*batch, T)
 
     row_gains = torch.where(trusted.index_select(-1, index["tensor_of_row"]), row_gains, 1.0)
     tensor_gain = torch.where(trusted, unit * tensor_gain, 1.0)
@@ -247,9 +238,14 @@ def _template(config: RuleConfig) -> MessagePassing:
 
 
 def _functional_message_passing(
-    rows: Tensor, tensors: Tensor, theta: Sequence[Tensor], template: MessagePassing, incidence: Incidence
+    rows: Tensor,
+    tensors: Tensor,
+    theta: Sequence[Tensor],
+    template: MessagePassing,
+    incidence: Incidence,
+    active: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`MessagePassing.forward` as a function of its parameters too, in their order."""
     named = {name: value for (name, _), value in zip(template.named_parameters(), theta, strict=True)}
-    coefficients: tuple[Tensor, Tensor] = functional_call(template, named, (rows, tensors, incidence))
+    coefficients: tuple[Tensor, Tensor] = functional_call(template, named, (rows, tensors, incidence, active))
     return coefficients

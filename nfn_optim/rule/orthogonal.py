@@ -6,7 +6,9 @@ With X Adam's direction, `(rows, rest)`, U the basis of its subspace and Z = X U
     D = sqrt(max(rows, rest)) (P U^T + (X - Z U^T) / tau)
 
 Inside of the subspace all singular values of D are equal; outside, where tau is the root mean square of those of X,
-they keep their proportions. In a matrix of at most k columns D is orthogonal. The root mean square of D is about 1.
+they keep their proportions. In a matrix of at most k columns D is orthogonal. The root mean square of D is about 1, and
+that of a row at most MAX_ROW_RMS: a longer row is shortened. Rows and columns without gradients do not count
+(`nfn_optim.rule.pooled`).
 Computed from Z, O(neurons k) numbers, D costs 4 k operations per weight, and 2 k more where the basis moves, instead of
 thousands. D commutes with permuting rows and columns. It is not differentiated with respect to U, on which it does not
 depend where X has no more than k singular values. Vectors follow Adam's direction.
@@ -18,7 +20,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,17 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfn_optim.engine.blocks import constant
 from nfn_optim.engine.executor import Executor, LowRank
 from nfn_optim.engine.moments import State
 from nfn_optim.engine.sharding import Shards
 from nfn_optim.rule.direction import Direction, StepDirection
+from nfn_optim.rule.pooled import Pooled, soft_count
 from nfn_optim.rule.subspace import STATE_KEY, Projection, Subspaces, basis_shape
 
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # of an odd map that takes singular values of 0.003 to 1 into 0.7 to 1.2
 ITERATIONS = 5
+COLUMNS = "active_columns"
 SIZE = 0.5  # root mean square of the orthogonal direction in the update, about that of Adam's when gradients agree
-MAX_RMS = 1.25  # of D
+MAX_ROW_RMS = 2.5  # of a row of D
 MIN_TAIL = 0.1  # what is outside of the subspace is amplified at most ten times as much as what is inside
 MIN_RMS = 1e-4  # an X of smaller root mean square is not amplified: it counts as zero
 
@@ -72,11 +74,15 @@ class OrthogonalDirection(Direction):
         self.orthogonal_weight = nn.Parameter(torch.tensor(1.0))
 
     def init_state(self, p: Tensor, batch_dims: int) -> dict[str, Tensor]:
-        """The basis, where one is needed: all zeros."""
-        if (shape := basis_shape(self.rank, p.shape[batch_dims:])) is None:
+        """Of a matrix the number of its columns; and the basis, where one is needed: all zeros."""
+        batch, shape = p.shape[:batch_dims], p.shape[batch_dims:]
+        if len(shape) < 2:  # noqa: PLR2004 - a matrix has two dimensions
             return {}
         dtype = torch.promote_types(p.dtype, torch.float32)
-        return {STATE_KEY: torch.zeros((*p.shape[:batch_dims], *shape), dtype=dtype, device=p.device)}
+        state = {COLUMNS: torch.full(batch, float(shape[1:].numel()), dtype=dtype, device=p.device)}
+        if (basis := basis_shape(self.rank, shape)) is not None:
+            state[STATE_KEY] = torch.zeros((*batch, *basis), dtype=dtype, device=p.device)
+        return state
 
     def terms_of(self, coefficient: Tensor, enabled: Tensor) -> list[Tensor]:
         """See `Direction`."""
@@ -86,16 +92,26 @@ class OrthogonalDirection(Direction):
     def rms_bound(self, adam_rms: Tensor, is_matrix: Tensor) -> Tensor:
         """See `Direction`."""
         weight = is_matrix * self.orthogonal_weight.unsqueeze(-1)
-        return adam_rms * (1 - weight).abs() + SIZE * MAX_RMS * weight.abs()
+        return adam_rms * (1 - weight).abs() + SIZE * MAX_ROW_RMS * weight.abs()
 
     def prepare(
-        self, executor: Executor, names: Sequence[str], state: State, batch_dims: int, shards: Shards | None
+        self,
+        executor: Executor,
+        names: Sequence[str],
+        state: State,
+        batch_dims: int,
+        shards: Shards | None,
+        pooled: Pooled | None,
     ) -> StepDirection:
         """Project every matrix; see `Direction`."""
         subspaces = Subspaces(names, executor, shards)
-        projections = subspaces.project(state)
+        if pooled is not None:
+            columns = pooled.columns()
+        else:
+            columns = torch.stack([state[name].get(COLUMNS, state[name]["step"]) for name in names], -1)
+        projections = subspaces.project(state, columns)
         factors = orthogonal_factors(list(projections.values()), batch_dims)
-        return OrthogonalStep(subspaces, projections, dict(zip(projections, factors, strict=True)))
+        return OrthogonalStep(columns, subspaces, projections, dict(zip(projections, factors, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -103,11 +119,13 @@ class OrthogonalStep(StepDirection):
     """The orthogonal directions of all matrices at one step.
 
     Attributes:
+        columns: Soft counts of the columns of all tensors, `(*batch, T)`.
         subspaces: Of the network.
         projections: By index of the block.
         factors: Likewise.
     """
 
+    columns: Tensor
     subspaces: Subspaces
     projections: Mapping[int, Projection]
     factors: Mapping[int, OrthogonalFactors]
@@ -118,12 +136,19 @@ class OrthogonalStep(StepDirection):
         if index not in self.factors:  # vectors
             return torch.cat([adam, others], -1), None
         factors, projection = self.factors[index], self.projections[index]
-        left = orthogonal * (projection.local_projected @ factors.correction)
-        adam = adam + orthogonal * factors.tail_gain[..., None, None]
+        left, tail_gain = projection.local_projected @ factors.correction, factors.tail_gain[..., None]
+        tail = projection.local_row_energy * tail_gain + 2 * (projection.local_projected * left).sum(-1)
+        squares = (left.square().sum(-1) + tail_gain * tail) / projection.columns.clamp(min=1)[..., None]
+        orthogonal = orthogonal * (squares / (SIZE * MAX_ROW_RMS) ** 2).clamp(min=1).rsqrt().unsqueeze(-1)
+        left = orthogonal * left
+        adam = adam + orthogonal * tail_gain.unsqueeze(-1)
         return torch.cat([adam, others], -1), (left, projection.local_basis.mT)
 
     def next_state(self, row_means: Mapping[int, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `StepDirection`."""
+        for index in self.projections:
+            for i in self.subspaces.executor.blocks[index].layout.indices:
+                yield i, {COLUMNS: self.columns[..., i]}
         roots = {index: factors.root for index, factors in self.factors.items()}
         for index, basis in self.subspaces.next_bases(self.projections, roots, row_means):
             yield index, {STATE_KEY: basis}
@@ -143,22 +168,23 @@ def orthogonal_factors(projections: Sequence[Projection], batch_dims: int = 0) -
     grams = [gram.reshape(*gram.shape[:batch_dims], -1, k_max, k_max) for gram in grams]
     lengths = [gram.shape[-3] for gram in grams]
     gram = torch.cat(grams, -3)  # (*batch, T, k, k)
-    floors = [MIN_RMS**2 * math.prod(x.shape) for x in projections]
-    repeated = [floor for floor, length in zip(floors, lengths, strict=True) for _ in range(length)]
-    inside = gram.diagonal(dim1=-2, dim2=-1).sum(-1) + constant(tuple(repeated), gram.dtype, gram.device)  # (*batch, T)
+    rows = [soft_count(x.row_energy) for x in projections]
+    floors = [MIN_RMS**2 * (n * x.columns).clamp(min=1) for n, x in zip(rows, projections, strict=True)]
+    floor = torch.cat([x.reshape(*x.shape[:batch_dims], -1) for x in floors], -1)
+    inside = gram.diagonal(dim1=-2, dim2=-1).sum(-1) + floor  # (*batch, T)
     roots = inverse_root(gram / inside[..., None, None]) / inside.sqrt()[..., None, None]
     split = zip(torch.split(roots, lengths, -3), torch.split(inside, lengths, -1), strict=True)
     factors = []
-    for x, floor, (x_roots, x_inside) in zip(projections, floors, split, strict=True):
-        k, batch = x.projected.shape[-1], x.energy.shape
+    for x, n, floor, (x_roots, x_inside) in zip(projections, rows, floors, split, strict=True):
+        k, batch = x.projected.shape[-1], n.shape
         root, energy_inside = x_roots.reshape(*batch, k_max, k_max)[..., :k, :k], x_inside.reshape(batch)
-        size = SIZE * math.sqrt(max(x.shape))
-        rank_outside = (min(x.shape) - x.dimension).clamp(min=1)
-        tail = ((x.energy - energy_inside).clamp(min=0) / rank_outside + floor).sqrt()
+        size = SIZE * torch.maximum(n, x.columns).clamp(min=1).sqrt()
+        rank_outside = (torch.minimum(n, x.columns) - x.dimension).clamp(min=1)
+        tail = ((x.row_energy.sum(-1) - energy_inside).clamp(min=0) / rank_outside + floor).sqrt()
         tail_gain = 1 / (tail + MIN_TAIL * (energy_inside / x.dimension.clamp(min=1)).sqrt())
         tail_gain = torch.where(x.dimension < x.shape[1] - 0.5, tail_gain, 0.0)  # where anything is outside
         correction = root - torch.diag_embed(tail_gain.unsqueeze(-1).expand(*tail_gain.shape, k))
-        factors.append(OrthogonalFactors(root, size * correction, size * tail_gain))
+        factors.append(OrthogonalFactors(root, size[..., None, None] * correction, size * tail_gain))
     return factors
 
 

@@ -39,7 +39,7 @@ def gradient_cosine(means: Statistics, steps: Tensor, entries: Tensor) -> Tensor
     Args:
         means: Over the tensors, `(*batch, T)` each.
         steps: Steps taken, this one included, `(*batch, T)`.
-        entries: Number of entries of each tensor, `(T,)`.
+        entries: Number of entries of each tensor, 0 where it has no gradients; `(*batch, T)`.
 
     Returns:
         `(*batch, T)`; 0 at the first step, and where there is no gradient.
@@ -54,7 +54,7 @@ def gradient_cosine(means: Statistics, steps: Tensor, entries: Tensor) -> Tensor
     own = (product / (before * gradient + COSINE_EPS).sqrt()).clamp(-1, 1)
     own = torch.where(steps > 1, own, 0.0)  # before the first step there is nothing but rounding
     trust = entries / (entries + PRIOR_ENTRIES)
-    common = (own * trust).sum(-1, keepdim=True) / trust.sum().clamp(min=1 / PRIOR_ENTRIES)
+    common = (own * trust).sum(-1, keepdim=True) / trust.sum(-1, keepdim=True).clamp(min=1 / PRIOR_ENTRIES)
     return trust * own + (1 - trust) * common
 
 

@@ -38,19 +38,23 @@ class Projection:
 
     Attributes:
         shape: Of X, rows and rest; of the whole matrix where it is sharded.
+        columns: Soft count of the columns of X, `(*batch,)`, see `nfn_optim.rule.pooled`.
         projected: Z, `(*batch, rows, k)`, or `(*batch, count, rows, k)` of a stack of matrices; and so with everything.
-        energy: Sum of the squares of X, `(*batch,)`.
+        row_energy: Sum of the squares of X in every row, `(*batch, rows)`.
         dimension: Of the subspace, `(*batch,)`.
         local_projected: The local rows of Z, `(*batch, local rows, k)`.
+        local_row_energy: Those of `row_energy`.
         local_basis: U for the columns of the local block, `(*batch, rest, k)`.
         basis: U as the state keeps it, `(*batch, *shape[1:], k)`.
     """
 
     shape: tuple[int, int]
+    columns: Tensor
     projected: Tensor
-    energy: Tensor
+    row_energy: Tensor
     dimension: Tensor
     local_projected: Tensor
+    local_row_energy: Tensor
     local_basis: Tensor
     basis: Tensor
 
@@ -74,11 +78,12 @@ class Subspaces:
     executor: Executor
     shards: Shards | None
 
-    def project(self, state: State) -> dict[int, Projection]:
+    def project(self, state: State, columns: Tensor) -> dict[int, Projection]:
         """Project every matrix.
 
         Args:
             state: By name; `STATE_KEY` holds the basis, where there is one.
+            columns: Soft counts of the columns of all tensors, `(*batch, T)`.
 
         Returns:
             By index of the block, of those that are matrices.
@@ -96,9 +101,11 @@ class Subspaces:
             local = basis if self.shards is None else self._local(name, basis)
             local_basis = layout.fold_basis(local.expand(*layout.batch, *local.shape[-len(shape) :]))
             projected, energy = self.executor.project(index, local_basis)
-            dimension = basis.flatten(-len(shape), -2).square().sum((-2, -1)).expand(energy.shape)
+            count = layout.expand_to_rows(columns.unsqueeze(-1))[..., 0, 0]  # (*batch,)
+            dimension = basis.flatten(-len(shape), -2).square().sum((-2, -1)).expand(count.shape)
             matrix = (shape[0], shape[1:].numel())
-            projections[index] = Projection(matrix, projected, energy, dimension, projected, local_basis, basis)
+            of_rows = projected, energy, dimension, projected, energy
+            projections[index] = Projection(matrix, count, *of_rows, local_basis, basis)
         return projections if self.shards is None else self._reduced(projections, self.shards)
 
     def next_bases(
@@ -119,8 +126,8 @@ class Subspaces:
             assert not isinstance(layout, Vectors)
             columns = projection.basis.flatten(-projection.basis.dim() + len(layout.batch), -2).square().sum(-2)
             means = Statistics.unpack(layout.gather_rows([row_means[i] for i in layout.indices]))
-            inside = projection.projected.square().sum(-1) / projection.shape[1]
-            outside = (1 - inside / (means.adam + SQRT_EPS)).clamp(min=0)
+            inside = projection.projected.square().sum(-1)
+            outside = (1 - inside / (projection.row_energy + SQRT_EPS)).clamp(min=0)
             polar = fill_missing(projection.projected @ roots[index], columns, means.momentum * outside)
             image = self.executor.project_back(index, self._local_rows(index, polar))
             images[self._name(index)] = layout.unfold_basis(image)
@@ -144,8 +151,14 @@ class Subspaces:
         whole = {}
         for index, projection in projections.items():
             projected, energy = reduced[self._name(index)]
-            local = self._local_rows(index, projected)
-            whole[index] = replace(projection, projected=projected, energy=energy, local_projected=local)
+            rows = shards.local_slice(self._name(index), 0)
+            whole[index] = replace(
+                projection,
+                projected=projected,
+                row_energy=energy,
+                local_projected=projected[..., rows, :],
+                local_row_energy=energy[..., rows],
+            )
         return whole
 
     def _name(self, index: int) -> str:
@@ -172,11 +185,9 @@ class Subspaces:
         return value if self.shards is None else value[..., self.shards.local_slice(self._name(index), 0), :]
 
     def _pad_rows(self, name: str, projection: Projection) -> list[Tensor]:
-        """The contribution of this process to Z and to the energy of the whole."""
-        shard, projected, energy = self._shard(name), projection.projected, projection.energy
-        if shard is None:
-            return [projected, energy]
-        return [shard.pad_to_whole(projected, 0, 1), energy if shard.is_primary else torch.zeros_like(energy)]
+        """The contribution of this process to Z and to the energy of the rows of the whole."""
+        shard, parts = self._shard(name), [projection.projected, projection.row_energy]
+        return parts if shard is None else [shard.pad_to_whole(part, 0, 1) for part in parts]
 
     def _pad_columns(self, name: str, image: Tensor) -> Tensor:
         """The contribution of this process to X^T P of the whole."""

@@ -35,16 +35,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nfn_optim.engine.blocks import Pooled, blocks_of
+from nfn_optim.engine.blocks import Sums, blocks_of
 from nfn_optim.engine.executor import Execution, Executor, InPlaceExecutor, LowRank, PureExecutor
 from nfn_optim.engine.moments import MOMENTS, State, bias_corrections, init_moments
 from nfn_optim.engine.passes import where_finite
 from nfn_optim.engine.sharding import Shards
+from nfn_optim.layers import Incidence
 from nfn_optim.rule.coefficients import Coefficients
 from nfn_optim.rule.config import DIRECTIONS, RuleConfig
 from nfn_optim.rule.direction import StepDirection
 from nfn_optim.rule.hyperparameters import Hyper, by_tensor, horizon_of, is_zero
 from nfn_optim.rule.network import CoefficientNetwork
+from nfn_optim.rule.pooled import Pooled
 from nfn_optim.rule.schedule import cooldown_factor, inverse_time_factor
 from nfn_optim.rule.step import Hyperparameters, Step, incidence_of
 from nfn_optim.symmetry import Symmetry
@@ -256,9 +258,10 @@ class UpdateRule(nn.Module):
             ones = (step.steps.new_ones((*step.steps.shape[:-1], length, 1)) for length in incidence.lengths)
             packed = self._with_hyperparameters(torch.cat([*ones], -2), None, step)
             return self._by_block(packed, None, StepDirection(), step, shards), new_state
-        direction = self.direction.prepare(executor, names, step.state, step.batch_dims, shards)
-        if refresh:
-            coefficients = self._refresh(executor, direction, step, new_state, shards)
+        pooled = _pool(executor, incidence, shards) if refresh else None
+        direction = self.direction.prepare(executor, names, step.state, step.batch_dims, shards, pooled)
+        if pooled is not None:
+            coefficients = self._refresh(executor, direction, pooled, step, new_state)
         else:
             lengths = ([s.length for s in segments] or [1] for segments in incidence.segments)
             coefficients = [Coefficients.from_state(step.state[n], x) for n, x in zip(names, lengths, strict=True)]
@@ -291,15 +294,12 @@ class UpdateRule(nn.Module):
             yield row_coeffs, gain, low_rank
 
     def _refresh(
-        self, executor: Executor, direction: StepDirection, step: Step, new_state: State, shards: Shards | None
+        self, executor: Executor, direction: StepDirection, pooled: Pooled, step: Step, new_state: State
     ) -> list[Coefficients]:
         """Compute the coefficients of every tensor; adds to the new state what else a refresh changes. O(neurons)."""
         names = step.names
-        pooled = _pool(executor, names, shards)
-        row_means = {i: by_dim[0] for i, (by_dim, _) in enumerate(pooled) if by_dim}
-        for i, entries in direction.next_state(row_means):
+        for i, entries in direction.next_state(pooled.leading_by_tensor()):
             new_state[names[i]] |= entries
-        del row_means
         coefficients: list[Coefficients]
         coefficients, entries = self.network(executor, self.direction, pooled, step)
         for name, of_tensor in zip(names, entries, strict=True):
@@ -345,10 +345,10 @@ class _InPlace(nn.Module):
         self.rule.step_(*args, **kwargs)
 
 
-def _pool(executor: Executor, names: Sequence[str], shards: Shards | None) -> list[Pooled]:
-    """The first pass: means over all tensors, whole ones where they are sharded."""
-    pooled: dict[int, Pooled] = {}
+def _pool(executor: Executor, incidence: Incidence, shards: Shards | None) -> Pooled:
+    """The first pass: statistics of all tensors, whole ones where they are sharded."""
+    by_index: dict[int, Sums] = {}
     for index, block in enumerate(executor.blocks):
-        pooled |= block.layout.means(*executor.sums(index))
-    means = [pooled[i] for i in range(len(names))]
-    return means if shards is None else shards.reduce_means(names, means)
+        by_index |= block.layout.sums(*executor.sums(index))
+    sums = [by_index[i] for i in range(len(incidence.names))]
+    return Pooled.of(sums if shards is None else shards.reduce_sums(incidence.names, sums), incidence)
