@@ -65,8 +65,8 @@ def test_fully_sharded(ranks: Ranks, hidden: int) -> None:
     rows = (hidden + 64) + hidden + (10 + hidden) + 10
     sent = [
         1,  # whether all gradients are finite
-        (hidden * hidden + 1) + (10 * hidden + 1),  # what rows show of themselves in subspaces of `hidden` dimensions
-        ROW_CHANNELS * (rows + 4),  # means of rows and tensors
+        ROW_CHANNELS * (rows + 4),  # sums over rows and tensors
+        (hidden + 10) * (hidden + 1),  # rows in subspaces of `hidden` dimensions, and their energies
         64 * hidden,  # the next subspace of the first matrix; that of the second one is the whole space
     ]
     for outcome in outcomes:
