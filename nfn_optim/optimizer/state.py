@@ -3,7 +3,7 @@
     exp_avg  exp_avg_sq  exp_avg_slow    moments, as large as the parameter; complex where the parameter is
     step  fallbacks                      counters, 0-d
     log_step_size                        0-d, of a rule with step-size adaptation
-    row_coeffs  gains                    coefficients in effect, `(shape[0] or 1, terms + 5)`; gains of the tensor, its
+    row_coeffs  gains                    coefficients in effect, `(shape[0] or 1, terms + 7)`; gains of the tensor, its
                                          rows and its other dimensions, `(1 + (shape[0] or 1) + sum of other sizes,)`;
                                          see `nfn_optim.rule.coefficients`
     basis                                of the subspace of a matrix, `(*shape[1:], k)`

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nfn_optim.engine.blocks import Sums, blocks_of
-from nfn_optim.engine.executor import Execution, Executor, InPlaceExecutor, LowRank, PureExecutor
-from nfn_optim.engine.moments import MOMENTS, State, bias_corrections, init_moments
+from nfn_optim.engine.executor import Execution, Executor, InPlaceExecutor, LowRank, Mixture, PureExecutor
+from nfn_optim.engine.moments import MOMENTS, State, init_moments, moment_constants
 from nfn_optim.engine.passes import where_finite
 from nfn_optim.engine.sharding import Shards
 from nfn_optim.layers import Incidence
-from nfn_optim.rule.coefficients import Coefficients
+from nfn_optim.rule.coefficients import UNSCALED, Coefficients
 from nfn_optim.rule.config import DIRECTIONS, RuleConfig
 from nfn_optim.rule.direction import StepDirection
 from nfn_optim.rule.hyperparameters import Hyper, by_tensor, horizon_of, is_zero
@@ -230,8 +230,8 @@ class UpdateRule(nn.Module):
         new = [where_finite(execution.grads_finite, value, old) for old, value in pairs]
         torch._foreach_copy_([old for old, _ in pairs], new)
 
-    @staticmethod
     def _begin(
+        self,
         params: Mapping[str, Tensor],
         grads: Mapping[str, Tensor],
         state: State,
@@ -245,7 +245,8 @@ class UpdateRule(nn.Module):
         names = incidence.names
         steps = torch.stack([state[name]["step"] for name in names], -1) + 1  # (*batch, T)
         tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
-        blocks = blocks_of(tensors, bias_corrections(steps), batch_dims, stack_below)
+        constants = moment_constants(steps, self.config.beta1, self.config.beta2)
+        blocks = blocks_of(tensors, constants, batch_dims, stack_below)
         return Step(incidence, state, steps, blocks, hyper, batch_dims)
 
     def _coefficients(
@@ -258,13 +259,19 @@ class UpdateRule(nn.Module):
             ones = (step.steps.new_ones((*step.steps.shape[:-1], length, 1)) for length in incidence.lengths)
             packed = self._with_hyperparameters(torch.cat([*ones], -2), None, step)
             return self._by_block(packed, None, StepDirection(), step, shards), new_state
-        pooled = _pool(executor, incidence, shards) if refresh else None
-        direction = self.direction.prepare(executor, names, step.state, step.batch_dims, shards, pooled)
-        if pooled is not None:
-            coefficients = self._refresh(executor, direction, pooled, step, new_state)
+        pooled, coefficients = None, []
+        if refresh:
+            pooled = _pool(executor, incidence, shards)
+            coefficients, entries = self.network(executor, self.direction, pooled, step)
+            new_state = {n: new_state[n] | of_tensor for n, of_tensor in zip(names, entries, strict=True)}
         else:
             lengths = ([s.length for s in segments] or [1] for segments in incidence.segments)
             coefficients = [Coefficients.from_state(step.state[n], x) for n, x in zip(names, lengths, strict=True)]
+        mixture = self._mixture(coefficients, step, shards)
+        direction = self.direction.prepare(executor, step, shards, pooled, mixture)
+        if pooled is not None:
+            for i, changed in direction.next_state(pooled.leading_by_tensor()):
+                new_state[names[i]] |= changed
         tensor_gain = torch.stack([x.tensor_gain for x in coefficients], -1)  # (*batch, T)
         row_gain = torch.cat([x.row_gain for x in coefficients], -1)  # (*batch, F)
         gain = row_gain * tensor_gain.index_select(-1, incidence.at(row_gain)["tensor_of_leading"])
@@ -279,7 +286,7 @@ class UpdateRule(nn.Module):
         step: Step,
         shards: Shards | None,
     ) -> Iterator[BlockCoefficients]:
-        """Cut the coefficients of all leading rows `(*batch, F, terms + 6)` into those of every block."""
+        """Cut the coefficients of all leading rows `(*batch, F, terms + 8)` into those of every block."""
         by_tensor = list(torch.split(packed, step.incidence.lengths, -2))
         if shards is not None:
             by_tensor = [x[shards.local_slice(name, 0)] for x, name in zip(by_tensor, step.names, strict=True)]
@@ -293,29 +300,26 @@ class UpdateRule(nn.Module):
                 gain = layout.gain([coefficients[i].column_gains for i in layout.indices])
             yield row_coeffs, gain, low_rank
 
-    def _refresh(
-        self, executor: Executor, direction: StepDirection, pooled: Pooled, step: Step, new_state: State
-    ) -> list[Coefficients]:
-        """Compute the coefficients of every tensor; adds to the new state what else a refresh changes. O(neurons)."""
-        names = step.names
-        for i, entries in direction.next_state(pooled.leading_by_tensor()):
-            new_state[names[i]] |= entries
-        coefficients: list[Coefficients]
-        coefficients, entries = self.network(executor, self.direction, pooled, step)
-        for name, of_tensor in zip(names, entries, strict=True):
-            new_state[name] |= of_tensor
-        return coefficients
+    def _mixture(self, coefficients: Sequence[Coefficients], step: Step, shards: Shards | None) -> Mixture:
+        """Of which X is made, by index of the block; empty if it is Adam's everywhere."""
+        if not self.config.mixes:
+            return {}
+        parts = [x.row_coeffs[..., -2:] for x in coefficients]
+        if shards is not None:
+            parts = [x[shards.local_slice(name, 0)] for name, x in zip(step.names, parts, strict=True)]
+        layouts = [block.layout for block in step.blocks]
+        return {k: layout.gather_rows([parts[i] for i in layout.indices]) for k, layout in enumerate(layouts)}
 
     def _with_hyperparameters(self, row_coeffs: Tensor, gain: Tensor | None, step: Step) -> Tensor:
         """Multiply by gains and learning rate, and append the coefficient of weight decay.
 
         Args:
-            row_coeffs: Of all leading rows, `(*batch, F, terms + 5)`; without a learned part ones, `(*batch, F, 1)`.
+            row_coeffs: Of all leading rows, `(*batch, F, terms + 7)`; without a learned part ones, `(*batch, F, 1)`.
             gain: Of rows and tensors, `(*batch, F)`; None for 1.
             step: The step.
 
         Returns:
-            `(*batch, F, terms + 6)`; without a learned part `(*batch, F, 2)`.
+            `(*batch, F, terms + 8)`; without a learned part `(*batch, F, 2)`.
         """
         rate, decay = (by_tensor(x, step.names, step.steps) for x in (step.hyper.lr, step.hyper.weight_decay))
         if (factor := self.lr_factor(step.steps, step.hyper.total_steps)) is not None:
@@ -324,8 +328,8 @@ class UpdateRule(nn.Module):
             of_leading = step.incidence.at(row_coeffs)["tensor_of_leading"]
             zeros = row_coeffs.new_zeros(len(step.names))
             rate, decay = ((x + zeros).index_select(-1, of_leading).unsqueeze(-1) for x in (rate, decay))
-        scaled = row_coeffs if gain is None else row_coeffs[..., :-1] * gain.unsqueeze(-1)
-        unscaled = row_coeffs[..., :0] if gain is None else row_coeffs[..., -1:]  # the momentum's unit
+        scaled = row_coeffs if gain is None else row_coeffs[..., :-UNSCALED] * gain.unsqueeze(-1)
+        unscaled = row_coeffs[..., :0] if gain is None else row_coeffs[..., -UNSCALED:]
         return torch.cat([scaled * -rate, unscaled, 0 * row_coeffs[..., :1] - rate * decay], -1)
 
 
