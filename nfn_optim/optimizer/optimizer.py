@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,11 @@ from nfn_optim.engine.executor import Execution
 from nfn_optim.engine.inductor import can_compile
 from nfn_optim.engine.sharding import Shards, all_processes, is_sharded, local
 from nfn_optim.engine.stochastic_rounding import is_bfloat16
+from nfn_optim.optimizer import param_groups
 from nfn_optim.optimizer.compiled_step import CompiledSteps, is_small
 from nfn_optim.optimizer.edited_state import EditedStates
 from nfn_optim.optimizer.gradient_check import grads_finite, grads_finite_tensor, on_cpu
-from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, ParamSlot, by_name, check_betas, check_numbers, moves
+from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, ParamSlot, TorchArguments, by_name, moves
 from nfn_optim.optimizer.parameter_index import ParameterIndex
 from nfn_optim.optimizer.real_view import real
 from nfn_optim.optimizer.skipped_steps import SkippedSteps
@@ -47,17 +48,14 @@ class NFNOptimizer(torch.optim.Optimizer):
     """A learned optimizer; use it as `torch.optim.AdamW`.
 
     The symmetry of the network is `symmetry` if given; else traced from the forward passes before the first step, of
-    the
-    module given or of the modules found to own the parameters; else trivial (every dimension an axis of its own) with
-    one warning, and replaced once a forward pass is seen.
+    the module given or of the modules found to own the parameters; else trivial (every dimension an axis of its own)
+    with one warning, and replaced once a forward pass is seen.
 
     The entry `betas` of the groups exists for schedulers that expect one (OneCycleLR, CyclicLR). The decay of the
-    moments
-    is part of the rule: a group with other betas is refused, and values that schedulers write are ignored.
+    moments is part of the rule: a group with other betas is refused, and values that schedulers write are ignored.
 
     Numbers are in the groups, tensors in `state[p]`, under the names of AdamW; a state of AdamW can be loaded. A
-    complex
-    parameter is optimized as its real view.
+    complex parameter is optimized as its real view.
 
     Args:
         params_or_model: A module, or an iterable of parameters, of (name, parameter) pairs or of groups.
@@ -70,17 +68,16 @@ class NFNOptimizer(torch.optim.Optimizer):
         maximize: Ascend instead of descend.
         state_dtype: `torch.bfloat16` stores the moments in 16 bits with stochastic rounding
             (`nfn_optim.engine.stochastic_rounding`): half the state. Counters and coefficients keep their precision,
-            and
-            so do the moments of complex parameters. None: float32, or float64 for float64 parameters.
+            and so do the moments of complex parameters. None: float32, or float64 for float64 parameters.
         compile: Whether to compile steps, which takes ten seconds to minutes once and a few seconds in each later
             process. By default as soon as it pays: after `COMPILE_AFTER` weight updates (100 steps of ten million
             parameters, 10,000 of a small network), where there is a compiler. Compiled and uncompiled steps are equal
-            to
-            rounding.
+            to rounding.
+        **torch_arguments: Others of `torch.optim.AdamW`, at their defaults; they mean nothing here.
 
     Raises:
         ValueError: No parameters, a hyperparameter out of range, or a symmetry or rule that does not fit.
-        TypeError: An argument of the wrong type.
+        TypeError: An argument of the wrong type, or one that does not exist.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -102,7 +99,9 @@ class NFNOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
         compile: bool | None = None,
+        **torch_arguments: Unpack[TorchArguments],
     ) -> None:
+        param_groups.check_names(torch_arguments)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -111,7 +110,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             "total_steps": total_steps,
             **dict.fromkeys(COUNTERS, 0),
         }
-        check_numbers(defaults)
+        param_groups.check_group({**defaults, **torch_arguments})
         for expected, argument, value in ((nn.Module, "model", model), (Symmetry, "symmetry", symmetry)):
             if value is not None and not isinstance(value, expected):
                 raise TypeError(f"expected {argument}= as a {expected.__name__}, found {type(value).__name__}")
@@ -322,16 +321,14 @@ class NFNOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: `params`, and the values that differ from the defaults. Parameters that a symmetry given by
-            hand
-                does not name get axes of their own.
+                hand does not name get axes of their own.
 
         Raises:
             ValueError: A hyperparameter is out of range, or the group has other betas than the rule.
         """
         super().add_param_group(self._index.labelled(param_group, self.param_groups))
         try:
-            check_numbers(self.param_groups[-1])
-            check_betas(self.param_groups[-1])
+            param_groups.check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -379,7 +376,7 @@ class NFNOptimizer(torch.optim.Optimizer):
                     loaded[p] = read_state(self.rule, name, p, saved, self._state_dtype)
             groups = []
             for numbers, group in zip(matched.groups, self.param_groups, strict=True):
-                check_numbers(numbers)
+                param_groups.check_numbers(numbers)
                 groups.append({**numbers, "params": list(range(len(group["params"])))})
             return {**state_dict, "state": matched.rest, "param_groups": groups}
 

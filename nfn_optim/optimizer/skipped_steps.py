@@ -29,7 +29,7 @@ class SkippedSteps:
         self._pending: Tensor | None = None  # on the device: skipped steps, and those in a row
         self._total: Tensor | None = None  # on the device: 1 and 0
         self._steps = 0  # since the count on the device was read
-        self._copy: tuple[Tensor, torch.cuda.Event] | None = None
+        self._copied: Callable[[], Tensor | None] | None = None
 
     def note(self, finite: bool, params: Params, *, stacklevel: int) -> None:
         """Note a step, taken if all gradients are `finite`; warns after `MAX_IN_A_ROW` that were not.
@@ -55,18 +55,12 @@ class SkippedSteps:
             self._pending, self._total = (finite.new_tensor(x, dtype=torch.int64) for x in ([0, 0], [1, 0]))
         self._pending = torch.where(finite, self._pending * self._total, self._pending + 1)
         self._steps += 1
-        if self._steps >= LOOK_EVERY and finite.is_cuda:
-            self._look(params, stacklevel + 1)
-
-    def _look(self, params: Params, stacklevel: int) -> None:
-        """Begin to copy the count of steps skipped in a row, or read the copy that is ready."""
-        assert self._pending is not None
-        if self._copy is None:
-            with torch.cuda.device(self._pending.device):
-                self._copy = self._pending.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._copy[1].record()
-        elif self._copy[1].query():  # type: ignore[no-untyped-call]
-            in_a_row, self._steps, self._copy = int(self._copy[0][1]), 0, None
+        if self._steps < LOOK_EVERY:
+            return
+        if self._copied is None:
+            self._copied = copy_to_host(self._pending)
+        elif (counts := self._copied()) is not None:
+            in_a_row, self._steps, self._copied = int(counts[1]), 0, None
             if in_a_row >= MAX_IN_A_ROW > self._in_a_row:
                 _warn(in_a_row, params, stacklevel + 1)
             self._in_a_row = in_a_row
@@ -78,6 +72,20 @@ class SkippedSteps:
         skipped = int(self._pending[0].item())
         self._pending = self._pending * (1 - self._total)
         return skipped
+
+
+def copy_to_host(counts: Tensor) -> Callable[[], Tensor | None]:
+    """Begin to copy a tensor to the host, without waiting.
+
+    Returns:
+        What yields the copy once it is there, and None before; on other devices than CUDA's it always yields None.
+    """
+    if not counts.is_cuda:
+        return lambda: None
+    with torch.cuda.device(counts.device):
+        copy, event = counts.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+    return lambda: copy if event.query() else None  # type: ignore[no-untyped-call]
 
 
 def _warn(steps: int, params: Params, stacklevel: int) -> None:
