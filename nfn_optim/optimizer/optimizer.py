@@ -249,6 +249,8 @@ class NFNOptimizer(torch.optim.Optimizer):
 
     def _update(self, slots: list[ParamSlot], refresh: bool, finite: Tensor | None) -> None:
         """Call the rule for the parameters of one device; nothing changes where `finite` is False."""
+        symmetry = self._index.restricted({name: p for name, p, _ in slots})
+        slots = [slots[0]._replace(name=next(iter(symmetry.dims)))] if len(slots) == 1 else slots
         shards = Shards.of({name: p for name, p, _ in slots})
         params = {name: local(real(p)) for name, p, _ in slots}
         grads = {name: local(real(p.grad), p) for name, p, _ in slots if p.grad is not None}
@@ -259,7 +261,6 @@ class NFNOptimizer(torch.optim.Optimizer):
         state = {
             name: {key: x if is_bfloat16(x) else x.to(dtype) for key, x in s.items()} for name, s in stored.items()
         }
-        symmetry = self._index.restricted({name: p for name, p, _ in slots})
         hypers = {
             "lr": by_name(slots, "lr"),
             "weight_decay": by_name(slots, "weight_decay"),
