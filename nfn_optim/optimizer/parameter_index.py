@@ -193,6 +193,8 @@ class ParameterIndex:
     def restricted(self, params: Mapping[str, Tensor]) -> Symmetry:
         """The symmetry of some of the parameters, complex ones as their real views.
 
+        That of a single parameter has canonical names, so that what is cached by symmetry serves all of one shape.
+
         Args:
             params: Name -> parameter.
         """
@@ -202,5 +204,6 @@ class ParameterIndex:
             if len(self._restrictions) >= MAX_RESTRICTIONS:
                 self._restrictions.clear()
             part = self.symmetry.restrict(name for name in self.names if name in key)
-            self._restrictions[key] = symmetry_of_views(part, params)
+            part = symmetry_of_views(part, params)
+            self._restrictions[key] = part.rename(dict.fromkeys(key, "0")).canonical() if len(key) == 1 else part
         return self._restrictions[key]
