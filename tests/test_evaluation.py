@@ -21,6 +21,7 @@ from torch import nn
 from meta_train.evaluate import Folders, evaluate, labels_of
 from meta_train.evaluation import losses, tiny
 from meta_train.evaluation.cache import Cache, Run
+from meta_train.evaluation.hidden import hidden_matrices
 from meta_train.evaluation.loop import scores_of, train
 from meta_train.evaluation.networks import CharacterTransformer, mlp
 from meta_train.evaluation.optimizers import (
@@ -29,14 +30,24 @@ from meta_train.evaluation.optimizers import (
     TUNED,
     Contender,
     Learned,
+    Make,
     Setting,
     adam,
     adamw,
     contenders_of,
     fingerprint,
+)
+from meta_train.evaluation.rivals import (
+    ademamix,
     muon,
+    muon_for_all,
+    nadamw,
+    prodigy,
     schedule_free,
     sgd,
+    soap,
+    soap_stack,
+    stack,
 )
 from meta_train.evaluation.source_text import source_text
 from meta_train.evaluation.splits import SPLITS
@@ -214,7 +225,10 @@ def test_schedules(setting: Setting, factors: dict[int, float]) -> None:
         assert setting.factor(step, 100) == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("setting", [Setting(make, 0.02) for make in (adamw, sgd, muon, schedule_free)], ids=str)
+BASELINES = (adamw, sgd, muon, muon_for_all, schedule_free, nadamw, soap, ademamix, stack, soap_stack)
+
+
+@pytest.mark.parametrize("setting", [*(Setting(make, 0.02) for make in BASELINES), Setting(prodigy, 1.0)], ids=str)
 def test_baselines_learn_and_have_every_parameter_once(setting: Setting) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(5, 8), nn.Flatten(), mlp(24, 16, 1))
@@ -234,14 +248,35 @@ def test_baselines_learn_and_have_every_parameter_once(setting: Setting) -> None
     assert found[-1] < 0.3 * found[0]
 
 
-def test_muon_has_the_matrices_except_embeddings() -> None:
-    model = CharacterTransformer(10, 4, 8, 1, tied=True)
-    matrices, others = muon(model, 1e-3, None)
+INNER = {f"blocks.0.{part}.weight" for part in ("qkv", "out", "up", "down")}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("make", "outer"), [(muon, set()), (muon_for_all, {"place", "head.weight"})])
+def test_muon_has_the_hidden_matrices(make: Make, outer: set[str], tied: bool) -> None:
+    model = CharacterTransformer(10, 4, 8, 1, tied=tied)
+    matrices, others = make(model, 1e-3, None)
     assert isinstance(matrices, torch.optim.Muon)
     names = {id(p): name for name, p in model.named_parameters()}
     held = {names[id(p)] for p in matrices.param_groups[0]["params"]}
-    assert held == {"place", *(f"blocks.0.{part}.weight" for part in ("qkv", "out", "up", "down"))}
+    assert held == INNER | (outer - {"head.weight"} if tied else outer)
     assert len(others.param_groups[0]["params"]) == len(names) - len(held)
+
+
+def test_a_square_last_matrix_is_hidden_and_so_are_convolutions() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Embedding(5, 4), nn.Linear(4, 4))
+    assert [tuple(p.shape) for p in hidden_matrices(model)] == [(4, 3, 3, 3), (4, 4)]
+
+
+def test_weight_decay_reaches_every_parameter_of_every_optimizer() -> None:
+    contenders = [*PRIOR_ENTRIES, TUNED, DEFAULTS, *contenders_of("default", "default", thorough=True)]
+    for setting in (contender.grid[0] for contender in contenders):
+        plain, decayed = (
+            [g["weight_decay"] for o in setting.optimizers(mlp(4, 4, 4, 2), 9, *wd) for g in o.param_groups]
+            for wd in ((), (0.1,))
+        )
+        assert decayed == [0.1] * len(decayed)
+        assert plain == [0.01 if setting.name == "adamw_defaults" else 0.0] * len(plain)
 
 
 def test_grids_have_the_documented_size() -> None:
@@ -252,8 +287,15 @@ def test_grids_have_the_documented_size() -> None:
         "AdamW tuned": (8, 4),
         "AdamW defaults": (1, 1),
         "SGD momentum tuned": (6, 4),
-        "Muon tuned": (6, 2),
+        "Muon tuned": (7, 2),
+        "Muon for all matrices tuned": (7, 2),
         "schedule-free tuned": (6, 2),
+        "NadamW tuned": (6, 4),
+        "SOAP tuned": (5, 4),
+        "AdEMAMix tuned": (6, 4),
+        "Prodigy tuned": (4, 4),
+        "Muon stack tuned": (7, 2),
+        "SOAP-Muon stack tuned": (7, 2),
         "nominal rule": (1, 1),
     }
     quick, complete = (contenders_of("x", "x", thorough=thorough) for thorough in (False, True))

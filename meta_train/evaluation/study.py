@@ -176,7 +176,7 @@ def cache_key_of(job: Job, data: Path) -> CacheKey:
     make = setting.make
     optimizer = [_fingerprint(make.rule), make.without_symmetry] if isinstance(make, Learned) else _source_text(make)
     return {
-        "task": [_source_text(task.begin), task.steps, task.checks],
+        "task": [_source_text(task.begin), task.steps, task.checks, task.weight_decay],
         "files": {name: _checksum(data / name) for name in task.files},
         "packages": {name: version(name) for name in task.packages},
         "optimizer": optimizer,
