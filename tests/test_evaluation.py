@@ -20,7 +20,10 @@ from torch import nn
 
 from meta_train.evaluate import Folders, evaluate, labels_of
 from meta_train.evaluation import losses, tiny
+from meta_train.evaluation.bare_attention import AttentionLayer, imitation
 from meta_train.evaluation.cache import Cache, Run
+from meta_train.evaluation.gpt import GPT
+from meta_train.evaluation.graphs import points
 from meta_train.evaluation.hidden import hidden_matrices
 from meta_train.evaluation.loop import scores_of, train
 from meta_train.evaluation.networks import CharacterTransformer, mlp
@@ -37,6 +40,7 @@ from meta_train.evaluation.optimizers import (
     contenders_of,
     fingerprint,
 )
+from meta_train.evaluation.recommendation import power_law
 from meta_train.evaluation.rivals import (
     ademamix,
     muon,
@@ -166,11 +170,62 @@ def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
 
 
 def test_the_number_of_tasks_is_as_documented() -> None:
-    assert len(SPLITS["development"].tasks) == 14
-    assert len(SPLITS["test"].tasks) >= 16
+    assert len(SPLITS["development"].tasks) == 23
+    assert len(SPLITS["test"].tasks) == 30
     assert len(EVERY_TASK) == sum(len(split.tasks) for split in SPLITS.values()), "two tasks have the same name"
-    assert sum(task.steps == 5000 for task in SPLITS["test"].tasks) == 2
+    assert sorted(task.steps for task in SPLITS["test"].tasks)[-3:] == [5000, 5000, 10_000]
+    for split in ("development", "test"):
+        kinds = {task.kind for task in SPLITS[split].tasks}
+        assert {"bare products", "graph", "recommender", "GPT", "zero output", "vocabulary"} <= kinds
+        assert [task.weight_decay for task in SPLITS[split].tasks if task.kind == "GPT"] == [0.1]
     assert {task.name for task in SPLITS["published"].tasks} == set(SPLITS["published"].published)
+
+
+def test_a_teacher_is_the_same_for_all_seeds_and_can_be_imitated_exactly() -> None:
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        training = imitation(8, 1.0, fused=True, batch_size=4, length=3)
+        training.model.load_state_dict({"out.weight": torch.zeros(8, 8)}, strict=False)
+        found.append(training.held_out()["loss"])
+    assert found[0] == found[1] > 0.1
+    student = AttentionLayer(8, fused=False)
+    fused = AttentionLayer(8, fused=True)
+    fused.load_state_dict(
+        {"qkv.0.weight": torch.cat([part.weight for part in student.qkv]), "out.weight": student.out.weight}
+    )
+    x = torch.randn(2, 3, 8)
+    assert torch.allclose(student(x), fused(x), atol=1e-6)
+    generator = torch.Generator().manual_seed(0)  # the weights of the teacher
+    training = imitation(8, 1.0, fused=True, batch_size=4, length=3)
+    for p in training.model.parameters():
+        nn.init.uniform_(p, -1.0, 1.0, generator=generator)
+    assert training.held_out()["loss"] == 0
+
+
+def test_a_gpt_starts_as_people_start_it() -> None:
+    torch.manual_seed(0)
+    found = {name: p.std().item() for name, p in GPT(96, 64, 128, 4).named_parameters() if p.dim() > 1}
+    residual = {name: std for name, std in found.items() if name.endswith(("out.weight", "down.weight"))}
+    assert len(residual) == 8
+    assert list(residual.values()) == pytest.approx([0.02 / 8**0.5] * 8, rel=0.05)
+    assert [std for name, std in found.items() if name not in residual] == pytest.approx([0.02] * 10, rel=0.05)
+    assert sum(p.numel() for p in GPT(96, 64, 128, 4).parameters()) == pytest.approx(8e5, rel=0.05)
+
+
+def test_frequent_ids_follow_the_power_law() -> None:
+    ids = power_law(1000, 50_000, torch.Generator().manual_seed(0))
+    counts = ids.bincount(minlength=1000).sort(descending=True).values
+    assert counts[0].item() / counts[99].item() == pytest.approx(100**0.8, rel=0.15)
+
+
+def test_the_target_of_a_graph_depends_on_neighbours() -> None:
+    graph = points()
+    x = torch.cat([graph.x, torch.ones(len(graph.x), 1)], -1)
+    own = x @ torch.linalg.lstsq(x, graph.y).solution
+    around = torch.cat([x, graph.x[graph.neighbours].mean(1)], -1)
+    both = around @ torch.linalg.lstsq(around, graph.y).solution
+    assert (graph.y - both).square().mean() < 0.9 * (graph.y - own).square().mean()
 
 
 def test_recipes_and_benchmarks_share_no_data() -> None:
