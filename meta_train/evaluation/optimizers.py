@@ -154,10 +154,11 @@ MUONS = (
     Contender("Muon tuned", grid(rivals.muon, MUON_RATES, warmup=False)),
     Contender("Muon for all matrices tuned", grid(rivals.muon_for_all, MUON_RATES, warmup=False)),
 )
+SCHEDULE_FREE = Contender("schedule-free tuned", grid(rivals.schedule_free, FREE_RATES, cosine=False))
 PRIOR_ENTRIES = (
     Contender("SGD momentum tuned", grid(rivals.sgd, SGD_RATES)),
     *MUONS,
-    Contender("schedule-free tuned", grid(rivals.schedule_free, FREE_RATES, cosine=False)),
+    SCHEDULE_FREE,
     Contender("NadamW tuned", grid(rivals.nadamw, NADAMW_RATES)),
     Contender("SOAP tuned", grid(rivals.soap, SOAP_RATES)),
     Contender("AdEMAMix tuned", grid(rivals.ademamix, ADEMAMIX_RATES, horizon_known=True)),
