@@ -359,6 +359,13 @@ def test_grids_have_the_documented_size() -> None:
     assert len(complete[2].grid) == 3
 
 
+def test_the_page_has_every_optimizer_with_its_number_of_settings() -> None:
+    page = (ROOT / "docs" / "benchmark.md").read_text()
+    for contender in (TUNED, *PRIOR_ENTRIES):
+        if len(contender.grid) > 1:
+            assert f"| {contender.name} | {len(contender.grid)} |" in page
+
+
 def test_without_symmetry_no_axis_is_shared() -> None:
     model = mlp(3, 4, 2)
     (optimizer,) = Learned("default", without_symmetry=True)(model, 1e-3, 7)
