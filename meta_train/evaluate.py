@@ -132,7 +132,7 @@ def evaluate(
     seeds: int = 3,
     extent: Annotated[Extent, tyro.conf.arg(name="")] = Extent(),
     tuned: Path | None = None,
-    workers: int = len(os.sched_getaffinity(0)),
+    workers: int = os.cpu_count() or 1,
     folders: Annotated[Folders, tyro.conf.arg(name="")] = Folders(),
 ) -> None:
     """Compare rules with AdamW tuned for each task.

@@ -439,6 +439,9 @@ def test_a_cache_key_changes_with_everything_that_a_run_depends_on(tmp_path: Pat
     ]
     keys = [json.dumps(cache_key_of(*variant), sort_keys=True) for variant in variants]
     assert len(set(keys)) == len(variants)
+    assert "pytorch_optimizer" in cache_key_of(job._replace(setting=Setting(soap)), tmp_path)["packages"]
+    decayed = replace(task, weight_decay=0.1)
+    assert cache_key_of(job._replace(task=decayed), tmp_path) != cache_key_of(job, tmp_path)
     renamed = replace(task, name="another name", kind="of another kind")
     assert cache_key_of(job._replace(task=renamed), tmp_path) == cache_key_of(job, tmp_path)
 

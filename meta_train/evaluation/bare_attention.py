@@ -32,8 +32,9 @@ class AttentionLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, length, width)` to the same."""
-        joined = torch.cat([part(x) for part in self.qkv], -1)
-        q, k, v = (part.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2) for part in torch.chunk(joined, 3, -1))
+        found = [part(x) for part in self.qkv]
+        found = found if len(found) > 1 else list(torch.chunk(found[0], 3, -1))
+        q, k, v = (part.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2) for part in found)
         y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return y
 
