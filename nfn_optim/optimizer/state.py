@@ -38,7 +38,7 @@ from nfn_optim.engine.moments import MOMENTS
 from nfn_optim.optimizer.real_view import real
 from nfn_optim.rule import UpdateRule
 
-HIDDEN = frozenset({"fallbacks", "log_step_size", "row_coeffs", "gains", "basis"})
+HIDDEN = frozenset({"active_columns", "fallbacks", "log_step_size", "row_coeffs", "gains", "basis"})
 """Entries that loops over a state do not meet."""
 CHECKPOINT = "torch.distributed.checkpoint.state_dict"
 """Loads those entries of a flattened state whose names iterating over `state[p]` yields."""
