@@ -27,11 +27,14 @@ from nfn_optim.rule import RuleConfig
 
 PLAIN = RuleConfig(
     direction="orthogonal",
-    rank=32,
+    rank=128,
+    mixes=True,
+    gradient_part=0.2,
+    beta2=0.99,
     hidden=0,
     rounds=0,
     power=0.5,
-    gain=3.0,
+    gain=4.5,
     cooldown=1.0,
     cooldown_power=1.5,
     inverse_time_power=0.75,
@@ -99,6 +102,26 @@ def default() -> Config:
         export_fraction=0.5,
         checkpoint_every=5,
         validate_every=10,
+    )
+
+
+def network() -> Config:
+    """The whole network, messages between neurons and tensors included, on wide tasks through whole inner runs.
+
+    All outputs start at zero, so it starts as its hand-made base: what it learns is what messages and features add.
+    """
+    return replace(
+        default(),
+        rule=replace(PLAIN, hidden=8, rounds=2),
+        trainable=("",),
+        iterations=1000,
+        until=None,
+        lr=3e-3,
+        warmup=10,
+        clip=1.0,
+        ema_decay=0.95,
+        export_fraction=1.0,
+        validate_every=20,
     )
 
 
@@ -211,4 +234,4 @@ def smoke() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for recipe in (default, digits, broad, smoke)}
+RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for recipe in (default, network, digits, broad, smoke)}
