@@ -35,6 +35,7 @@ from nfn_optim.optimizer.gradient_check import grads_finite
 from nfn_optim.optimizer.optimizer import NFNOptimizer
 from nfn_optim.optimizer.param_groups import COUNTERS
 from nfn_optim.optimizer.state import read_state
+from nfn_optim.rule.members import forms_of
 
 
 class DifferentiableSlot(NamedTuple):
@@ -143,8 +144,11 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
         optimizer, symmetry = self._optimizer, self._optimizer.symmetry
         assert symmetry is not None
         params = {name: slot.param for name, slot in slots.items()}
-        initial = optimizer.rule.init(params)
-        state = {name: slot.states[slot.position] or initial[name] for name, slot in slots.items()}
+        forms = forms_of(symmetry)
+        initial = optimizer.rule.init(params, forms=forms)
+        state = {name: dict(slot.states[slot.position] or initial[name]) for name, slot in slots.items()}
+        for name, p in params.items():
+            optimizer.rule.fit_(state[name], p, forms.get(name))
         dtype = max((s["step"].dtype for s in state.values()), key=lambda d: d.itemsize)
         state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
         grads = {name: slot.grad for name, slot in slots.items()}

@@ -34,6 +34,7 @@ from nfn_optim.optimizer.state import ParamState, fits, init_state, read_state, 
 from nfn_optim.optimizer.state_dict import match_state
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.members import forms_of
 from nfn_optim.rule.update_rule import step_with_theta_
 from nfn_optim.symmetry import Symmetry
 
@@ -168,7 +169,7 @@ class NFNOptimizer(torch.optim.Optimizer):
     def fallbacks(self) -> int:
         """How often the update of a tensor was out of range and fell back to Adam's."""
         states = [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
-        return sum(int(s["fallbacks"].item()) for s in states if "fallbacks" in s)
+        return sum(int(s["fallbacks"].sum()) for s in states if "fallbacks" in s)
 
     def __repr__(self) -> str:
         self._count_pending_skips()
@@ -249,6 +250,10 @@ class NFNOptimizer(torch.optim.Optimizer):
 
     def _update(self, slots: list[ParamSlot], refresh: bool, finite: Tensor | None) -> None:
         """Call the rule for the parameters of one device; nothing changes where `finite` is False."""
+        symmetry = self._index.restricted({name: p for name, p, _ in slots})
+        forms = forms_of(symmetry)
+        for name, p, _ in slots:
+            self.rule.fit_(self.state[p], real(p), forms.get(name))
         shards = Shards.of({name: p for name, p, _ in slots})
         params = {name: local(real(p)) for name, p, _ in slots}
         grads = {name: local(real(p.grad), p) for name, p, _ in slots if p.grad is not None}
@@ -259,7 +264,6 @@ class NFNOptimizer(torch.optim.Optimizer):
         state = {
             name: {key: x if is_bfloat16(x) else x.to(dtype) for key, x in s.items()} for name, s in stored.items()
         }
-        symmetry = self._index.restricted({name: p for name, p, _ in slots})
         hypers = {
             "lr": by_name(slots, "lr"),
             "weight_decay": by_name(slots, "weight_decay"),

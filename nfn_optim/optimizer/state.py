@@ -9,10 +9,12 @@
     basis                                of the subspace of a matrix, `(*shape[1:], k)`
     active_columns                       0-d, of a matrix with orthogonal directions; see `nfn_optim.rule.pooled`
 
-A rule without a learned part has only the first two moments and `step`. Coefficients and bases are whole on every
-process where the parameter is sharded. Everything is float32, or float64 for float64 parameters, whatever the precision
-of the parameter. Moments may be in bfloat16 instead (`nfn_optim.engine.stochastic_rounding`), but not those of complex
-parameters, since there is no complex bfloat16. Names are those of `torch.optim.AdamW` where it has the same thing.
+Of a tensor that holds several (`nfn_optim.rule.members`), the entries but for moments and `step` are those of its
+members one after the other, in one dimension. A rule without a learned part has only the first two moments and `step`.
+Coefficients and bases are whole on every process where the parameter is sharded. Everything is float32, or float64 for
+float64 parameters, whatever the precision of the parameter. Moments may be in bfloat16 instead
+(`nfn_optim.engine.stochastic_rounding`), but not those of complex parameters, since there is no complex bfloat16. Names
+are those of `torch.optim.AdamW` where it has the same thing.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 from nfn_optim.engine.moments import MOMENTS
 from nfn_optim.optimizer.real_view import real
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.members import WHOLE
 
 ParamState = dict[str, Tensor]
 
@@ -78,10 +81,15 @@ def read_state(
             f"expected the state {list(state)} for {name!r}, found also {unknown}; "
             f"load it into an optimizer with the rule that it was saved with"
         )
+    if is_divided := isinstance(rows := saved.get("row_coeffs"), Tensor) and rows.dim() == 1:
+        state = {key: value for key, value in state.items() if key in WHOLE or key in saved}
     for entry, value in saved.items():
         if not isinstance(value, Tensor | Real):
             raise ValueError(f"expected {entry!r} of {name!r} as a tensor, found {type(value).__name__}")
         tensor, target = torch.as_tensor(value), state[entry]
+        if is_divided and entry not in WHOLE:  # the symmetry, by which it is divided, is not known here
+            state[entry] = tensor.detach().clone().to(target)
+            continue
         if tensor.shape != target.shape or tensor.is_complex() != target.is_complex():
             raise ValueError(
                 f"expected {entry!r} of {name!r} of shape {tuple(target.shape)} and {target.dtype}, found "
