@@ -25,13 +25,15 @@ CONTENDERS = {  # how the README calls the optimizers of a report
     "AdamW defaults": "AdamW, defaults",
     "Muon tuned": "Muon, tuned",
     "schedule-free tuned": "schedule-free, tuned",
+    "SOAP tuned": "SOAP, tuned",
+    "SOAP-Muon stack tuned": "SOAP-Muon stack, tuned",
     "default": "**NFNOptimizer**",
     "default, horizon known": "**with `total_steps`**",
 }
 
 
 def summary() -> str:
-    """The test tasks in six lines."""
+    """The test tasks, one line for each optimizer."""
     found = {row["optimizer"]: row for row in json.loads((RESULTS / "test.json").read_text())["summary"]}
     lines = [
         "| | settings tried | times fewer steps | times faster | loss as good | held-out loss as good |",

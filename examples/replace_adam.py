@@ -262,13 +262,16 @@ def report(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def write_events(rows: list[dict[str, Any]], out: Path) -> None:
-    """Curves for TensorBoard, means over seeds: one run per optimizer, one chart per task."""
+    """Curves for TensorBoard, means over seeds: one run per optimizer, one chart per task.
+
+    Events of earlier calls are removed, nested ones too: TensorBoard selects no run at first where there are over 40.
+    """
+    for earlier in out.rglob("events.out.tfevents.*"):
+        earlier.unlink()
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         runs.setdefault("AdamW tuned" if row["optimizer"].startswith("tuned") else row["optimizer"], []).append(row)
     for name, of_run in runs.items():
-        for earlier in (out / name).glob("events.out.*"):
-            earlier.unlink()
         with SummaryWriter(str(out / name)) as writer:
             for row in of_run:
                 for step, loss in enumerate(np.mean(row["curves"], 0), start=1):

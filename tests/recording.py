@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nfn_optim import NFNOptimizer
 from nfn_optim.engine.inductor import Graph
 from nfn_optim.optimizer import compiled_step
+from nfn_optim.optimizer.state import entries_of
 from nfn_optim.rule import UpdateRule
 
 
@@ -36,7 +37,7 @@ def give_gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 def snapshot(optimizer: NFNOptimizer) -> list[Tensor]:
     """Every parameter and its state."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [x.detach().clone() for p in params for x in (p, *optimizer.state[p].values())]
+    return [x.detach().clone() for p in params for x in (p, *entries_of(optimizer.state[p]).values())]
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[int]:

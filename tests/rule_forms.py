@@ -14,9 +14,9 @@ SYMMETRY = Symmetry(
     {"c": 3, "in": 2, "ky": 2, "kx": 1, "h": 4, "y": 2, "out": 2},
     frozenset({"in", "ky", "kx", "y", "out"}),
 )
-FORMS = ("adam", "skip only", "orthogonal")
+FORMS = ("adam", "skip only", "orthogonal", "mixture")
 """Adam's direction; the same without hidden channels; and the orthogonal direction with step-size adaptation, of a rank
-so low that all matrices need a basis."""
+so low that all matrices need a basis; and that with a mixture before singular values are made equal."""
 
 
 def draw(seed: int, *batch: int) -> dict[str, Tensor]:
@@ -32,4 +32,5 @@ def config_of(form: str, **config: Any) -> RuleConfig:
         "skip only": {"hidden": 0, "rounds": 0},
         "orthogonal": {"direction": "orthogonal", "rank": 2, "adapt_rate": 4.0},
     }
+    forms["mixture"] = forms["orthogonal"] | {"mixes": True, "gradient_part": 0.2, "beta1": 0.8, "beta2": 0.99}
     return RuleConfig(**config | forms[form])

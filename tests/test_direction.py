@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from nfn_optim import Symmetry, UpdateRule
 from nfn_optim.engine.blocks import Vectors
-from nfn_optim.engine.executor import Execution, Executor, LowRank
+from nfn_optim.engine.executor import Execution, Executor, LowRank, Mixture
 from nfn_optim.engine.moments import SQRT_EPS, State
 from nfn_optim.engine.sharding import Shards
 from nfn_optim.rule import config as configuration
-from nfn_optim.rule.direction import Direction, StepDirection
+from nfn_optim.rule.direction import Direction, StepDirection, mixed
 from nfn_optim.rule.pooled import Pooled
+from nfn_optim.rule.step import Step
 
 
 class RowNormalized(Direction):
@@ -30,17 +31,16 @@ class RowNormalized(Direction):
     def terms_of(self, coefficient: Tensor, enabled: Tensor) -> list[Tensor]:
         return [coefficient * (1 - enabled), coefficient * enabled]
 
-    def rms_bound(self, adam_rms: Tensor, is_matrix: Tensor) -> Tensor:
-        return adam_rms.clamp(min=1.0)
+    def rms_bound(self, rms: Tensor, is_matrix: Tensor) -> Tensor:
+        return rms.clamp(min=1.0)
 
     def prepare(
         self,
         executor: Executor,
-        names: Sequence[str],
-        state: State,
-        batch_dims: int,
+        step: Step,
         shards: Shards | None,
         pooled: Pooled | None,
+        mixture: Mixture,
     ) -> StepDirection:
         inverse_rms = {}
         for index, block in enumerate(executor.blocks):
@@ -55,9 +55,9 @@ class RowNormalizedStep(StepDirection):
     inverse_rms: dict[int, Tensor]  # `(*batch, rows, 1)` by index of the block
 
     def combine(self, index: int, coefficients: Tensor) -> tuple[Tensor, LowRank | None]:
-        adam, normalized, others = coefficients[..., :1], coefficients[..., 1:2], coefficients[..., 2:]
-        adam = adam + normalized * self.inverse_rms.get(index, 1.0)
-        return torch.cat([adam, others], -1), None
+        x, normalized, others = coefficients[..., :1], coefficients[..., 1:2], coefficients[..., 2:]
+        x = x + normalized * self.inverse_rms.get(index, 1.0)
+        return mixed(torch.cat([x, others], -1)), None
 
 
 @pytest.fixture(params=["adam", "orthogonal", "row normalized"])

@@ -20,7 +20,11 @@ from torch import nn
 
 from meta_train.evaluate import Folders, evaluate, labels_of
 from meta_train.evaluation import losses, tiny
+from meta_train.evaluation.bare_attention import AttentionLayer, imitation
 from meta_train.evaluation.cache import Cache, Run
+from meta_train.evaluation.gpt import GPT
+from meta_train.evaluation.graphs import points
+from meta_train.evaluation.hidden import hidden_matrices
 from meta_train.evaluation.loop import scores_of, train
 from meta_train.evaluation.networks import CharacterTransformer, mlp
 from meta_train.evaluation.optimizers import (
@@ -29,14 +33,25 @@ from meta_train.evaluation.optimizers import (
     TUNED,
     Contender,
     Learned,
+    Make,
     Setting,
     adam,
     adamw,
     contenders_of,
     fingerprint,
+)
+from meta_train.evaluation.recommendation import power_law
+from meta_train.evaluation.rivals import (
+    ademamix,
     muon,
+    muon_for_all,
+    nadamw,
+    prodigy,
     schedule_free,
     sgd,
+    soap,
+    soap_stack,
+    stack,
 )
 from meta_train.evaluation.source_text import source_text
 from meta_train.evaluation.splits import SPLITS
@@ -155,11 +170,62 @@ def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
 
 
 def test_the_number_of_tasks_is_as_documented() -> None:
-    assert len(SPLITS["development"].tasks) == 14
-    assert len(SPLITS["test"].tasks) >= 16
+    assert len(SPLITS["development"].tasks) == 23
+    assert len(SPLITS["test"].tasks) == 30
     assert len(EVERY_TASK) == sum(len(split.tasks) for split in SPLITS.values()), "two tasks have the same name"
-    assert sum(task.steps == 5000 for task in SPLITS["test"].tasks) == 2
+    assert sorted(task.steps for task in SPLITS["test"].tasks)[-3:] == [5000, 5000, 10_000]
+    for split in ("development", "test"):
+        kinds = {task.kind for task in SPLITS[split].tasks}
+        assert {"bare products", "graph", "recommender", "GPT", "zero output", "vocabulary"} <= kinds
+        assert [task.weight_decay for task in SPLITS[split].tasks if task.kind == "GPT"] == [0.1]
     assert {task.name for task in SPLITS["published"].tasks} == set(SPLITS["published"].published)
+
+
+def test_a_teacher_is_the_same_for_all_seeds_and_can_be_imitated_exactly() -> None:
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        training = imitation(8, 1.0, fused=True, batch_size=4, length=3)
+        training.model.load_state_dict({"out.weight": torch.zeros(8, 8)}, strict=False)
+        found.append(training.held_out()["loss"])
+    assert found[0] == found[1] > 0.1
+    student = AttentionLayer(8, fused=False)
+    fused = AttentionLayer(8, fused=True)
+    fused.load_state_dict(
+        {"qkv.0.weight": torch.cat([part.weight for part in student.qkv]), "out.weight": student.out.weight}
+    )
+    x = torch.randn(2, 3, 8)
+    assert torch.allclose(student(x), fused(x), atol=1e-6)
+    generator = torch.Generator().manual_seed(0)  # the weights of the teacher
+    training = imitation(8, 1.0, fused=True, batch_size=4, length=3)
+    for p in training.model.parameters():
+        nn.init.uniform_(p, -1.0, 1.0, generator=generator)
+    assert training.held_out()["loss"] == 0
+
+
+def test_a_gpt_starts_as_people_start_it() -> None:
+    torch.manual_seed(0)
+    found = {name: p.std().item() for name, p in GPT(96, 64, 128, 4).named_parameters() if p.dim() > 1}
+    residual = {name: std for name, std in found.items() if name.endswith(("out.weight", "down.weight"))}
+    assert len(residual) == 8
+    assert list(residual.values()) == pytest.approx([0.02 / 8**0.5] * 8, rel=0.05)
+    assert [std for name, std in found.items() if name not in residual] == pytest.approx([0.02] * 10, rel=0.05)
+    assert sum(p.numel() for p in GPT(96, 64, 128, 4).parameters()) == pytest.approx(8e5, rel=0.05)
+
+
+def test_frequent_ids_follow_the_power_law() -> None:
+    ids = power_law(1000, 50_000, torch.Generator().manual_seed(0))
+    counts = ids.bincount(minlength=1000).sort(descending=True).values
+    assert counts[0].item() / counts[99].item() == pytest.approx(100**0.8, rel=0.15)
+
+
+def test_the_target_of_a_graph_depends_on_neighbours() -> None:
+    graph = points()
+    x = torch.cat([graph.x, torch.ones(len(graph.x), 1)], -1)
+    own = x @ torch.linalg.lstsq(x, graph.y).solution
+    around = torch.cat([x, graph.x[graph.neighbours].mean(1)], -1)
+    both = around @ torch.linalg.lstsq(around, graph.y).solution
+    assert (graph.y - both).square().mean() < 0.9 * (graph.y - own).square().mean()
 
 
 def test_recipes_and_benchmarks_share_no_data() -> None:
@@ -214,7 +280,10 @@ def test_schedules(setting: Setting, factors: dict[int, float]) -> None:
         assert setting.factor(step, 100) == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("setting", [Setting(make, 0.02) for make in (adamw, sgd, muon, schedule_free)], ids=str)
+BASELINES = (adamw, sgd, muon, muon_for_all, schedule_free, nadamw, soap, ademamix, stack, soap_stack)
+
+
+@pytest.mark.parametrize("setting", [*(Setting(make, 0.02) for make in BASELINES), Setting(prodigy, 1.0)], ids=str)
 def test_baselines_learn_and_have_every_parameter_once(setting: Setting) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(5, 8), nn.Flatten(), mlp(24, 16, 1))
@@ -234,14 +303,35 @@ def test_baselines_learn_and_have_every_parameter_once(setting: Setting) -> None
     assert found[-1] < 0.3 * found[0]
 
 
-def test_muon_has_the_matrices_except_embeddings() -> None:
-    model = CharacterTransformer(10, 4, 8, 1, tied=True)
-    matrices, others = muon(model, 1e-3, None)
+INNER = {f"blocks.0.{part}.weight" for part in ("qkv", "out", "up", "down")}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("make", "outer"), [(muon, set()), (muon_for_all, {"place", "head.weight"})])
+def test_muon_has_the_hidden_matrices(make: Make, outer: set[str], tied: bool) -> None:
+    model = CharacterTransformer(10, 4, 8, 1, tied=tied)
+    matrices, others = make(model, 1e-3, None)
     assert isinstance(matrices, torch.optim.Muon)
     names = {id(p): name for name, p in model.named_parameters()}
     held = {names[id(p)] for p in matrices.param_groups[0]["params"]}
-    assert held == {"place", *(f"blocks.0.{part}.weight" for part in ("qkv", "out", "up", "down"))}
+    assert held == INNER | (outer - {"head.weight"} if tied else outer)
     assert len(others.param_groups[0]["params"]) == len(names) - len(held)
+
+
+def test_a_square_last_matrix_is_hidden_and_so_are_convolutions() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Embedding(5, 4), nn.Linear(4, 4))
+    assert [tuple(p.shape) for p in hidden_matrices(model)] == [(4, 3, 3, 3), (4, 4)]
+
+
+def test_weight_decay_reaches_every_parameter_of_every_optimizer() -> None:
+    contenders = [*PRIOR_ENTRIES, TUNED, DEFAULTS, *contenders_of("default", "default", thorough=True)]
+    for setting in (contender.grid[0] for contender in contenders):
+        plain, decayed = (
+            [g["weight_decay"] for o in setting.optimizers(mlp(4, 4, 4, 2), 9, *wd) for g in o.param_groups]
+            for wd in ((), (0.1,))
+        )
+        assert decayed == [0.1] * len(decayed)
+        assert plain == [0.01 if setting.name == "adamw_defaults" else 0.0] * len(plain)
 
 
 def test_grids_have_the_documented_size() -> None:
@@ -252,14 +342,28 @@ def test_grids_have_the_documented_size() -> None:
         "AdamW tuned": (8, 4),
         "AdamW defaults": (1, 1),
         "SGD momentum tuned": (6, 4),
-        "Muon tuned": (6, 2),
+        "Muon tuned": (7, 2),
+        "Muon for all matrices tuned": (7, 2),
         "schedule-free tuned": (6, 2),
+        "NadamW tuned": (6, 4),
+        "SOAP tuned": (5, 4),
+        "AdEMAMix tuned": (6, 4),
+        "Prodigy tuned": (4, 4),
+        "Muon stack tuned": (7, 2),
+        "SOAP-Muon stack tuned": (7, 2),
         "nominal rule": (1, 1),
     }
     quick, complete = (contenders_of("x", "x", thorough=thorough) for thorough in (False, True))
     assert [contender.grid[0].horizon_known for contender in quick] == [False, True]
     assert complete[:2] == quick
     assert len(complete[2].grid) == 3
+
+
+def test_the_page_has_every_optimizer_with_its_number_of_settings() -> None:
+    page = (ROOT / "docs" / "benchmark.md").read_text()
+    for contender in (TUNED, *PRIOR_ENTRIES):
+        if len(contender.grid) > 1:
+            assert f"| {contender.name} | {len(contender.grid)} |" in page
 
 
 def test_without_symmetry_no_axis_is_shared() -> None:
@@ -335,6 +439,9 @@ def test_a_cache_key_changes_with_everything_that_a_run_depends_on(tmp_path: Pat
     ]
     keys = [json.dumps(cache_key_of(*variant), sort_keys=True) for variant in variants]
     assert len(set(keys)) == len(variants)
+    assert "pytorch_optimizer" in cache_key_of(job._replace(setting=Setting(soap)), tmp_path)["packages"]
+    decayed = replace(task, weight_decay=0.1)
+    assert cache_key_of(job._replace(task=decayed), tmp_path) != cache_key_of(job, tmp_path)
     renamed = replace(task, name="another name", kind="of another kind")
     assert cache_key_of(job._replace(task=renamed), tmp_path) == cache_key_of(job, tmp_path)
 

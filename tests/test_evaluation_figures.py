@@ -14,13 +14,9 @@ from meta_train.evaluation.cache import Run
 from meta_train.evaluation.curve import diverged, running_mean, step_reduction, step_reduction_to_best
 from meta_train.evaluation.figures import rows_of, summaries_of
 from meta_train.evaluation.interquartile import estimate, interquartile_mean
-from meta_train.evaluation.optimizers import (
-    DEFAULTS,
-    Contender,
-    Setting,
-    adamw,
-    sgd,
-)
+from meta_train.evaluation.optimizers import DEFAULTS, MUONS, Contender, Setting, adamw
+from meta_train.evaluation.rivals import sgd
+from meta_train.evaluation.scores import geometric_mean, held_out_target, profile_scores, steps_to, strongest
 from meta_train.evaluation.splits import Split
 from meta_train.evaluation.study import Result
 from meta_train.evaluation.task import Task
@@ -124,6 +120,43 @@ def test_more_seeds_narrow_the_interval_and_equal_scores_close_it() -> None:
     assert estimate(np.full((5, 3), 1.7)) == pytest.approx((1.7, 1.7, 1.7))
 
 
+# -------------------------------------------------------------------------------------------------------- scores
+
+
+def test_geometric_means_count_misses_as_the_floor() -> None:
+    assert geometric_mean(np.array([2.0, 8.0]), 0.25) == pytest.approx(4)
+    assert geometric_mean(np.array([[4.0, 0.0], [0.0, 0.0], [1.0, 0.1]]), 0.25) == pytest.approx([1, 0.25, 0.5])
+    found = estimate(np.array([[1.0], [4.0]]), lambda x: geometric_mean(x, 0.25))
+    assert found == pytest.approx((2, 1, 4))  # resampled means: 1, 2 and 4
+
+
+def test_the_profile_score_is_the_area_under_the_profile() -> None:
+    times = np.array([[10.0, 30.0, 8.0], [20.0, 20.0, INF], [INF, 80.0, 32.0], [50.0, INF, 10.0]])
+    # ratios: (1, 1.5, 1), (2, 1, never), (never, 4, 4), (5, never, 1.25)
+    expected = [(1 + 2.5 / 3 + 1) / 3, (2 / 3 + 1 + 0) / 3, 0.0, (0 + 0 + 2.75 / 3) / 3]
+    assert profile_scores(times) == pytest.approx(expected)
+    ratios = times / times.min(0)
+    taus = np.linspace(1, 4, 30_001)
+    area = [(row[:, None] <= taus).mean(0).mean() for row in ratios]
+    assert profile_scores(times) == pytest.approx(area, abs=1e-4)
+
+
+def test_a_target_that_nobody_reaches_scores_nothing() -> None:
+    assert profile_scores(np.array([[INF, 1.0], [INF, 1.0]])) == pytest.approx([0.5, 0.5])
+
+
+def test_targets_on_held_out_loss() -> None:
+    runs = [[(10, 3.0), (20, 2.0), (30, 2.5)], [(10, 1.0)], [(10, INF)]]
+    assert held_out_target(runs) == 2
+    assert [steps_to(2.0, run) for run in runs] == [20, 10, INF]
+    assert steps_to(INF, runs[2]) == INF
+    assert held_out_target([[], []]) == INF
+
+
+def test_the_strongest_has_the_lowest_mean() -> None:
+    assert strongest({"a": [1.0, 1.2], "b": [0.1, INF], "c": [0.5, 1.5]}) == "c"
+
+
 # ------------------------------------------------------------------------------------------------------- figures
 
 
@@ -168,6 +201,31 @@ def test_rows_and_summaries_of_known_curves() -> None:
     assert [s.generalises for s in found.values()] == [1, 0, 1, 0]
     assert [s.beats_defaults for s in found.values()] == [1, 1, 1, 0]
     assert [(s.diverged, s.runs) for s in found.values()] == [(0, 4), (0, 4), (0, 4), (2, 4)]
+    assert [s.missed for s in found.values()] == [0, 1, 0, 0]
+    assert found["AdamW defaults"].geometric_reduction == pytest.approx((0.25,) * 3)
+    assert found["AdamW defaults"].geometric_loss_reduction == pytest.approx((0.5,) * 3)
+    assert all(s.against == {} for s in found.values()), "no rival but AdamW took part"
+    # the only check is after the last step: reached at once or never; in seconds half as fast; the median of 100 and
+    # never is never
+    assert [s.profile for s in found.values()] == [1, 0, 1, 0]
+    assert [s.wall_profile for s in found.values()] == pytest.approx([1, 0, 2 / 3, 0])
+
+
+def test_a_rule_is_compared_with_the_strongest_rival_of_each_task() -> None:
+    split = Split((Task("one", "kind", tiny.wave, 100),), others=MUONS)
+    curves = {"AdamW tuned": [3.0] * 100, "AdamW defaults": [4.0] * 100, "rule": [3.0] * 20 + [1.0] * 80}
+    curves |= {MUONS[0].name: [3.0] * 100, MUONS[1].name: [4.0] * 50 + [2.0] * 50}
+    results = results_of({name: [curve] for name, curve in curves.items()}, split)
+    rows = {row.optimizer: row for row in rows_of(split, results, {("one", r.setting.make): 1.0 for r in results})}
+    for title in ("tuned Muon", "best rival"):
+        found = rows["rule"].against[title]
+        assert found.rival == MUONS[1].name
+        assert found.reduction == pytest.approx([100 / 35])  # 15 of the last 30 batches are 1, as many 3: a mean of 2
+        assert found.loss_reduction == pytest.approx([2])
+        assert rows["AdamW tuned"].against[title].reduction == [0]
+    summary = {s.optimizer: s for s in summaries_of(split, list(rows.values()), dict.fromkeys(rows, 1))}["rule"]
+    assert summary.against["best rival"][1].value == pytest.approx(2)
+    assert "against best rival, steps" in report.score_table([summary])
 
 
 def test_plots_and_pages_of_diverged_runs(tmp_path: Path) -> None:
@@ -180,6 +238,8 @@ def test_plots_and_pages_of_diverged_runs(tmp_path: Path) -> None:
     summaries = summaries_of(split, rows, dict.fromkeys(curves, 1))
     text = report.page(split, rows, summaries, ["broken"], "About.")
     assert "| one | 1.75 (lr 0.0005) | diverged · never |" in text
-    report.write(tmp_path, "name", (text, report.long_table(rows)), report.json_of(rows, summaries))
+    report.write(
+        tmp_path, "name", {"name": text, "name_tasks": report.long_table(rows)}, report.json_of(rows, summaries)
+    )
     assert [row["loss"] for row in json.loads((tmp_path / "name.json").read_text())["rows"]][1:] == [[None, None]] * 2
     assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("curves", "profile"))

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,6 +47,25 @@ def test_replace_adam_writes_what_it_says(tmp_path: Path) -> None:
     table = [line for line in done.stdout.splitlines() if line.lstrip().startswith(("AdamW", "tuned", "NFNOptimizer"))]
     assert len(table) == len(rows)  # no line is wrapped
     assert all(len(line) <= 80 for line in done.stdout.splitlines()[:-2])  # paths may be long
+
+
+def test_tensorboard_shows_the_runs_of_the_demo_at_once(replace_adam: ModuleType, tmp_path: Path) -> None:
+    """It selects all runs as long as there are at most 40; those of earlier calls are gone."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for seed in range(50):
+        with SummaryWriter(str(tmp_path / "AdamW 0.001" / "digits, MLP" / f"seed{seed}")) as writer:
+            writer.add_scalar("loss", 1.0, 1)
+    (tmp_path / "notes.txt").write_text("mine")
+    optimizers = ("AdamW 1e-3", "tuned: AdamW 0.004", "NFNOptimizer", "NFNOptimizer, total_steps")
+    tasks = ("digits, MLP", "MNIST-5k, MLP")
+    rows = [{"optimizer": name, "task": task, "curves": [[2.0, 1.0]] * 3} for name in optimizers for task in tasks]
+    for _ in range(2):
+        replace_adam.write_events(rows, tmp_path)
+        multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+        multiplexer.Reload()
+        assert sorted(multiplexer.Runs()) == ["AdamW 1e-3", "AdamW tuned", "NFNOptimizer", "NFNOptimizer, total_steps"]
+    assert (tmp_path / "notes.txt").exists()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from nfn_optim import NFNOptimizer
 from nfn_optim.engine import inductor
 from nfn_optim.engine.blocks import blocks_of
 from nfn_optim.engine.executor import Execution, InPlaceExecutor
-from nfn_optim.engine.moments import bias_corrections
+from nfn_optim.engine.moments import moment_constants
 from nfn_optim.rule import RuleConfig, UpdateRule
 from nfn_optim.symmetry import Symmetry
 
@@ -226,7 +226,7 @@ def test_small_matrices_of_one_shape_are_stacked(rank: int) -> None:
 
 def test_features_of_small_blocks_are_cached_up_to_a_tile() -> None:
     params = [torch.zeros(4, 4), torch.zeros(2, 3), torch.zeros(10, 10)]
-    blocks = blocks_of([[p] * 5 for p in params], bias_corrections(torch.ones(3)), 0)
+    blocks = blocks_of([[p] * 5 for p in params], moment_constants(torch.ones(3)), 0)
 
     def cached(execution: Execution) -> list[int]:
         return sorted(InPlaceExecutor(blocks, execution)._cache)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nfn_optim.engine import passes
 from nfn_optim.engine.blocks import layouts_of
-from nfn_optim.engine.moments import bias_corrections, init_moments, update_moments
+from nfn_optim.engine.moments import init_moments, moment_constants, update_moments
 from nfn_optim.engine.weight_features import FEATURES, STATISTICS, Statistics, WeightFeatures, features_of, products_of
 from nfn_optim.layers import Incidence
 from nfn_optim.rule import UpdateRule, features
@@ -31,15 +31,15 @@ def draw(seed: int, batch: tuple[int, ...] = ()) -> dict[str, Tensor]:
 def features_after(params: dict[str, Tensor], history: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
     """Features of every tensor, and the tensor features, after a list of gradients."""
     steps = torch.full((len(NAMES),), float(len(history)), dtype=torch.float64)
-    corrections = bias_corrections(steps)[:1]
+    constants = moment_constants(steps)[:1]
     raw, whole = {}, []
     for n, p in params.items():
         array = p.reshape(len(p) if p.dim() else 1, -1)
         moments = list(init_moments(array, slow=True, dtype=p.dtype).values())
         for grads in history:
-            moments = update_moments(grads[n].reshape(moments[0].shape), moments)
+            moments = update_moments(grads[n].reshape(moments[0].shape), moments, constants)
         g = history[-1][n].reshape(array.shape)
-        raw[n] = WeightFeatures(*(x.reshape(p.shape) for x in features_of(array, g, moments, corrections)))
+        raw[n] = WeightFeatures(*(x.reshape(p.shape) for x in features_of(array, g, moments, constants)))
         whole.append(torch.stack([x.mean() for x in products_of(raw[n])]))
     incidence, means = Incidence(SYMMETRY), torch.stack(whole)
     scale, rms = features.scales_of(Statistics.unpack(means).weight, incidence)
@@ -148,10 +148,10 @@ def test_rows_are_pooled_over_all_other_dimensions(order: tuple[int, ...]) -> No
     """However the dimensions lie in memory."""
     p, g = (torch.rand(3, 2, 4, dtype=torch.float64).permute(order).contiguous().permute(order) for _ in range(2))
     moments = [torch.zeros_like(p) for _ in range(3)]
-    corrections = bias_corrections(torch.ones(1, 1, dtype=torch.float64))
+    constants = moment_constants(torch.ones(1, 1, dtype=torch.float64))
     (layout,) = layouts_of([p], 0)
     arrays = [layout.fold([x]) for x in (p, g, *moments)]
-    _, raw = passes.moments_and_features(arrays[0], arrays[1], arrays[2:], corrections[0])
+    _, raw = passes.moments_and_features(arrays[0], arrays[1], arrays[2:], constants[0])
     by_dim, whole = layout.sums(*passes.sums_of(raw))[0]
     by_dim, whole = [x * x.shape[0] / 24 for x in by_dim], whole / 24
     raw = WeightFeatures(*(layout.unfold(x)[0] for x in raw))

@@ -99,7 +99,7 @@ def test_the_state_of_a_stack_is_three_floats_a_weight_and_some_for_every_neuron
     train(stacked, optimizer, 1)
     state = optimizer.state[stacked.up]
     assert sum(x.numel() for key, x in state.items() if "exp_avg" in key) == 3 * stacked.up.numel()
-    assert state["row_coeffs"].numel() == EXPERTS * 8 * 7
+    assert state["row_coeffs"].numel() == EXPERTS * 8 * 9
     assert state["gains"].numel() == EXPERTS * (1 + 8 + 5)
     assert "basis" not in state  # a matrix of five columns needs none
 

@@ -14,6 +14,7 @@ from trained_net import RULE, X, backward, net, same, snapshot, symmetry_of_net,
 
 from nfn_optim import pretrained
 from nfn_optim.optimizer import NFNOptimizer
+from nfn_optim.rule.step import incidence_of
 from nfn_optim.symmetry import Symmetry
 
 # ------------------------------------------------------------------------------------------------------- construction
@@ -208,6 +209,19 @@ def test_one_optimizer_for_each_parameter_inside_backward() -> None:
     symmetry = optimizers[model[2].weight].symmetry
     assert symmetry is not None
     assert [symmetry.sizes[axis] for axis in symmetry.free] == [6]
+
+
+def test_optimizers_of_single_parameters_share_what_is_cached_by_symmetry() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(40)))
+    optimizers = [NFNOptimizer([p], rule=RULE) for p in model.parameters()]
+    incidence_of.cache_clear()
+    for _ in range(2):
+        model(torch.ones(2, 3)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert incidence_of.cache_info().misses == 5  # weights of the first, the last and other layers; two kinds of bias
+    assert [optimizer.names for optimizer in optimizers] == [(name,) for name, _ in model.named_parameters()]
 
 
 def test_add_param_group_traces_again() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nfn_optim.engine import inductor
 from nfn_optim.engine.executor import Execution
-from nfn_optim.engine.moments import bias_corrections, update_moments
+from nfn_optim.engine.moments import moment_constants, update_moments
 from nfn_optim.engine.passes import moments_and_features, store_
 from nfn_optim.engine.stochastic_rounding import HASH_D, round_moments
 from nfn_optim.rule import RuleConfig, UpdateRule
@@ -25,20 +25,20 @@ NAMES = ("m", "v", "M")
 SHORT = torch.bfloat16
 
 
-def corrections(step: int) -> Tensor:
-    """Bias corrections after some steps."""
-    return bias_corrections(torch.tensor([float(step)]))
+def constants(step: int) -> Tensor:
+    """Moment constants after some steps."""
+    return moment_constants(torch.tensor([float(step)]))
 
 
 def take_in(moments: list[Tensor], g: Tensor, step: int) -> None:
     """Update moments in place, as a step does."""
-    new = moments_and_features(torch.zeros_like(g), g, moments, corrections(step))[0]
-    store_(torch.zeros_like(g), g, moments, corrections(step), None, new)
+    new = moments_and_features(torch.zeros_like(g), g, moments, constants(step))[0]
+    store_(torch.zeros_like(g), g, moments, constants(step), None, new)
 
 
-def take_in_nearest(moments: list[Tensor], g: Tensor, _: int) -> None:
+def take_in_nearest(moments: list[Tensor], g: Tensor, step: int) -> None:
     """The same with rounding to nearest."""
-    for old, value in zip(moments, update_moments(g, [x.float() for x in moments]), strict=True):
+    for old, value in zip(moments, update_moments(g, [x.float() for x in moments], constants(step)), strict=True):
         old.copy_(value)
 
 

@@ -9,6 +9,7 @@ import torch
 from rules import random_rule
 from torch import Tensor, nn
 
+from nfn_optim.optimizer.state import entries_of
 from nfn_optim.symmetry import Symmetry
 
 Snapshot = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -45,9 +46,9 @@ def grad_of(p: Tensor) -> Tensor:
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Snapshot:
-    """Copies of all parameters and their state."""
+    """Copies of all parameters and their state, hidden entries included."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [{key: value.clone() for key, value in optimizer.state.get(p, {}).items()} for p in params]
+    state = [{key: value.clone() for key, value in entries_of(optimizer.state.get(p, {})).items()} for p in params]
     return [p.detach().clone() for p in params], state
 
 

@@ -75,8 +75,8 @@ def images(folder: Path, file: str, side: int, most: int = MOST, held: int = HEL
 
 
 @lru_cache(maxsize=2)
-def characters(package: str) -> Tensor:
-    """The docstrings of the direct submodules of a package, as character indices `(count,)` by falling frequency."""
+def docstrings(package: str) -> str:
+    """The docstrings of the direct submodules of a package, at most a million characters."""
     found: dict[str, None] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -91,6 +91,13 @@ def characters(package: str) -> Tensor:
             found |= dict.fromkeys(text for thing in exported if callable(thing) and (text := inspect.getdoc(thing)))
     text = "\n".join(found)[:TEXT]
     assert len(text) > TEXT // 4, f"{package} has too few docstrings; was it compiled with -OO?"
+    return text
+
+
+@lru_cache(maxsize=2)
+def characters(package: str) -> Tensor:
+    """The docstrings of a package as character indices `(count,)` by falling frequency."""
+    text = docstrings(package)
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     values, counts = np.unique(codes, return_counts=True)
     ranks = np.full(int(values.max()) + 1, CHARACTERS - 1)

@@ -7,11 +7,28 @@ from pathlib import Path
 from torch import nn
 
 from meta_train.evaluation import losses
+from meta_train.evaluation.bare_attention import imitation
 from meta_train.evaluation.datasets import CHARACTERS, Examples, characters, images, photograph
-from meta_train.evaluation.networks import VAE, CharacterRNN, CharacterTransformer, FourierMLP, Siren, cnn, mlp
+from meta_train.evaluation.gpt import GPT
+from meta_train.evaluation.graphs import GraphConvolutions, node_prediction, similar_images
+from meta_train.evaluation.networks import (
+    VAE,
+    CharacterRNN,
+    CharacterTransformer,
+    FourierMLP,
+    ResidualMLP,
+    Siren,
+    cnn,
+    mlp,
+    with_zero_output,
+)
+from meta_train.evaluation.recommendation import Recommender, interactions
 from meta_train.evaluation.task import Task, Training
+from meta_train.evaluation.vocabulary import NextToken, windows
 
 FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
+WORD, WORDS = r"\w+|[^\w\s]", 4096
+USERS, ITEMS = 4000, 2500
 
 
 def small_mlp(data: Path) -> Training:
@@ -86,6 +103,52 @@ def policy(_data: Path) -> Training:
     return losses.policy_gradient(mlp(32, 32, 4), 4, 32)
 
 
+def attention(_data: Path) -> Training:
+    """Products of matrices, large weights."""
+    return imitation(32, 1.0, fused=False, batch_size=64, length=32)
+
+
+def fused_attention(_data: Path) -> Training:
+    """Products of matrices, large weights, one matrix for queries, keys and values."""
+    return imitation(64, 1.0, fused=True, batch_size=64, length=32)
+
+
+def small_attention(_data: Path) -> Training:
+    """Products of matrices, weights of a few times their initial size, one matrix for queries, keys and values."""
+    return imitation(32, 0.6, fused=True, batch_size=64, length=32)
+
+
+def wide_attention(_data: Path) -> Training:
+    """Products of matrices, weights of a few times their initial size."""
+    return imitation(64, 0.5, fused=False, batch_size=64, length=32)
+
+
+def graph(data: Path) -> Training:
+    """Graph convolutions: the class of images that are joined to similar ones."""
+    return node_prediction(GraphConvolutions(64, 48, 10), similar_images(data, FASHION, 8, 2400), 128)
+
+
+def ratings(_data: Path) -> Training:
+    """Embeddings of thousands of users and items."""
+    tables = (USERS, ITEMS)
+    return losses.regression(Recommender(tables, 16, (32, 32)), interactions(tables, 200_000, clicks=False), 256)
+
+
+def gpt(_data: Path) -> Training:
+    """A language model with the usual initial weights and weight decay."""
+    return losses.language(GPT(CHARACTERS, 48, 48, 2), characters("scipy"), 48, 8)
+
+
+def zero_output(data: Path) -> Training:
+    """An output layer that starts at zero."""
+    return losses.classification(with_zero_output(ResidualMLP(64, 48, 3, 10)), images(data, FASHION, 8), 64)
+
+
+def words(_data: Path) -> Training:
+    """Embeddings and outputs for thousands of words."""
+    return losses.classification(NextToken(WORDS, 4, 24, 64), windows("scipy", WORD, WORDS, 4), 128)
+
+
 TASKS = (
     Task("fashion 8x8, MLP 64-32-10", "MLP", small_mlp, 1000, (FASHION,)),
     Task("CIFAR 8x8, MLP 192-64-64-10", "MLP", coloured_mlp, 1000, (CIFAR,)),
@@ -101,4 +164,13 @@ TASKS = (
     Task("portrait, Fourier MLP", "INR", fourier, 2000, packages=("matplotlib",)),
     Task("CIFAR 8x8, VAE", "VAE", vae, 800, (CIFAR,)),
     Task("small gridworld, policy gradient", "policy gradient", policy, 400),
+    Task("attention teacher, 32, separate", "bare products", attention, 400),
+    Task("attention teacher, 64, fused", "bare products", fused_attention, 400),
+    Task("small attention teacher, 32, fused", "bare products", small_attention, 300),
+    Task("small attention teacher, 64, separate", "bare products", wide_attention, 300),
+    Task("graph of fashion 8x8, convolutions", "graph", graph, 500, (FASHION,)),
+    Task("ratings, recommender", "recommender", ratings, 800),
+    Task("text, GPT, decay .1", "GPT", gpt, 600, packages=("scipy",), weight_decay=0.1),
+    Task("fashion 8x8, residual MLP, zero output", "zero output", zero_output, 600, (FASHION,)),
+    Task("words, MLP", "vocabulary", words, 600, packages=("scipy",)),
 )

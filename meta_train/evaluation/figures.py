@@ -4,14 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from meta_train.evaluation.cache import Run
 from meta_train.evaluation.curve import diverged, loss_reduction
 from meta_train.evaluation.interquartile import Estimate, estimate
 from meta_train.evaluation.optimizers import DEFAULTS, Make
+from meta_train.evaluation.scores import (
+    MIN_LOSS_REDUCTION,
+    MISS,
+    geometric_mean,
+    held_out_target,
+    profile_scores,
+    steps_to,
+    strongest,
+)
 from meta_train.evaluation.splits import Split
 from meta_train.evaluation.study import Result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run's results in terms of the strongest of some rivals on its task; lists have one element per seed.
+
+    Attributes:
+        rival: Its name.
+        reduction: Steps of the rival over the steps to its final loss; 0 for never.
+        loss_reduction: The rival's loss over this one's; 0 if this one is infinite.
+    """
+
+    rival: str
+    reduction: list[float]
+    loss_reduction: list[float]
 
 
 @dataclass(frozen=True)
@@ -30,6 +56,8 @@ class Row:
         reduction: Steps of the reference over the steps to its final loss; 0 for never.
         seconds: Per step, forward and backward included; all optimizers on a task are timed in turns.
         wall_reduction: `reduction` in seconds instead of steps.
+        held_out_steps: Steps until the held-out loss is as low as that of the reference ever is; infinite for never.
+        against: Title of a set of rivals (`Split.rivals`) -> comparison, for those that took part.
         diverged: Number of runs that diverged.
         skipped: Number of skipped steps.
         fallbacks: Number of fallbacks to the nominal update.
@@ -46,6 +74,8 @@ class Row:
     reduction: list[float]
     seconds: float
     wall_reduction: list[float]
+    held_out_steps: list[float]
+    against: dict[str, Comparison]
     diverged: int
     skipped: int
     fallbacks: int
@@ -61,6 +91,12 @@ class Summary:
         reduction: Interquartile mean over tasks of the median over seeds of `Row.reduction`.
         wall_reduction: The same of `Row.wall_reduction`.
         loss_reduction: The same of `Row.loss_reduction`.
+        missed: Fraction of tasks on which the median over seeds of `Row.reduction` is 0.
+        geometric_reduction: The geometric mean over tasks of the median over seeds, a miss counting as `scores.MISS`.
+        geometric_loss_reduction: The same of `Row.loss_reduction`, at least `scores.MIN_LOSS_REDUCTION`.
+        against: Title of a set of rivals -> interquartile means of both reductions in terms of the strongest of them.
+        profile: AlgoPerf's score, of the median over seeds of `Row.held_out_steps`.
+        wall_profile: The same in seconds.
         as_good: Fraction of tasks with a mean loss over seeds at most the reference's.
         generalises: The same of the held-out loss after the last step.
         beats_defaults: Fraction of tasks with a mean loss at most that of AdamW at its defaults.
@@ -73,6 +109,12 @@ class Summary:
     reduction: Estimate
     wall_reduction: Estimate
     loss_reduction: Estimate
+    missed: float
+    geometric_reduction: Estimate
+    geometric_loss_reduction: Estimate
+    against: dict[str, tuple[Estimate, Estimate]]
+    profile: float
+    wall_profile: float
     as_good: float
     generalises: float
     beats_defaults: float
@@ -88,35 +130,52 @@ def rows_of(split: Split, results: Sequence[Result], seconds: Mapping[tuple[str,
         results: Of its reference and other contenders.
         seconds: Per step, by name of the task and constructor of the optimizer.
     """
-    references = {r.task.name: r for r in results if r.contender is split.reference}
+    by_name = {(r.task.name, r.contender.name): r for r in results}
+    losses = {names: [split.criterion(run) for run in r.runs] for names, r in by_name.items()}
+    took_part = {r.contender.name for r in results}
+    rivals = {title: names for title, names in split.rivals.items() if took_part.issuperset(names)}
     rows = []
-    for result in results:
-        name, runs, reference = result.task.name, result.runs, references[result.task.name]
-        reductions = [split.step_reduction(run, base) for run, base in zip(runs, reference.runs, strict=True)]
+    for (name, optimizer), result in by_name.items():
+        runs, reference = result.runs, by_name[name, split.reference.name]
+
+        def comparison(rival: Result, runs: Sequence[Run] = runs) -> Comparison:
+            pairs = list(zip(runs, rival.runs, strict=True))
+            lower = [loss_reduction(split.criterion(run), split.criterion(base)) for run, base in pairs]
+            return Comparison(rival.contender.name, [split.step_reduction(run, base) for run, base in pairs], lower)
+
+        compared = comparison(reference)
+        target = held_out_target([_held_out_losses(run) for run in reference.runs])
         ratio = seconds[name, reference.setting.make] / seconds[name, result.setting.make]
         last = [run.held_out[-1][1] if run.held_out and np.isfinite(run.losses[-1]) else {} for run in runs]
         rows.append(
             Row(
                 task=name,
                 kind=result.task.kind,
-                optimizer=result.contender.name,
+                optimizer=optimizer,
                 setting=str(result.setting),
-                loss=[split.criterion(run) for run in runs],
+                loss=losses[name, optimizer],
                 held_out=[scores.get("loss", float("inf")) for scores in last],
                 accuracy=[scores["accuracy"] for scores in last if "accuracy" in scores],
-                loss_reduction=[
-                    loss_reduction(split.criterion(run), split.criterion(base))
-                    for run, base in zip(runs, reference.runs, strict=True)
-                ],
-                reduction=reductions,
+                loss_reduction=compared.loss_reduction,
+                reduction=compared.reduction,
                 seconds=seconds[name, result.setting.make],
-                wall_reduction=[ratio * reduction for reduction in reductions],
+                wall_reduction=[ratio * reduction for reduction in compared.reduction],
+                held_out_steps=[steps_to(target, _held_out_losses(run)) for run in runs],
+                against={
+                    title: comparison(by_name[name, strongest({other: losses[name, other] for other in names})])
+                    for title, names in rivals.items()
+                },
                 diverged=sum(diverged(run.losses) for run in runs),
                 skipped=sum(run.skipped for run in runs),
                 fallbacks=sum(run.fallbacks for run in runs),
             )
         )
     return rows
+
+
+def _held_out_losses(run: Run) -> list[tuple[int, float]]:
+    """(step, held-out loss) of every check."""
+    return [(step, scores["loss"]) for step, scores in run.held_out]
 
 
 def summaries_of(split: Split, rows: Sequence[Row], settings: Mapping[str, int]) -> list[Summary]:
@@ -133,16 +192,35 @@ def summaries_of(split: Split, rows: Sequence[Row], settings: Mapping[str, int])
         tasks = [task for task, name in means if name == optimizer]
         return float(np.mean([means[task, optimizer][which] <= means[task, other][which] for task in tasks]))
 
+    by_name = {(row.optimizer, row.task): row for row in rows}
+    optimizers, tasks = (list(dict.fromkeys(names)) for names in zip(*by_name, strict=True))
+    steps = np.array([[np.median(by_name[name, task].held_out_steps) for task in tasks] for name in optimizers])
+    per_step = np.array([[by_name[name, task].seconds for task in tasks] for name in optimizers])
+    profiles = zip(profile_scores(steps), profile_scores(steps * per_step), strict=True)
     summaries = []
-    for name in dict.fromkeys(row.optimizer for row in rows):
-        own = [row for row in rows if row.optimizer == name]
+    for name, (profile, wall_profile) in zip(optimizers, profiles, strict=True):
+        own = [by_name[name, task] for task in tasks]
+        reductions = np.array([row.reduction for row in own])  # (tasks, seeds)
+        loss_reductions = np.array([row.loss_reduction for row in own])
         summaries.append(
             Summary(
                 optimizer=name,
                 settings=settings[name],
-                reduction=estimate(np.array([row.reduction for row in own])),
+                reduction=estimate(reductions),
                 wall_reduction=estimate(np.array([row.wall_reduction for row in own])),
-                loss_reduction=estimate(np.array([row.loss_reduction for row in own])),
+                loss_reduction=estimate(loss_reductions),
+                missed=float((np.median(reductions, -1) == 0).mean()),
+                geometric_reduction=estimate(reductions, partial(geometric_mean, least=MISS)),
+                geometric_loss_reduction=estimate(loss_reductions, partial(geometric_mean, least=MIN_LOSS_REDUCTION)),
+                against={
+                    title: (
+                        estimate(np.array([row.against[title].reduction for row in own])),
+                        estimate(np.array([row.against[title].loss_reduction for row in own])),
+                    )
+                    for title in own[0].against
+                },
+                profile=float(profile),
+                wall_profile=float(wall_profile),
                 as_good=fraction_as_good(name, split.reference.name, 0),
                 generalises=fraction_as_good(name, split.reference.name, 1),
                 beats_defaults=fraction_as_good(name, DEFAULTS.name, 0),

@@ -1,4 +1,4 @@
-"""Interquartile means over tasks, with bootstrap confidence intervals.
+"""Means over tasks, interquartile ones by default, with bootstrap confidence intervals.
 
 References:
     Deep Reinforcement Learning at the Edge of the Statistical Precipice (Agarwal et al., 2021), Sec. 4,
@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -37,19 +38,24 @@ def interquartile_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return middle
 
 
-def estimate(scores: NDArray[np.float64]) -> Estimate:
-    """The interquartile mean over tasks of the median over seeds, with a bootstrap interval.
+Mean = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""A mean over the last dimension, `(..., n) -> (...)`."""
+
+
+def estimate(scores: NDArray[np.float64], mean: Mean = interquartile_mean) -> Estimate:
+    """A mean over tasks of the median over seeds, with a bootstrap interval.
 
     Tasks and the seeds of each are resampled with replacement: the interval covers the choice of tasks.
 
     Args:
         scores: `(tasks, seeds)`.
+        mean: Over tasks.
     """
     tasks, seeds = scores.shape
     generator = np.random.default_rng(0)
     task = generator.integers(tasks, size=(RESAMPLES, tasks, 1))
     seed = generator.integers(seeds, size=(RESAMPLES, tasks, seeds))
-    resampled = interquartile_mean(np.median(scores[task, seed], -1))  # (RESAMPLES,)
+    resampled = mean(np.median(scores[task, seed], -1))  # (RESAMPLES,)
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, (outside, 1 - outside))
-    return Estimate(float(interquartile_mean(np.median(scores, -1))), float(low), float(high))
+    return Estimate(float(mean(np.median(scores, -1))), float(low), float(high))

@@ -25,7 +25,7 @@ def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
     """
     torch.manual_seed(seed)
     training = task.begin(data)
-    optimizers = setting.optimizers(training.model, task.steps)
+    optimizers = setting.optimizers(training.model, task.steps, task.weight_decay)
     schedules = [s for o in optimizers if (s := setting.schedule(o, task.steps)) is not None]
     batches = torch.Generator().manual_seed(seed + 1)
     torch.manual_seed(seed)  # so that dropout too is the same for every optimizer

@@ -6,8 +6,7 @@ without the first factor if there is no warm-up, and without the second if the r
 
 References:
     Decoupled Weight Decay Regularization (Loshchilov and Hutter, 2019), arXiv:1711.05101
-    Muon (Jordan et al., 2024): `torch.optim.Muon`, steps of AdamW's size
-    The Road Less Scheduled (Defazio et al., 2024), arXiv:2405.15682: package `schedulefree`
+    those of `meta_train.evaluation.rivals`
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from meta_train.evaluation import rivals
 from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, pretrained
 
 WARMUP = 0.1  # fraction of the steps
@@ -46,42 +46,6 @@ def adamw_defaults(model: nn.Module, _lr: float, _horizon: int | None) -> list[O
 def adam(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:
     """Adam."""
     return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
-
-
-def sgd(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:
-    """SGD with momentum .9."""
-    return [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=True)]
-
-
-def muon(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:
-    """Muon for matrices other than embeddings, AdamW at the same rate for the rest."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    params = list(model.parameters())
-    matrices = [p for p in params if p.dim() == 2 and id(p) not in embeddings]  # noqa: PLR2004 - rows and columns
-    others = [p for p in params if all(p is not matrix for matrix in matrices)]
-    made: list[Optimizer] = []
-    if matrices:
-        made.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    if others:
-        made.append(torch.optim.AdamW(others, lr=lr, weight_decay=0.0, fused=True))
-    return made
-
-
-def schedule_free(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:
-    """Schedule-free AdamW.
-
-    Raises:
-        ModuleNotFoundError: The package `schedulefree` is not installed.
-    """
-    try:
-        from schedulefree import AdamWScheduleFree  # noqa: PLC0415 - an extra, needed by this baseline only
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "expected the package schedulefree; install it with `pip install -e '.[evaluate]' -c constraints.txt`"
-        ) from error
-    optimizer = AdamWScheduleFree(model.parameters(), lr=lr)
-    optimizer.train()
-    return [optimizer]
 
 
 @dataclass(frozen=True)
@@ -127,9 +91,18 @@ class Setting:
         """Name of the optimizer, without hyperparameters."""
         return self.make.rule if isinstance(self.make, Learned) else self.make.__name__
 
-    def optimizers(self, model: nn.Module, steps: int) -> list[Optimizer]:
-        """The optimizers for training a network for some steps."""
-        return self.make(model, self.lr, steps if self.horizon_known else None)
+    def optimizers(self, model: nn.Module, steps: int, weight_decay: float = 0.0) -> list[Optimizer]:
+        """The optimizers for training a network for some steps.
+
+        Args:
+            model: The network.
+            steps: The horizon.
+            weight_decay: Of every parameter, unless it is 0: then what the optimizer is constructed with.
+        """
+        made = self.make(model, self.lr, steps if self.horizon_known else None)
+        for group in (group for optimizer in made for group in optimizer.param_groups):
+            group["weight_decay"] = weight_decay or group["weight_decay"]
+        return made
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR | None:
         """The learning rate schedule of an optimizer; None for a constant rate."""
@@ -158,23 +131,40 @@ class Contender:
     grid: tuple[Setting, ...]
 
 
-def grid(make: Make, rates: tuple[float, ...], *, cosine: bool = True, warmup: bool = True) -> tuple[Setting, ...]:
+def grid(
+    make: Make, rates: tuple[float, ...], *, cosine: bool = True, warmup: bool = True, horizon_known: bool = False
+) -> tuple[Setting, ...]:
     """The product of the rates with the schedules: constant or cosine, without or with warm-up."""
     flags = product((False, True) if cosine else (False,), (False, True) if warmup else (False,))
-    return tuple(Setting(make, lr, *pair) for pair in flags for lr in rates)
+    return tuple(Setting(make, lr, *pair, horizon_known) for pair in flags for lr in rates)
 
 
 ADAMW_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 SGD_RATES = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
-MUON_RATES = FREE_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+FREE_RATES = NADAMW_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+MUON_RATES = (*FREE_RATES, 6.4e-2)
+SOAP_RATES = FREE_RATES[:5]
+ADEMAMIX_RATES = (2.5e-4, 5e-4, *FREE_RATES[:4])
+PRODIGY_FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the rate that it estimates
 RULE_RATES = (5e-4, 1e-3, 2e-3)
 
 TUNED = Contender("AdamW tuned", grid(adamw, ADAMW_RATES))
 DEFAULTS = Contender("AdamW defaults", (Setting(adamw_defaults),))
+MUONS = (
+    Contender("Muon tuned", grid(rivals.muon, MUON_RATES, warmup=False)),
+    Contender("Muon for all matrices tuned", grid(rivals.muon_for_all, MUON_RATES, warmup=False)),
+)
+SCHEDULE_FREE = Contender("schedule-free tuned", grid(rivals.schedule_free, FREE_RATES, cosine=False))
 PRIOR_ENTRIES = (
-    Contender("SGD momentum tuned", grid(sgd, SGD_RATES)),
-    Contender("Muon tuned", grid(muon, MUON_RATES, warmup=False)),
-    Contender("schedule-free tuned", grid(schedule_free, FREE_RATES, cosine=False)),
+    Contender("SGD momentum tuned", grid(rivals.sgd, SGD_RATES)),
+    *MUONS,
+    SCHEDULE_FREE,
+    Contender("NadamW tuned", grid(rivals.nadamw, NADAMW_RATES)),
+    Contender("SOAP tuned", grid(rivals.soap, SOAP_RATES)),
+    Contender("AdEMAMix tuned", grid(rivals.ademamix, ADEMAMIX_RATES, horizon_known=True)),
+    Contender("Prodigy tuned", grid(rivals.prodigy, PRODIGY_FACTORS)),
+    Contender("Muon stack tuned", grid(rivals.stack, MUON_RATES, warmup=False)),
+    Contender("SOAP-Muon stack tuned", grid(rivals.soap_stack, MUON_RATES, warmup=False)),
     Contender("nominal rule", (Setting(Learned("adamw")),)),
 )
 

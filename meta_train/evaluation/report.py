@@ -14,6 +14,7 @@ from typing import Any
 
 from meta_train.evaluation.figures import Row, Summary
 from meta_train.evaluation.interquartile import Estimate
+from meta_train.evaluation.scores import MIN_LOSS_REDUCTION, MISS, PROFILE_END
 from meta_train.evaluation.splits import Split
 
 
@@ -39,12 +40,40 @@ def median_reduction(values: Sequence[float]) -> str:
     return f"{middle:.2f}" if middle > 0 else "never"
 
 
+def interval(e: Estimate) -> str:
+    """An estimate with its interval."""
+    return f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})"
+
+
+def score_table(summaries: Sequence[Summary]) -> str:
+    """One line per optimizer: the scores of `meta_train.evaluation.scores`."""
+    titles = list(summaries[0].against)
+    head = (
+        "optimizer",
+        "targets missed",
+        "geometric mean, steps",
+        "geometric mean, loss",
+        *(f"against {title}, {what}" for title in titles for what in ("steps", "loss")),
+        "AlgoPerf's score, steps",
+        "in wall-clock",
+    )
+    return table(
+        head,
+        [
+            [
+                s.optimizer,
+                f"{100 * s.missed:.0f} %",
+                *map(interval, (s.geometric_reduction, s.geometric_loss_reduction)),
+                *(interval(e) for title in titles for e in s.against[title]),
+                *(f"{score:.2f}" for score in (s.profile, s.wall_profile)),
+            ]
+            for s in summaries
+        ],
+    )
+
+
 def summary_table(summaries: Sequence[Summary]) -> str:
     """One line per optimizer."""
-
-    def interval(e: Estimate) -> str:
-        return f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})"
-
     head = (
         "optimizer",
         "settings tried",
@@ -119,21 +148,28 @@ def page(split: Split, rows: Sequence[Row], summaries: Sequence[Summary], main: 
         f"loss over the optimizer's own; interquartile means over {len(split.tasks)} tasks of the median over seeds "
         f"(95 % bootstrap interval over tasks and seeds). Tuned: the best setting on seed 0 of each task.\n"
     )
+    explained = (
+        f"*Geometric means*: a missed target counts as {MISS}, a divergence as {MIN_LOSS_REDUCTION}; in interquartile "
+        f"means both count as 0. *Against*: the reductions in terms of the baseline with the lowest loss on each task. "
+        f"*AlgoPerf's score*: area under the performance profile up to {PROFILE_END:g} times the fastest; targets are "
+        f"the lowest held-out losses of {split.reference.name}, misses are infinite.\n"
+    )
     wide = side_by_side(split, rows, main)
-    return "\n".join([caption, summary_table(summaries), "Loss, mean over seeds · step reduction, median:\n", wide])
+    tables = [caption, summary_table(summaries), explained, score_table(summaries)]
+    return "\n".join([*tables, "Loss, mean over seeds · step reduction, median:\n", wide])
 
 
-def write(folder: Path, name: str, texts: tuple[str, str], content: Mapping[str, Any]) -> None:
-    """Write `NAME.md`, `NAME_tasks.md` and `NAME.json`.
+def write(folder: Path, name: str, texts: Mapping[str, str], content: Mapping[str, Any]) -> None:
+    """Write pages and `NAME.json`.
 
     Args:
         folder: Output folder.
-        name: Of the benchmark.
-        texts: Of the two pages.
+        name: Of the report.
+        texts: Pages by the name of their file, without its ending.
         content: Of the JSON file; infinite numbers become null.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for title, text in zip((name, f"{name}_tasks"), texts, strict=True):
+    for title, text in texts.items():
         (folder / f"{title}.md").write_text(text, encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from meta_train.evaluation import development, published, tiny, unseen
 from meta_train.evaluation.cache import Run
 from meta_train.evaluation.curve import step_reduction, step_reduction_to_best
-from meta_train.evaluation.optimizers import DEFAULTS, PRIOR_ENTRIES, TUNED, Contender, adam, grid
+from meta_train.evaluation.optimizers import DEFAULTS, MUONS, PRIOR_ENTRIES, TUNED, Contender, adam, grid
 from meta_train.evaluation.study import best_held_out_loss, final_loss
 from meta_train.evaluation.task import Task
 
@@ -47,6 +47,13 @@ class Split:
     def baselines(self, *, thorough: bool) -> tuple[Contender, ...]:
         """The reference, AdamW at its defaults and, if `thorough`, the others."""
         return (self.reference, DEFAULTS, *(self.others if thorough else ()))
+
+    @property
+    def rivals(self) -> dict[str, tuple[str, ...]]:
+        """Title -> names of baselines; rules are compared with the strongest of them on each task."""
+        muons = tuple(muon.name for muon in MUONS)
+        everyone = tuple(contender.name for contender in self.baselines(thorough=True))
+        return {"tuned Muon": muons, "best rival": everyone}
 
 
 SPLITS = {

@@ -27,7 +27,8 @@ def step_times(task: Task, settings: Sequence[Setting], data: Path) -> list[floa
     for setting in settings:
         torch.manual_seed(0)
         training = task.begin(data)
-        loops.append((training, setting.optimizers(training.model, task.steps), torch.Generator().manual_seed(1)))
+        optimizers = setting.optimizers(training.model, task.steps, task.weight_decay)
+        loops.append((training, optimizers, torch.Generator().manual_seed(1)))
     seconds: list[list[float]] = [[] for _ in settings]
     for turn in range(ROUNDS + 1):  # the first is a warm-up: symmetries are traced, kernels compiled
         for (training, optimizers, batches), times in zip(loops, seconds, strict=True):

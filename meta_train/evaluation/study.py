@@ -30,6 +30,8 @@ from meta_train.evaluation.task import Task
 
 LOOP = 1  # version of `loop.train` and `Setting.factor`; raise it when they change the result of a run
 
+OPTIMIZER_PACKAGES = ("pytorch_optimizer", "schedulefree")  # their versions are part of the key
+
 
 class Job(NamedTuple):
     """One run."""
@@ -175,10 +177,11 @@ def cache_key_of(job: Job, data: Path) -> CacheKey:
     task, setting, seed = job
     make = setting.make
     optimizer = [_fingerprint(make.rule), make.without_symmetry] if isinstance(make, Learned) else _source_text(make)
+    packages = (*task.packages, *(name for name in OPTIMIZER_PACKAGES if name in str(optimizer)))
     return {
-        "task": [_source_text(task.begin), task.steps, task.checks],
+        "task": [_source_text(task.begin), task.steps, task.checks, task.weight_decay],
         "files": {name: _checksum(data / name) for name in task.files},
-        "packages": {name: version(name) for name in task.packages},
+        "packages": {name: version(name) for name in packages},
         "optimizer": optimizer,
         "setting": [setting.lr, setting.cosine, setting.warmup, setting.horizon_known],
         "seed": seed,

@@ -44,6 +44,7 @@ class Task:
         files: Data files that it reads.
         packages: Packages whose data, text or images it reads.
         checks: Number of held-out evaluations, evenly spaced, the last one after the last step.
+        weight_decay: Of every parameter, handed to every optimizer; 0 leaves each as it is constructed.
     """
 
     name: str
@@ -52,4 +53,5 @@ class Task:
     steps: int
     files: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
-    checks: int = 5
+    checks: int = 25
+    weight_decay: float = 0.0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from meta_train.evaluation import losses
+from meta_train.evaluation.bare_attention import imitation
 from meta_train.evaluation.datasets import (
     CHARACTERS,
     Examples,
@@ -21,6 +22,8 @@ from meta_train.evaluation.datasets import (
     images,
     photograph,
 )
+from meta_train.evaluation.gpt import GPT
+from meta_train.evaluation.graphs import MessagePassing, node_prediction, points
 from meta_train.evaluation.networks import (
     VAE,
     CharacterRNN,
@@ -34,10 +37,15 @@ from meta_train.evaluation.networks import (
     convolutional_autoencoder,
     mlp,
     resnet,
+    with_zero_output,
 )
+from meta_train.evaluation.recommendation import Recommender, interactions
 from meta_train.evaluation.task import Task, Training
+from meta_train.evaluation.vocabulary import tokens
 
 FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
+PAIR, PAIRS = r"(?s)..", 3072
+FIELDS = (8000, 5000, 1000, 200, 50)
 
 
 def wide_mlp(data: Path) -> Training:
@@ -157,6 +165,52 @@ def policy(_data: Path) -> Training:
     return losses.policy_gradient(mlp(50, 48, 48, 4, act=nn.Tanh), 5, 32)
 
 
+def attention(_data: Path) -> Training:
+    """Products of matrices, large weights, large batches."""
+    return imitation(128, 1.0, fused=True, batch_size=512, length=64)
+
+
+def small_attention(_data: Path) -> Training:
+    """Products of matrices, weights of a few times their initial size."""
+    return imitation(48, 0.5, fused=False, batch_size=96, length=24)
+
+
+def graph(_data: Path) -> Training:
+    """Messages along the edges of a graph: numbers that spread from node to node."""
+    return node_prediction(MessagePassing(6, 24, 2), points(), 128)
+
+
+def clicks(_data: Path) -> Training:
+    """Embeddings of thousands of ids in five fields, rare events."""
+    data = interactions(FIELDS, 300_000, clicks=True)
+    return losses.regression(Recommender(FIELDS, 12, (48, 24)), data, 256, F.binary_cross_entropy_with_logits)
+
+
+def gpt(_data: Path) -> Training:
+    """A language model of 0.8 million weights with the usual initial weights and weight decay."""
+    return losses.language(GPT(CHARACTERS, 64, 128, 4), characters("sympy"), 64, 16)
+
+
+def zero_output(data: Path) -> Training:
+    """Residual blocks and an output layer that start at zero."""
+    model = with_zero_output(resnet(8))
+    for name, p in model.named_parameters():
+        if name.endswith("bn2.weight"):
+            nn.init.zeros_(p)
+    return losses.classification(model, images(data, CIFAR, 16), 32)
+
+
+def pairs(_data: Path) -> Training:
+    """Embeddings and outputs for thousands of pairs of characters."""
+    return losses.language(CharacterTransformer(PAIRS, 32, 40, 2), tokens("torch", PAIR, PAIRS), 32, 12)
+
+
+def very_long(data: Path) -> Training:
+    """Ten times the longest horizon of meta-training; dropout."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Dropout(0.1), nn.Linear(48, 10))
+    return losses.classification(model, images(data, FASHION, 8), 32)
+
+
 TASKS = (
     Task("fashion 8x8, MLP 64-12800-10", "wide MLP", wide_mlp, 300, (FASHION,)),
     Task("fashion 8x8, MLP of 8 layers", "deep MLP", deep_mlp, 1000, (FASHION,)),
@@ -180,4 +234,12 @@ TASKS = (
     Task("auto-mpg, MLP", "tabular", table_regression, 1000, packages=("mlxtend",)),
     Task("clusters, MLP BatchNorm", "tabular", table_classification, 800, packages=("scikit-learn",)),
     Task("gridworld, policy gradient", "policy gradient", policy, 400),
+    Task("attention teacher, 128, fused", "bare products", attention, 400),
+    Task("small attention teacher, 48, separate", "bare products", small_attention, 300),
+    Task("graph of points, messages", "graph", graph, 400),
+    Task("clicks, recommender", "recommender", clicks, 700),
+    Task("sympy text, GPT, decay .1", "GPT", gpt, 1500, packages=("sympy",), weight_decay=0.1),
+    Task("CIFAR 16x16, ResNet, zero output", "zero output", zero_output, 400, (CIFAR,)),
+    Task("torch text in pairs, transformer", "vocabulary", pairs, 500, packages=("torch",)),
+    Task("fashion 8x8, MLP dropout, 10,000 steps", "MLP, very long", very_long, 10_000, (FASHION,)),
 )

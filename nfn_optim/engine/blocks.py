@@ -260,7 +260,7 @@ class Block:
     Attributes:
         layout: Which tensors, in which form.
         tensors: For parameter, gradient and every moment the tensors `(*batch, *shape)`.
-        arrays: Parameters, gradients, moments as arrays `(*batch, rows, rest)`, and `corrections` for their rows.
+        arrays: Parameters, gradients, moments as arrays `(*batch, rows, rest)`, and `constants` for their rows.
     """
 
     layout: Layout
@@ -268,17 +268,17 @@ class Block:
     arrays: tuple[Tensor, Tensor, list[Tensor], Tensor]
 
     @classmethod
-    def of(cls, layout: Layout, tensors: Sequence[Sequence[Tensor]], corrections: Tensor) -> Block:
+    def of(cls, layout: Layout, tensors: Sequence[Sequence[Tensor]], constants: Tensor) -> Block:
         """Arrange tensors as arrays.
 
         Args:
             layout: Which, in which form.
             tensors: For every tensor of the network its parameter, gradient and moments.
-            corrections: `(*batch, T, 4)`.
+            constants: `(*batch, T, 6)`.
         """
         kinds = tuple(zip(*(tensors[i] for i in layout.indices), strict=True))
         p, g, *moments = (layout.fold(kind) for kind in kinds)
-        return cls(layout, kinds, (p, g, moments, layout.expand_to_rows(corrections)))
+        return cls(layout, kinds, (p, g, moments, layout.expand_to_rows(constants)))
 
     def write_back(self, frozen: Collection[int]) -> None:
         """Copy parameters and moments back to their tensors where the arrays are not views of them.
@@ -299,8 +299,8 @@ class Block:
 
 
 def blocks_of(
-    tensors: Sequence[Sequence[Tensor]], corrections: Tensor, batch_dims: int, stack_below: int = 0
+    tensors: Sequence[Sequence[Tensor]], constants: Tensor, batch_dims: int, stack_below: int = 0
 ) -> list[Block]:
     """The blocks of a network; arguments as of `Block.of` and `layouts_of`."""
     layouts = layouts_of([x[0] for x in tensors], batch_dims, stack_below, [x[-1].dtype for x in tensors])
-    return [Block.of(layout, tensors, corrections) for layout in layouts]
+    return [Block.of(layout, tensors, constants) for layout in layouts]

@@ -9,7 +9,7 @@ vectors, an odd last tile) and dtype, whatever the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -26,6 +26,9 @@ ROW_UNROLL = 2  # rows that are added up in registers before their sum is stored
 LowRank = tuple[Tensor, Tensor]
 """A direction of low rank as two factors, `(*batch, rows, k)` and `(*batch, k, rest)`."""
 
+Mixture = Mapping[int, Tensor]
+"""By index of the block: parts of the slow direction and of the newest gradient in X, see `passes.mix`."""
+
 
 class Executor(Protocol):
     """The reading passes of one step; `index` is that of a block."""
@@ -35,11 +38,17 @@ class Executor(Protocol):
     def sums(self, index: int) -> tuple[Tensor, Tensor]:
         """Sums of `Statistics` over rows and over columns, see `passes.sums_of`."""
 
-    def project(self, index: int, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Adam's direction X in a subspace: X basis, `(*batch, rows, k)`; sums of squares of X, `(*batch, rows)`."""
+    def project(self, index: int, basis: Tensor, mixture: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The direction X in a subspace: X basis, `(*batch, rows, k)`; sums of squares of X, `(*batch, rows)`.
 
-    def project_back(self, index: int, left: Tensor) -> Tensor:
-        """X^T left, `(*batch, rest, k)`, for a matrix `(*batch, rows, k)`."""
+        Args:
+            index: Of the block.
+            basis: `(*batch, rest, k)`.
+            mixture: Of which X is made, see `passes.mix`.
+        """
+
+    def project_back(self, index: int, left: Tensor, mixture: Tensor | None) -> Tensor:
+        """X^T left, `(*batch, rest, k)`, for a matrix `(*batch, rows, k)`; X as in `project`."""
 
     def compiles(self, size: int) -> bool:
         """Whether functions of O(neurons) tensors over this many numbers are to be compiled."""
@@ -60,13 +69,13 @@ class PureExecutor:
         """See `Executor`."""
         return passes.sums_of(_learned(self._cache[index][1]))
 
-    def project(self, index: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, index: int, basis: Tensor, mixture: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Executor`."""
-        return _project(self._cache[index][1].adam, basis)
+        return _project(passes.mix(self._cache[index][1], mixture), basis)
 
-    def project_back(self, index: int, left: Tensor) -> Tensor:
+    def project_back(self, index: int, left: Tensor, mixture: Tensor | None) -> Tensor:
         """See `Executor`."""
-        return self._cache[index][1].adam.mT @ left
+        return passes.mix(self._cache[index][1], mixture).mT @ left
 
     def compiles(self, size: int) -> bool:
         """See `Executor`; a pure step is never compiled."""
@@ -123,43 +132,41 @@ class InPlaceExecutor:
         """See `Executor`."""
         if index in self._cache:
             return passes.sums_of(_learned(self._cache[index][1]))
-        p, g, moments, corrections = self.blocks[index].arrays
+        p, g, moments, constants = self.blocks[index].arrays
         by_row, by_column = [], []
         for rows in self._tiles(p):
             tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments))
-            tile_corrections = _rows(corrections, rows)
+            tile_constants = _rows(constants, rows)
             if self._compiles(p):
-                row_unroll = ROW_UNROLL if len(tile_p) % ROW_UNROLL == 0 and len(corrections) == 1 else 1
-                partial_sums = run(
-                    passes.reduce_pass, tile_p, _dense(tile_g), tile_moments, tile_corrections, row_unroll
-                )
+                row_unroll = ROW_UNROLL if len(tile_p) % ROW_UNROLL == 0 and len(constants) == 1 else 1
+                partial_sums = run(passes.reduce_pass, tile_p, _dense(tile_g), tile_moments, tile_constants, row_unroll)
                 row_sums, column_sums = passes.finish_sums(*partial_sums)
             else:
-                features = passes.moments_and_features(tile_p, tile_g, tile_moments, tile_corrections)[1]
+                features = passes.moments_and_features(tile_p, tile_g, tile_moments, tile_constants)[1]
                 row_sums, column_sums = passes.sums_of(_learned(features))
             by_row.append(row_sums)
             by_column.append(column_sums)
         return by_row[0] if len(by_row) == 1 else torch.cat(by_row), sum(by_column[1:], by_column[0])
 
-    def project(self, index: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, index: int, basis: Tensor, mixture: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Executor`."""
         if index in self._cache:
-            return _project(self._cache[index][1].adam, basis)
-        p, _, _, corrections = self.blocks[index].arrays
-        projected = corrections.new_empty((*p.shape[:-1], basis.shape[-1]))
-        energy = corrections.new_empty(p.shape[:-1])
-        for rows, x, squares in self._directions(index):
+            return _project(passes.mix(self._cache[index][1], mixture), basis)
+        p, _, _, constants = self.blocks[index].arrays
+        projected = constants.new_empty((*p.shape[:-1], basis.shape[-1]))
+        energy = constants.new_empty(p.shape[:-1])
+        for rows, x, squares in self._directions(index, mixture):
             torch.matmul(x, basis, out=projected[rows])
             energy[rows] = squares
         return projected, energy
 
-    def project_back(self, index: int, left: Tensor) -> Tensor:
+    def project_back(self, index: int, left: Tensor, mixture: Tensor | None) -> Tensor:
         """See `Executor`."""
         if index in self._cache:
-            return self._cache[index][1].adam.mT @ left
+            return passes.mix(self._cache[index][1], mixture).mT @ left
         p = self.blocks[index].arrays[0]
         result = left.new_zeros((*p.shape[:-2], p.shape[-1], left.shape[-1]))
-        for rows, x, _ in self._directions(index):
+        for rows, x, _ in self._directions(index, mixture):
             result += (left[rows].mT @ x).mT  # in this order the product is faster
         return result
 
@@ -171,7 +178,7 @@ class InPlaceExecutor:
         self, index: int, row_coeffs: Tensor, column_gain: Tensor | None, low_rank: LowRank | None, frozen: bool
     ) -> None:
         """Change a block's arrays, but the parameters not if `frozen`; arguments as of `passes.compute_update`."""
-        p, g, moments, corrections = self.blocks[index].arrays
+        p, g, moments, constants = self.blocks[index].arrays
         grads_finite = self._execution.grads_finite
         if index in self._cache:
             new, features = self._cache[index]
@@ -179,30 +186,31 @@ class InPlaceExecutor:
             update = None
             if not frozen:
                 update = passes.compute_update(features, p, new[1], row_coeffs, column_gain, direction)
-            passes.store_(p, g, moments, corrections, update, new, grads_finite)
+            passes.store_(p, g, moments, constants, update, new, grads_finite)
             return
         compiles = self._compiles(p)
         apply_ = partial(run, passes.apply_) if compiles else passes.apply_
         tiles = [*self._tiles(p)] if low_rank is not None or not compiles else [slice(None)]  # else nothing is held
-        buffer = corrections.new_empty(p[tiles[0]].shape if low_rank is not None else 0)  # the first is the largest
+        buffer = constants.new_empty(p[tiles[0]].shape if low_rank is not None else 0)  # the first is the largest
         for rows in tiles:
             tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments))
-            of_rows = _rows(corrections, rows), _rows(row_coeffs, rows)
+            of_rows = _rows(constants, rows), _rows(row_coeffs, rows)
             direction = None
             if low_rank is not None:
                 direction = torch.matmul(low_rank[0][rows], low_rank[1], out=buffer[: len(tile_p)])
             tile_g = _dense(tile_g) if compiles else tile_g
             apply_(tile_p, tile_g, tile_moments, *of_rows, column_gain, direction, frozen, grads_finite)
 
-    def _directions(self, index: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Adam's direction X tile by tile: which rows, X of them, and the sums of its squares by row."""
-        p, g, moments, corrections = self.blocks[index].arrays
+    def _directions(self, index: int, mixture: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The direction X tile by tile: which rows, X of them, and the sums of its squares by row."""
+        p, g, moments, constants = self.blocks[index].arrays
         compiles = self._compiles(p)
-        adam_direction = partial(run, passes.adam_direction) if compiles else passes.adam_direction
+        direction = partial(run, passes.mixed_direction) if compiles else passes.mixed_direction
         for rows in self._tiles(p):
-            tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments[:2]))
+            tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments))
             tile_g = _dense(tile_g) if compiles else tile_g
-            yield rows, *adam_direction(tile_p, tile_g, tile_moments, _rows(corrections, rows))
+            tile_mixture = None if mixture is None else _rows(mixture, rows)
+            yield rows, *direction(tile_p, tile_g, tile_moments, _rows(constants, rows), tile_mixture)
 
     def _cached(self) -> list[int]:
         """Indices of the smallest blocks, whose features are cached instead of recomputed; at most `tile` weights."""

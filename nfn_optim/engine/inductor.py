@@ -10,6 +10,7 @@ After one failure nothing is compiled any more in this process: everything conti
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -51,6 +52,15 @@ def can_compile() -> bool:
 def has_failed() -> bool:
     """Whether compilation has failed in this process."""
     return bool(_failures)
+
+
+@cache
+def announce() -> None:
+    """Say, once in a process, that training is about to stop for a while."""
+    logging.getLogger(__name__).warning(
+        "compiling the optimizer's steps, which takes half a minute or more once, and seconds in each later process; "
+        "training then goes on, with faster steps; compile=False avoids it"
+    )
 
 
 def fail(error: Exception) -> None:
@@ -175,6 +185,7 @@ def compile_graph(function: Callable[..., Any], args: list[Tensor], *, dynamic: 
         args: Example tensors; they may be changed, unless the graph is dynamic.
         dynamic: Whether sizes of 2 and more may differ later; tensors are then contiguous.
     """
+    announce()
     unflatten: list[Callable[[list[Tensor]], Any]] = []
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,9 +2,11 @@
 
 For a parameter p with gradient g, at step t,
 
-    m  <- .9  m  + .1  g                Adam's first moment           m^ = m / (1 - .9^t)
-    M  <- .99 M  + .01 g                a slow one                    M^ = M / (1 - .99^t)
-    v  <- .999 v + .001 g^2             Adam's second moment          v^ = v / (1 - .999^t)
+    m  <- b1 m  + (1 - b1) g            Adam's first moment           m^ = m / (1 - b1^t)
+    M  <- .99 M + .01 g                 a slow one                    M^ = M / (1 - .99^t)
+    v  <- b2 v  + (1 - b2) g^2          Adam's second moment          v^ = v / (1 - b2^t)
+
+with Adam's b1 = .9 and b2 = .999 unless a rule has others.
 
 References:
     Adam: A Method for Stochastic Optimization (Kingma and Ba, 2015), Alg. 1, arXiv:1412.6980
@@ -37,28 +39,39 @@ def init_moments(p: Tensor, *, slow: bool, dtype: torch.dtype) -> dict[str, Tens
     return {key: torch.zeros_like(p, dtype=dtype) for key in (MOMENTS if slow else MOMENTS[:2])}
 
 
-def update_moments(g: Tensor, moments: Sequence[Tensor]) -> list[Tensor]:
-    """The moments m, v and, if there is a third, M after a gradient. All of one shape."""
+def update_moments(g: Tensor, moments: Sequence[Tensor], constants: Tensor) -> list[Tensor]:
+    """The moments m, v and, if there is a third, M after a gradient. All `(*batch, rows, rest)`.
+
+    Args:
+        g: The gradient.
+        moments: Before it.
+        constants: See `moment_constants`, `(*batch, rows or 1, 6)`.
+    """
     m, v, *slow = moments
     g = g.to(m.dtype)
+    new_m, new_v = constants[..., 4:].unsqueeze(-2).unbind(-1)
     return [
-        torch.lerp(m, g, 1 - BETA1),
-        torch.addcmul(v * BETA2, g, g, value=1 - BETA2),
+        torch.lerp(m, g, new_m),
+        torch.addcmul(v * (1 - new_v), g, g * new_v),
         *(torch.lerp(x, g, 1 - BETA_SLOW) for x in slow),
     ]
 
 
-def bias_corrections(steps: Tensor) -> Tensor:
-    """Factors that correct the moments for starting at zero.
+def moment_constants(steps: Tensor, beta1: float = BETA1, beta2: float = BETA2) -> Tensor:
+    """Numbers by which moments are updated, and corrected for starting at zero.
 
     Args:
         steps: Steps taken, this one included, `(...)`.
+        beta1: Decay of m.
+        beta2: Decay of v.
 
     Returns:
-        `(..., 4)`: factors of m, of the square root of v and of M; and the steps themselves.
+        `(..., 6)`: corrections of m, of the square root of v and of M; the steps themselves; and the weights of a new
+        gradient in m and in v.
     """
-    bias = [-torch.expm1(steps * math.log(beta)) for beta in (BETA1, BETA2, BETA_SLOW)]  # 1 - beta^t, exactly
-    return torch.stack([1 / bias[0], bias[1].rsqrt(), 1 / bias[2], steps], -1)
+    bias = [-torch.expm1(steps * math.log(beta)) for beta in (beta1, beta2, BETA_SLOW)]  # 1 - beta^t, exactly
+    weights = [torch.full_like(steps, 1 - beta) for beta in (beta1, beta2)]
+    return torch.stack([1 / bias[0], bias[1].rsqrt(), 1 / bias[2], steps, *weights], -1)
 
 
 def append_dims(value: Tensor, like: Tensor, batch_dims: int) -> Tensor:

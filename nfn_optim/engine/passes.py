@@ -47,11 +47,11 @@ class RowCoefficients(NamedTuple):
 
 
 def moments_and_features(
-    p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor
+    p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor
 ) -> tuple[list[Tensor], WeightFeatures | AdamFeature]:
     """The moments after a gradient, and the features with them; arguments as of `features_of`, moments before it."""
-    new = update_moments(g, to_compute_dtype(moments, corrections))
-    return new, features_of(p, g, new, corrections)
+    new = update_moments(g, to_compute_dtype(moments, constants), constants)
+    return new, features_of(p, g, new, constants)
 
 
 def sums_of(features: WeightFeatures) -> tuple[Tensor, Tensor]:
@@ -60,12 +60,29 @@ def sums_of(features: WeightFeatures) -> tuple[Tensor, Tensor]:
     return products.sum(-1).mT, products.sum(-2).mT
 
 
-def adam_direction(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> tuple[Tensor, Tensor]:
-    """Adam's direction at this step, `(*batch, rows, rest)`, and the sums of its squares by row, `(*batch, rows)`.
+def mix(features: WeightFeatures | AdamFeature, mixture: Tensor | None) -> Tensor:
+    """The direction X, a mixture of Adam's, the slow one and the newest gradient, `(*batch, rows, rest)`.
 
-    Arguments as of `moments_and_features`. Not differentiable at zero.
+    Args:
+        features: Of the weights.
+        mixture: Parts of the slow direction and of the newest gradient, `(*batch, rows or 1, 2)`; None for Adam's.
     """
-    x = moments_and_features(p, g, moments[:2], corrections)[1].adam
+    if mixture is None:
+        return features.adam
+    assert isinstance(features, WeightFeatures)
+    slow, gradient = mixture.unsqueeze(-2).unbind(-1)
+    return torch.addcmul(torch.lerp(features.adam, features.gradient, gradient), features.slow, slow)
+
+
+def mixed_direction(
+    p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor, mixture: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The direction X at this step, `(*batch, rows, rest)`, and the sums of its squares by row, `(*batch, rows)`.
+
+    Arguments as of `moments_and_features` and `mix`. Not differentiable at zero.
+    """
+    features = moments_and_features(p, g, moments if mixture is not None else moments[:2], constants)[1]
+    x = mix(features, mixture)
     return x, torch.linalg.vector_norm(x, dim=-1).square()
 
 
@@ -107,7 +124,7 @@ def compute_update(
 
 
 def reduce_pass(
-    p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor, row_unroll: int = 1
+    p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor, row_unroll: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The first pass over a tile of rows, but for the additions that `finish_sums` makes.
 
@@ -115,7 +132,7 @@ def reduce_pass(
         p: Parameters `(rows, rest)`.
         g: Gradients, the same shape.
         moments: Of the last step.
-        corrections: Bias corrections of this step.
+        constants: Moment constants of this step.
         row_unroll: Number of rows added up before anything is stored; divides the number of rows.
 
     Returns:
@@ -125,7 +142,7 @@ def reduce_pass(
     arrays = [torch.unflatten(x, -2, (-1, row_unroll)).unbind(-2) for x in (p, g, *moments)]
     products = []
     for row_p, row_g, *row_moments in zip(*arrays, strict=True):  # (rows / row_unroll, rest)
-        features = moments_and_features(row_p, row_g, row_moments, corrections)[1]
+        features = moments_and_features(row_p, row_g, row_moments, constants)[1]
         assert isinstance(features, WeightFeatures)
         products.append(products_of(features))
     columns = [sum(x[1:], x[0]) for x in zip(*products, strict=True)]  # before rows: inductor fuses in this order only
@@ -144,7 +161,7 @@ def apply_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made 
     p: Tensor,
     g: Tensor,
     moments: Sequence[Tensor],
-    corrections: Tensor,
+    constants: Tensor,
     row_coeffs: Tensor,
     column_gain: Tensor | None,
     direction: Tensor | None,
@@ -157,23 +174,23 @@ def apply_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made 
         p: Parameters `(rows, rest)`, updated unless `frozen`.
         g: Gradients, the same shape.
         moments: Of the last step; become those of this one.
-        corrections: Bias corrections of this step.
+        constants: Moment constants of this step.
         row_coeffs: As of `compute_update`; so are `column_gain` and `direction`.
         column_gain: See there.
         direction: See there.
         frozen: Leave the parameters as they are.
         grads_finite: 0-d; where False nothing changes. None: True.
     """
-    new, features = moments_and_features(p, g, moments, corrections)
+    new, features = moments_and_features(p, g, moments, constants)
     update = None if frozen else compute_update(features, p, new[1], row_coeffs, column_gain, direction)
-    store_(p, g, moments, corrections, update, new, grads_finite)
+    store_(p, g, moments, constants, update, new, grads_finite)
 
 
 def store_(
     p: Tensor,
     g: Tensor,
     moments: Sequence[Tensor],
-    corrections: Tensor,
+    constants: Tensor,
     update: Tensor | None,
     new_moments: Sequence[Tensor],
     grads_finite: Tensor | None = None,
@@ -181,7 +198,7 @@ def store_(
     """Add an update to the parameters, if there is one, and store the new moments in the dtype of the old ones."""
     if update is not None:
         p.copy_(where_finite(grads_finite, p + update, p))
-    for old, value in zip(moments, round_moments(new_moments, moments, g, corrections[..., 3]), strict=True):
+    for old, value in zip(moments, round_moments(new_moments, moments, g, constants[..., 3]), strict=True):
         old.copy_(where_finite(grads_finite, value, old))
 
 

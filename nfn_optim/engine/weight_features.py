@@ -58,20 +58,20 @@ FEATURES = len(WeightFeatures._fields)
 STATISTICS = len(Statistics._fields)
 
 
-def features_of(p: Tensor, g: Tensor, moments: Sequence[Tensor], corrections: Tensor) -> WeightFeatures | AdamFeature:
+def features_of(p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor) -> WeightFeatures | AdamFeature:
     """The features of every weight.
 
     Args:
         p: Parameters `(*batch, rows, rest)`.
         g: Gradients, the same shape.
         moments: After `update_moments` with `g`.
-        corrections: Bias corrections `(*batch, rows or 1, 4)`, see `moments.bias_corrections`.
+        constants: `(*batch, rows or 1, 6)`, see `moments.moment_constants`.
 
     Returns:
         Tensors `(*batch, rows, rest)`.
     """
     m, v, *slow = moments
-    correct_m, correct_v, correct_slow, _ = corrections.unsqueeze(-2).unbind(-1)
+    correct_m, correct_v, correct_slow = constants[..., :3].unsqueeze(-2).unbind(-1)
     active = v.sign()
     inverse = active / ((v + SQRT_EPS).sqrt() * correct_v + EPS)
     momentum = m * correct_m

@@ -20,6 +20,7 @@ from nfn_optim.layers import Incidence
 from nfn_optim.monitor.sampling import Sample, local_real_view
 from nfn_optim.monitor.writer import Array
 from nfn_optim.optimizer import NFNOptimizer
+from nfn_optim.optimizer.state import entries_of
 from nfn_optim.rule.members import forms_of
 from nfn_optim.symmetry import Symmetry
 
@@ -37,9 +38,9 @@ class LogGains:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         forms = {} if optimizer.symmetry is None else forms_of(optimizer.symmetry)
         named = {
-            name: (p, optimizer.state[p])
+            name: (p, state)
             for name, p in zip(optimizer.names, params, strict=True)
-            if p.grad is not None and p.numel() > 0 and GAINS in optimizer.state.get(p, {})
+            if p.grad is not None and p.numel() > 0 and GAINS in (state := entries_of(optimizer.state.get(p, {})))
         }
         self._shapes = {name: (*p.shape, 2) if p.is_complex() else tuple(p.shape) for name, (p, _) in named.items()}
         self._tensor: dict[str, float] = {}

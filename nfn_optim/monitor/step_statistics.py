@@ -24,6 +24,7 @@ from nfn_optim.monitor.gains import LogGains
 from nfn_optim.monitor.sampling import Sample, local_real_view, to_numpy
 from nfn_optim.monitor.writer import Array
 from nfn_optim.optimizer import NFNOptimizer
+from nfn_optim.optimizer.state import entries_of
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry import Symmetry
 
@@ -52,9 +53,9 @@ class Snapshot:
         self.params: list[tuple[Tensor, dict[str, Any]]] = [params[index] for index in self.indices]
         views = [local_real_view(p) for p, _ in self.params]
         self.sample = sample if sample is not None and sample.fits(views) else Sample(views)
-        state = [optimizer.state.get(p, {}) for p, _ in self.params]
+        state = [entries_of(optimizer.state.get(p) or {}) for p, _ in self.params]
         self.entries = self.sample.take(views)
-        self.moments = {key: self.sample.take(_entries_of(state, key)) for key in ("exp_avg", "exp_avg_sq")}
+        self.moments = {key: self.sample.take(_moments_of(state, key, views)) for key in ("exp_avg", "exp_avg_sq")}
         self.steps = to_numpy([s.get("step", 0.0) for s in state])
 
 
@@ -77,7 +78,8 @@ class StepStatistics:
         self.names = tuple(names[index] for index in before.indices)
         params = [p for p, _ in before.params]
         grads = [None if p.grad is None else local_real_view(p.grad) for p in params]
-        state = [optimizer.state.get(p, {}) for p in params]
+        state = [entries_of(optimizer.state.get(p, {})) for p in params]
+        views = [local_real_view(p) for p in params]
         numbers = {id(group): [float(group[key]) for key in HYPERPARAMETERS] for _, group in before.params}
         table = [
             [*numbers[id(group)], g is not None, _is_exact(p)]
@@ -86,7 +88,7 @@ class StepStatistics:
         columns = np.array(table, before.entries.dtype).reshape(-1, 5).T[..., None]
         lr, decay, maximize, has_grad, is_exact = columns  # (T, 1) each
 
-        p, d = before.entries, sample.take([local_real_view(p) for p in params]) - before.entries  # (T, S)
+        p, d = before.entries, sample.take(views) - before.entries  # (T, S)
         nominal = _adam_direction(before, sample.take(grads) * (1 - 2 * maximize))
         adamw = -lr * (nominal + decay * p)
         rate = lr * _lr_factor(before, optimizer)
@@ -102,7 +104,7 @@ class StepStatistics:
                 products: Array = (one * other).sum(-1) * sample.sizes / sample.counts
             return products
 
-        second_moments = _entries_of(state, "exp_avg_sq")
+        second_moments = _moments_of(state, "exp_avg_sq", views)
         sums = {
             "tensors": np.ones(len(params)),
             "size": sample.sizes,
@@ -114,7 +116,7 @@ class StepStatistics:
             "learned": dot(learned, learned),
             "log gain": log_gains.by_tensor(self.names) * sample.sizes,
             "g g": _sums_of_squares(grads),
-            "m m": _sums_of_squares(_entries_of(state, "exp_avg")),
+            "m m": _sums_of_squares(_moments_of(state, "exp_avg", views)),
             "v": to_numpy([0.0 if v is None else v.sum(dtype=_sum_dtype(v)) for v in second_moments]),
             "fallbacks": to_numpy([s["fallbacks"].sum() if "fallbacks" in s else 0.0 for s in state]),
         }
@@ -171,9 +173,10 @@ def _lr_factor(before: Snapshot, optimizer: NFNOptimizer) -> Array:
     return np.ones((len(before.steps), 1)) if factor is None else factor.numpy()[:, None]
 
 
-def _entries_of(state: Iterable[Mapping[str, Tensor]], key: str) -> list[Tensor | None]:
-    """One entry of the state of every tensor."""
-    return [local_real_view(s[key]) if key in s else None for s in state]
+def _moments_of(state: Iterable[Mapping[str, Any]], key: str, views: Sequence[Tensor]) -> list[Tensor | None]:
+    """A moment of every tensor; None where there is none, or one that was edited and does not fit before a step."""
+    found = [local_real_view(s[key]) if isinstance(s.get(key), Tensor) else None for s in state]
+    return [x if x is not None and x.shape == view.shape else None for x, view in zip(found, views, strict=True)]
 
 
 def _sums_of_squares(tensors: Sequence[Tensor | None]) -> Array:

@@ -34,7 +34,7 @@ from nfn_optim.optimizer.discovery import unwrap
 from nfn_optim.optimizer.gradient_check import grads_finite
 from nfn_optim.optimizer.optimizer import NFNOptimizer
 from nfn_optim.optimizer.param_groups import COUNTERS
-from nfn_optim.optimizer.state import read_state
+from nfn_optim.optimizer.state import ParamState, entries_of, read_state
 from nfn_optim.rule.members import forms_of
 
 
@@ -75,6 +75,10 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
     def __init__(self, other: NFNOptimizer, reference_params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         reference_params = list(reference_params)
         super().__init__(other, reference_params, *args, **kwargs)
+        for group, states in zip(other.param_groups, self.state, strict=True):
+            for i, p in enumerate(group["params"]):
+                if isinstance(state := other.state.get(p), ParamState):  # the loop that copied it met no hidden entries
+                    states[i] |= {key: value.clone() for key, value in state.hidden.items()}
         self._optimizer = other
         self._reference = reference_params
         self._newest: Sequence[Tensor] = [p.detach() for p in reference_params]
@@ -108,8 +112,10 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
             real |= {key: int(group[key]) for key in COUNTERS}
             for i, state in states.items():
                 p = real["params"][i]
-                state_dtype = self._optimizer._state_dtype
-                self._optimizer.state[p] = read_state(self._optimizer.rule, f"{i}", p, state, state_dtype)
+                outer, state_dtype = self._optimizer.state.get(p) or {}, self._optimizer._state_dtype
+                foreign = {key: value for key, value in outer.items() if key not in state}
+                read = read_state(self._optimizer.rule, f"{i}", p, state, state_dtype)
+                self._optimizer.state[p] = ParamState({**foreign, **entries_of(read)})
 
     def _update(self, grouped_grads: Sequence[Sequence[Tensor | None]], **_: Any) -> None:
         """Replace parameters and state by those after a step of the rule; called by `step`."""
@@ -144,11 +150,11 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
         optimizer, symmetry = self._optimizer, self._optimizer.symmetry
         assert symmetry is not None
         params = {name: slot.param for name, slot in slots.items()}
-        forms = forms_of(symmetry)
-        initial = optimizer.rule.init(params, forms=forms)
-        state = {name: dict(slot.states[slot.position] or initial[name]) for name, slot in slots.items()}
-        for name, p in params.items():
-            optimizer.rule.fit_(state[name], p, forms.get(name))
+        state = {}
+        for name, initial in optimizer.rule.init(params, forms=forms_of(symmetry)).items():
+            found = slots[name].states[slots[name].position]
+            fitting = {k: x for k, x in found.items() if k in initial and x.shape == initial[k].shape}
+            state[name] = initial | fitting  # coefficients start afresh where the symmetry was not known before
         dtype = max((s["step"].dtype for s in state.values()), key=lambda d: d.itemsize)
         state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
         grads = {name: slot.grad for name, slot in slots.items()}

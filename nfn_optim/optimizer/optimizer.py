@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,18 @@ from nfn_optim.engine.executor import Execution
 from nfn_optim.engine.inductor import can_compile
 from nfn_optim.engine.sharding import Shards, all_processes, is_sharded, local
 from nfn_optim.engine.stochastic_rounding import is_bfloat16
+from nfn_optim.optimizer import param_groups
 from nfn_optim.optimizer.compiled_step import CompiledSteps, is_small
+from nfn_optim.optimizer.edited_state import EditedStates
 from nfn_optim.optimizer.gradient_check import grads_finite, grads_finite_tensor, on_cpu
-from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, ParamSlot, by_name, check_betas, check_numbers, moves
+from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, ParamSlot, TorchArguments, by_name, moves
 from nfn_optim.optimizer.parameter_index import ParameterIndex
 from nfn_optim.optimizer.real_view import real
-from nfn_optim.optimizer.state import ParamState, fits, init_state, read_state, real_views
+from nfn_optim.optimizer.skipped_steps import SkippedSteps
+from nfn_optim.optimizer.state import ParamState, entries_of, read_state
 from nfn_optim.optimizer.state_dict import match_state
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
-from nfn_optim.rule.members import forms_of
 from nfn_optim.rule.update_rule import step_with_theta_
 from nfn_optim.symmetry import Symmetry
 
@@ -46,17 +48,14 @@ class NFNOptimizer(torch.optim.Optimizer):
     """A learned optimizer; use it as `torch.optim.AdamW`.
 
     The symmetry of the network is `symmetry` if given; else traced from the forward passes before the first step, of
-    the
-    module given or of the modules found to own the parameters; else trivial (every dimension an axis of its own) with
-    one warning, and replaced once a forward pass is seen.
+    the module given or of the modules found to own the parameters; else trivial (every dimension an axis of its own)
+    with one warning, and replaced once a forward pass is seen.
 
     The entry `betas` of the groups exists for schedulers that expect one (OneCycleLR, CyclicLR). The decay of the
-    moments
-    is part of the rule: a group with other betas is refused, and values that schedulers write are ignored.
+    moments is part of the rule: a group with other betas is refused, and values that schedulers write are ignored.
 
     Numbers are in the groups, tensors in `state[p]`, under the names of AdamW; a state of AdamW can be loaded. A
-    complex
-    parameter is optimized as its real view.
+    complex parameter is optimized as its real view.
 
     Args:
         params_or_model: A module, or an iterable of parameters, of (name, parameter) pairs or of groups.
@@ -69,17 +68,16 @@ class NFNOptimizer(torch.optim.Optimizer):
         maximize: Ascend instead of descend.
         state_dtype: `torch.bfloat16` stores the moments in 16 bits with stochastic rounding
             (`nfn_optim.engine.stochastic_rounding`): half the state. Counters and coefficients keep their precision,
-            and
-            so do the moments of complex parameters. None: float32, or float64 for float64 parameters.
+            and so do the moments of complex parameters. None: float32, or float64 for float64 parameters.
         compile: Whether to compile steps, which takes ten seconds to minutes once and a few seconds in each later
             process. By default as soon as it pays: after `COMPILE_AFTER` weight updates (100 steps of ten million
             parameters, 10,000 of a small network), where there is a compiler. Compiled and uncompiled steps are equal
-            to
-            rounding.
+            to rounding.
+        **torch_arguments: Others of `torch.optim.AdamW`, at their defaults; they mean nothing here.
 
     Raises:
         ValueError: No parameters, a hyperparameter out of range, or a symmetry or rule that does not fit.
-        TypeError: An argument of the wrong type.
+        TypeError: An argument of the wrong type, or one that does not exist.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -101,7 +99,9 @@ class NFNOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
         compile: bool | None = None,
+        **torch_arguments: Unpack[TorchArguments],
     ) -> None:
+        param_groups.check_names(torch_arguments)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -110,7 +110,7 @@ class NFNOptimizer(torch.optim.Optimizer):
             "total_steps": total_steps,
             **dict.fromkeys(COUNTERS, 0),
         }
-        check_numbers(defaults)
+        param_groups.check_group({**defaults, **torch_arguments})
         for expected, argument, value in ((nn.Module, "model", model), (Symmetry, "symmetry", symmetry)):
             if value is not None and not isinstance(value, expected):
                 raise TypeError(f"expected {argument}= as a {expected.__name__}, found {type(value).__name__}")
@@ -137,7 +137,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[int, int]], dict[str, Tensor]]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._compiled_steps = CompiledSteps()
-        self._pending_skips: Tensor | None = None
+        self._skipped_steps, self._edited_states = SkippedSteps(), EditedStates(self.rule, state_dtype)
         self._index = ParameterIndex(model)
         super().__init__(params_or_model, defaults)
         self._index.label(self.param_groups)
@@ -168,7 +168,7 @@ class NFNOptimizer(torch.optim.Optimizer):
     @property
     def fallbacks(self) -> int:
         """How often the update of a tensor was out of range and fell back to Adam's."""
-        states = [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
+        states = [entries_of(self.state.get(p) or {}) for group in self.param_groups for p in group["params"]]
         return sum(int(s["fallbacks"].sum()) for s in states if "fallbacks" in s)
 
     def __repr__(self) -> str:
@@ -215,18 +215,19 @@ class NFNOptimizer(torch.optim.Optimizer):
             return loss
         finite, local_grads = None, [local(g) for g in grads]
         if on_cpu(local_grads) or any(is_sharded(g) for g in grads):
-            if not all_processes(grads_finite(local_grads), grads):
+            all_finite = all_processes(grads_finite(local_grads), grads)
+            self._skipped_steps.note(all_finite, self._named, stacklevel=6)
+            if not all_finite:
                 self._count(skipped=1)
                 return loss
         else:
             finite = grads_finite_tensor(local_grads)
-            self._pending_skips = ~finite + (0 if self._pending_skips is None else self._pending_skips)
+            self._skipped_steps.note_on_device(finite, self._named, stacklevel=6)
         self._resolve()
-        named = zip(self._index.names, all_params, strict=True)
-        slots = [ParamSlot(name, p, group) for name, (p, group) in named if p.grad is not None]
-        for _, p, _ in slots:
-            if not self.state[p]:
-                self.state[p] = init_state(self.rule, p, self._state_dtype)
+        pairs = zip(self._index.names, all_params, strict=True)
+        slots = [ParamSlot(name, p, group) for name, (p, group) in pairs if p.grad is not None]
+        named = self._named()
+        self._edited_states.fit_(self.state, named, self._index.forms(named), stacklevel=6)
         if not any(moves(group) for group in self.param_groups) and not any(g.any() for g in grads):
             return loss  # distributed checkpoints take such a step to create the state
         full = [slot for slot in slots if slot.param.numel() > 0]
@@ -244,16 +245,13 @@ class NFNOptimizer(torch.optim.Optimizer):
 
     def _count_pending_skips(self) -> None:
         """Count the skipped steps that are known to the device only; synchronises."""
-        if self._pending_skips is not None:
-            skipped, self._pending_skips = int(self._pending_skips.item()), None
+        if skipped := self._skipped_steps.collect():
             self._count(taken=-skipped, skipped=skipped)
 
     def _update(self, slots: list[ParamSlot], refresh: bool, finite: Tensor | None) -> None:
         """Call the rule for the parameters of one device; nothing changes where `finite` is False."""
         symmetry = self._index.restricted({name: p for name, p, _ in slots})
-        forms = forms_of(symmetry)
-        for name, p, _ in slots:
-            self.rule.fit_(self.state[p], real(p), forms.get(name))
+        slots = [slots[0]._replace(name=next(iter(symmetry.dims)))] if len(slots) == 1 else slots
         shards = Shards.of({name: p for name, p, _ in slots})
         params = {name: local(real(p)) for name, p, _ in slots}
         grads = {name: local(real(p.grad), p) for name, p, _ in slots if p.grad is not None}
@@ -291,10 +289,14 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._work += max(weights, MIN_WORK)
         return Execution((self._work > COMPILE_AFTER and can_compile()) if self._compile is None else self._compile)
 
-    def _state_of(self, p: Tensor) -> ParamState:
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter as the rule reads it: real, and the local part."""
-        state = real_views(self.state[p]) if p.is_complex() else self.state[p]
-        return {key: local(value) for key, value in state.items()}
+        state: ParamState = self.state[p]
+        return {key: local(real(state[key])) for key in state.of_rule}
+
+    def _named(self) -> dict[str, Tensor]:
+        """All parameters by name."""
+        return dict(zip(self.names, (p for group in self.param_groups for p in group["params"]), strict=True))
 
     def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The rule's tensors on a device and in a dtype; empty if they are already."""
@@ -310,25 +312,9 @@ class NFNOptimizer(torch.optim.Optimizer):
         return self._cast[device, dtype][1]
 
     def _resolve(self) -> None:
-        """Bring names, symmetry and state in line with the present parameters."""
-        if self._index.update(self.param_groups):
-            self._fit_state()
+        """Bring names and symmetry in line with the present parameters."""
+        self._index.update(self.param_groups)
         self._index.resolve(self.param_groups)
-
-    def _fit_state(self) -> None:
-        """Move the state of parameters that changed device; reset that of parameters that changed shape."""
-        changed = []
-        params = [p for group in self.param_groups for p in group["params"]]
-        for name, p in zip(self._index.names, params, strict=True):
-            if p not in self.state or fits(self.state[p], p):
-                continue
-            if self.state[p]["exp_avg"].shape == p.shape:
-                self.state[p] = read_state(self.rule, name, p, self.state[p], self._state_dtype)
-            else:
-                self.state[p] = init_state(self.rule, p, self._state_dtype)
-                changed.append(name)
-        if changed:
-            warnings.warn(f"{changed} changed their shape: their optimizer state was reset", stacklevel=8)
 
     # ------------------------------------------------------------------------------------- groups, saving and loading
 
@@ -337,16 +323,14 @@ class NFNOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: `params`, and the values that differ from the defaults. Parameters that a symmetry given by
-            hand
-                does not name get axes of their own.
+                hand does not name get axes of their own.
 
         Raises:
             ValueError: A hyperparameter is out of range, or the group has other betas than the rule.
         """
         super().add_param_group(self._index.labelled(param_group, self.param_groups))
         try:
-            check_numbers(self.param_groups[-1])
-            check_betas(self.param_groups[-1])
+            param_groups.check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -357,7 +341,16 @@ class NFNOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as of any optimizer of torch; synchronises with devices other than the CPU."""
         self._count_pending_skips()
-        return super().state_dict()
+
+        def complete(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            states = state_dict["state"]
+            states |= {key: entries_of(state) for key, state in states.items() if isinstance(state, ParamState)}
+
+        hook = self.register_state_dict_post_hook(complete, prepend=True)  # before those of the user
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state in this optimizer's dtypes, whatever those of the parameters or of the saved state.
@@ -385,7 +378,7 @@ class NFNOptimizer(torch.optim.Optimizer):
                     loaded[p] = read_state(self.rule, name, p, saved, self._state_dtype)
             groups = []
             for numbers, group in zip(matched.groups, self.param_groups, strict=True):
-                check_numbers(numbers)
+                param_groups.check_numbers(numbers)
                 groups.append({**numbers, "params": list(range(len(group["params"])))})
             return {**state_dict, "state": matched.rest, "param_groups": groups}
 
@@ -413,8 +406,9 @@ class NFNOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_cast", {})
         self.__dict__.setdefault("_tensors", {})
         self.__dict__.setdefault("_compiled_steps", CompiledSteps())
-        self.__dict__.setdefault("_pending_skips", None)
         self.__dict__.setdefault("_state_dtype", None)
+        self.__dict__.setdefault("_skipped_steps", SkippedSteps())
+        self.__dict__.setdefault("_edited_states", EditedStates(self.rule, self._state_dtype))
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # added here by the base class

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfn_optim.engine.form import Form
 from nfn_optim.optimizer.discovery import Discovery, names_of, symmetry_of_calls, unwrap
 from nfn_optim.optimizer.param_groups import moves
 from nfn_optim.optimizer.real_view import symmetry_of_views
+from nfn_optim.rule.members import forms_of
 from nfn_optim.symmetry import Symmetry
 from nfn_optim.symmetry.merging import complete
 
@@ -193,6 +195,8 @@ class ParameterIndex:
     def restricted(self, params: Mapping[str, Tensor]) -> Symmetry:
         """The symmetry of some of the parameters, complex ones as their real views.
 
+        That of a single parameter has canonical names, so that what is cached by symmetry serves all of one shape.
+
         Args:
             params: Name -> parameter.
         """
@@ -202,5 +206,11 @@ class ParameterIndex:
             if len(self._restrictions) >= MAX_RESTRICTIONS:
                 self._restrictions.clear()
             part = self.symmetry.restrict(name for name in self.names if name in key)
-            self._restrictions[key] = symmetry_of_views(part, params)
+            part = symmetry_of_views(part, params)
+            self._restrictions[key] = part.rename(dict.fromkeys(key, "0")).canonical() if len(key) == 1 else part
         return self._restrictions[key]
+
+    def forms(self, params: Mapping[str, Tensor]) -> Mapping[str, Form]:
+        """How those of the parameters are seen that hold several tensors, complex ones as their real views."""
+        forms = forms_of(self.restricted(params))
+        return forms if len(params) > 1 else dict(zip(params, forms.values(), strict=False))

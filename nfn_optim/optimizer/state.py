@@ -1,9 +1,16 @@
-"""The state of one parameter between steps: `optimizer.state[p]`, a tensor by name.
+"""The state of one parameter between steps: `optimizer.state[p]`.
 
     exp_avg  exp_avg_sq  exp_avg_slow    moments, as large as the parameter; complex where the parameter is
-    step  fallbacks                      counters, 0-d
+    step                                 counter, 0-d
+    ...                                  entries of others, such as Lookahead's: kept, saved and loaded
+
+These entries are the dict's own. Scripts that add or remove rows of a parameter loop over them and index or concatenate
+each but `step` alike, so the dict has no others. The entries of other shapes are hidden: `state[p]["gains"]` reads one,
+and `state_dict()` has them all, but loops over `state[p]` do not meet them.
+
+    fallbacks                            counter, 0-d
     log_step_size                        0-d, of a rule with step-size adaptation
-    row_coeffs  gains                    coefficients in effect, `(shape[0] or 1, terms + 5)`; gains of the tensor, its
+    row_coeffs  gains                    coefficients in effect, `(shape[0] or 1, terms + 7)`; gains of the tensor, its
                                          rows and its other dimensions, `(1 + (shape[0] or 1) + sum of other sizes,)`;
                                          see `nfn_optim.rule.coefficients`
     basis                                of the subspace of a matrix, `(*shape[1:], k)`
@@ -19,51 +26,85 @@ are those of `torch.optim.AdamW` where it has the same thing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import sys
+from collections.abc import Hashable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from nfn_optim.engine.form import Form
 from nfn_optim.engine.moments import MOMENTS
 from nfn_optim.optimizer.real_view import real
 from nfn_optim.rule import UpdateRule
 from nfn_optim.rule.members import WHOLE
 
-ParamState = dict[str, Tensor]
+HIDDEN = frozenset({"fallbacks", "log_step_size", "row_coeffs", "gains", "basis", "active_columns"})
+"""Entries that loops over a state do not meet."""
+CHECKPOINT = "torch.distributed.checkpoint.state_dict"
+"""Loads those entries of a flattened state whose names iterating over `state[p]` yields."""
 
 
-def init_state(rule: UpdateRule, param: Tensor, state_dtype: torch.dtype | None = None) -> ParamState:
+class ParamState(dict[str, Any]):
+    """The state of one parameter.
+
+    Args:
+        entries: Name -> value; of a `ParamState` all, hidden ones included.
+
+    Attributes:
+        hidden: The entries in `HIDDEN`.
+        of_rule: Names of the entries that the rule reads, hidden ones included; known once the state was found to fit.
+        form: What an edit of the state would change (`nfn_optim.optimizer.edited_state`); None: not known.
+    """
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        entries = entries_of(entries)
+        super().__init__({key: value for key, value in entries.items() if key not in HIDDEN})
+        self.hidden = {key: value for key, value in entries.items() if key in HIDDEN}
+        self.of_rule: tuple[str, ...] = ()
+        self.form: Hashable = None
+
+    def __missing__(self, key: str) -> Any:
+        return self.hidden[key]
+
+    def __iter__(self) -> Iterator[str]:
+        if sys._getframe(1).f_globals.get("__name__") == CHECKPOINT:
+            return iter(entries_of(self))
+        return super().__iter__()
+
+
+def entries_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """All entries of a state, hidden ones included."""
+    return {**dict(state.items()), **(state.hidden if isinstance(state, ParamState) else {})}
+
+
+def init_state(
+    rule: UpdateRule, param: Tensor, state_dtype: torch.dtype | None = None, form: Form | None = None
+) -> ParamState:
     """The state of a parameter before its first step.
 
     Args:
         rule: Of the optimizer.
         param: The parameter.
         state_dtype: Dtype of the moments of real parameters; None for that of everything else.
+        form: How the parameter, or its real view, is seen; None for whole, or if that is not known.
     """
-    view = real(param)
+    view, forms = real(param), {} if form is None else {"": form}
     if view is param:
-        return rule.init({"": param}, state_dtype=state_dtype)[""]
-    state = rule.init({"": view})[""]
-    return {key: torch.view_as_complex(value) if key in MOMENTS else value for key, value in state.items()}
-
-
-def real_views(state: ParamState) -> ParamState:
-    """The state of a complex parameter as the rule reads it, the same memory."""
-    return {key: real(value) for key, value in state.items()}
-
-
-def fits(state: ParamState, param: Tensor) -> bool:
-    """Whether a state has the shape and device of a parameter; one without moments fits all."""
-    moment = state.get("exp_avg")
-    return moment is None or (moment.shape == param.shape and moment.device == param.device)
+        return ParamState(rule.init({"": param}, forms=forms, state_dtype=state_dtype)[""])
+    state = rule.init({"": view}, forms=forms)[""]
+    return ParamState({key: torch.view_as_complex(value) if key in MOMENTS else value for key, value in state.items()})
 
 
 def read_state(
     rule: UpdateRule, name: str, param: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None = None
 ) -> ParamState:
     """Copy the saved state of a parameter in the dtypes used here; entries that were not saved are initialised.
+
+    Entries that the rule does not have are those of others, and copied as they are.
 
     Args:
         rule: Of the optimizer.
@@ -75,15 +116,13 @@ def read_state(
     Raises:
         ValueError: It belongs to another parameter, or to another rule.
     """
-    state = init_state(rule, param, state_dtype)
-    if unknown := [entry for entry in saved if entry not in state]:
-        raise ValueError(
-            f"expected the state {list(state)} for {name!r}, found also {unknown}; "
-            f"load it into an optimizer with the rule that it was saved with"
-        )
+    state = entries_of(init_state(rule, param, state_dtype))
     if is_divided := isinstance(rows := saved.get("row_coeffs"), Tensor) and rows.dim() == 1:
         state = {key: value for key, value in state.items() if key in WHOLE or key in saved}
     for entry, value in saved.items():
+        if entry not in state:
+            state[entry] = tree_map_only(Tensor, lambda x: x.to(param.device), copy.deepcopy(value))
+            continue
         if not isinstance(value, Tensor | Real):
             raise ValueError(f"expected {entry!r} of {name!r} as a tensor, found {type(value).__name__}")
         tensor, target = torch.as_tensor(value), state[entry]
@@ -96,4 +135,4 @@ def read_state(
                 f"{tuple(tensor.shape)} and {tensor.dtype}; the state was saved for another model"
             )
         target.copy_(tensor)
-    return state
+    return ParamState(state)

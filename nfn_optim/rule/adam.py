@@ -1,4 +1,4 @@
-"""Adam's direction, X = m^ / (sqrt(v^) + eps)."""
+"""Adam's direction X, with what is mixed into it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AdamDirection(Direction):
         del enabled
         return [coefficient]
 
-    def rms_bound(self, adam_rms: Tensor, is_matrix: Tensor) -> Tensor:
+    def rms_bound(self, rms: Tensor, is_matrix: Tensor) -> Tensor:
         """See `Direction`."""
         del is_matrix
-        return adam_rms
+        return rms

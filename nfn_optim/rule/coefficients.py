@@ -26,7 +26,12 @@ class FeatureCoefficients(NamedTuple):
     gradient: Tensor
     weight: Tensor
     momentum: Tensor
-    momentum_unit: Tensor
+    momentum_unit: Tensor  # the last three without learning rate and gains
+    slow_part: Tensor  # of X
+    gradient_part: Tensor  # of X
+
+
+UNSCALED = 3  # the last of them
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Coefficients:
     """The coefficients of one tensor `(*batch, *shape)`.
 
     Attributes:
-        row_coeffs: Of the direction's terms, and `FeatureCoefficients`, `(*batch, shape[0] or 1, terms + 5)`.
+        row_coeffs: Of the direction's terms, and `FeatureCoefficients`, `(*batch, shape[0] or 1, terms + 7)`.
         row_gain: `(*batch, shape[0] or 1)`.
         column_gains: For every dimension but the first `(*batch, shape[dim])`.
         tensor_gain: `(*batch,)`.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nfn_optim.engine.moments import BETA1, BETA2
 from nfn_optim.rule.adam import AdamDirection
 from nfn_optim.rule.direction import Direction
 from nfn_optim.rule.orthogonal import OrthogonalDirection
@@ -34,6 +35,11 @@ class RuleConfig:
         cooldown: Fraction of a known horizon, at its end, over which the learning rate falls; 0 to 1.
         cooldown_power: Power of that fall: 1 is linear, more than 1 falls sooner.
         inverse_time_power: Without a known horizon the learning rate falls as (1 + age / 100) to minus this power.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        mixes: Whether the slow direction and the newest gradient are mixed into the direction before its singular
+            values are made equal; otherwise they are added to it, which is worth less.
+        gradient_part: Initial part of the newest gradient in that mixture, 0 to 1; learned.
         refresh_every: Steps between two computations of the coefficients, which are cached in between.
         adapt_rate: Initial rate of step-size adaptation (`nfn_optim.rule.step_size`); learned. 0 leaves it out.
         adapt_decay: Initial decay of the step size; learned.
@@ -52,6 +58,10 @@ class RuleConfig:
     cooldown: float = 0.0
     cooldown_power: float = 1.0
     inverse_time_power: float = 0.0
+    beta1: float = BETA1
+    beta2: float = BETA2
+    mixes: bool = False
+    gradient_part: float = 0.0
     refresh_every: int = 1
     adapt_rate: float = 0.0
     adapt_decay: float = 0.0
@@ -74,5 +84,9 @@ class RuleConfig:
         if not (self.gain > 0 and abs(math.log(self.gain)) < MAX_LOG_GAIN):
             limits = f"exp(-{MAX_LOG_GAIN:g}) and exp({MAX_LOG_GAIN:g})"
             raise ValueError(f"expected a gain between {limits}, found {self.gain}")
+        if not (0 <= self.beta1 < 1 and 0 < self.beta2 < 1):
+            raise ValueError(f"expected 0 <= beta1 < 1 and 0 < beta2 < 1, found {self.beta1} and {self.beta2}")
+        if not (0 <= self.gradient_part <= 1 and (self.mixes or not self.gradient_part)):
+            raise ValueError(f"expected a gradient_part of 0 to 1, and above 0 only with mixes, found {self}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"expected a cooldown of 0 to 1, found {self.cooldown}")

@@ -1,7 +1,11 @@
 """Base directions of an update: Adam's (`adam`), the orthogonal one (`orthogonal`), and those to come.
 
-A direction is a linear combination of `terms` terms, the first of which is Adam's X = m^ / (sqrt(v^) + eps). Its class
-defines, each in one place,
+A direction is a linear combination of `terms` terms, the first of which is
+
+    X = ((1 - a) m^ + a g + b M^) / (sqrt(v^) + eps)
+
+Adam's direction with the newest gradient and the slow moment mixed in; the *mixture* a, b of every row is a coefficient
+of the rule. Its class defines, each in one place,
 
     state         `init_state`, `StepDirection.next_state`    what it remembers of a tensor, and how that changes
     reductions    `prepare`                                   the sums over the weights that it needs at a step
@@ -20,14 +24,33 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nfn_optim.engine.executor import Executor, LowRank
-from nfn_optim.engine.moments import State
+from nfn_optim.engine.executor import Executor, LowRank, Mixture
 from nfn_optim.engine.sharding import Shards
+from nfn_optim.rule.coefficients import FeatureCoefficients
 from nfn_optim.rule.pooled import Pooled
+from nfn_optim.rule.step import Step
+
+
+def mixed(coefficients: Tensor) -> Tensor:
+    """Coefficients of the features, from those of X and everything else.
+
+    Args:
+        coefficients: Of X, `FeatureCoefficients` and of weight decay, `(*batch, rows or 1, 9)`; without a learned part
+            of X and of weight decay only.
+
+    Returns:
+        `passes.RowCoefficients` packed, `(*batch, rows or 1, 7)`; without a learned part unchanged.
+    """
+    x, *others, decay = coefficients.unbind(-1)
+    if not others:
+        return coefficients
+    c = FeatureCoefficients(*others)
+    slow, gradient = c.slow + c.slow_part * x, c.gradient + c.gradient_part * x
+    return torch.stack([x - c.gradient_part * x, slow, gradient, c.weight, c.momentum, c.momentum_unit, decay], -1)
 
 
 class StepDirection:
-    """A direction at one step; this one is Adam's."""
+    """A direction at one step; this one is X."""
 
     def combine(self, index: int, coefficients: Tensor) -> tuple[Tensor, LowRank | None]:
         """Coefficients of a block for the update pass.
@@ -38,11 +61,11 @@ class StepDirection:
                 learning rate and row gains included.
 
         Returns:
-            The coefficients with one for X in the place of those of the terms, `(*batch, rows or 1, 1 + others)`; and
-            what of the direction is not proportional to X, as factors, if there is anything.
+            `passes.RowCoefficients` packed; and what of the direction is not proportional to X, as factors, if there is
+            anything.
         """
         del index
-        return coefficients, None
+        return mixed(coefficients), None
 
     def next_state(self, row_means: Mapping[int, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """State for the steps to come, computed at a refresh.
@@ -81,11 +104,11 @@ class Direction(nn.Module, ABC):
         """
 
     @abstractmethod
-    def rms_bound(self, adam_rms: Tensor, is_matrix: Tensor) -> Tensor:
+    def rms_bound(self, rms: Tensor, is_matrix: Tensor) -> Tensor:
         """A bound on the direction's root mean square in a row, over active columns.
 
         Args:
-            adam_rms: That of X, `(*batch, F)`.
+            rms: A bound on that of X, `(*batch, F)`.
             is_matrix: 1 for rows of matrices, else 0; `(F,)`.
 
         Returns:
@@ -95,23 +118,21 @@ class Direction(nn.Module, ABC):
     def prepare(
         self,
         executor: Executor,
-        names: Sequence[str],
-        state: State,
-        batch_dims: int,
+        step: Step,
         shards: Shards | None,
         pooled: Pooled | None,
+        mixture: Mixture,
     ) -> StepDirection:
         """The reductions over the weights that a step needs.
 
         Args:
             executor: Of the step.
-            names: Of all tensors, in the order of their indices.
-            state: By name.
-            batch_dims: How many leading dimensions are batch.
+            step: The step.
             shards: Which parts of the tensors are local; None if all are whole.
             pooled: Statistics of rows and tensors; None between two refreshes.
+            mixture: Of which X is made, by index of the block; without an entry it is Adam's.
         """
-        del executor, names, state, batch_dims, shards, pooled
+        del executor, step, shards, pooled, mixture
         return StepDirection()
 
     @torch.no_grad()

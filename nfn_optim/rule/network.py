@@ -57,6 +57,7 @@ class CoefficientNetwork(nn.Module):
             self.adapt_rate = nn.Parameter(torch.tensor(float(config.adapt_rate)))
             self.adapt_decay = nn.Parameter(torch.tensor(float(config.adapt_decay)))
         with torch.no_grad():
+            self.message_passing.tensor_bias[WeightFeatures._fields.index("gradient")] = config.gradient_part
             self.message_passing.tensor_bias[-1] = MAX_LOG_GAIN * math.atanh(math.log(config.gain) / MAX_LOG_GAIN)
 
     def output_parameters(self) -> list[nn.Parameter]:
@@ -84,7 +85,7 @@ class CoefficientNetwork(nn.Module):
         del rows  # as large as everything that follows
         log_unit = self.power.unsqueeze(-1) * (inputs.scale / SCALE_UNIT).log()
         unit = torch.exp(log_unit if log_step_size is None else log_unit + log_step_size)  # (*batch, T)
-        coefficients, trusted = _coefficients(direction, by_row, by_tensor, unit, inputs, pooled)
+        coefficients, trusted = _coefficients(direction, self.config.mixes, by_row, by_tensor, unit, inputs, pooled)
         entries = []
         for i, name in enumerate(step.names):
             entries.append({"fallbacks": step.state[name]["fallbacks"] + ~trusted[..., i]})
@@ -148,12 +149,19 @@ def _inputs(executor: Executor, pooled: Pooled, step: Step) -> tuple[Tensor, _In
 
 
 def _coefficients(
-    direction: Direction, by_row: Tensor, by_tensor: Tensor, unit: Tensor, inputs: _Inputs, pooled: Pooled
+    direction: Direction,
+    mixes: bool,
+    by_row: Tensor,
+    by_tensor: Tensor,
+    unit: Tensor,
+    inputs: _Inputs,
+    pooled: Pooled,
 ) -> tuple[list[Coefficients], Tensor]:
     """From the outputs of message passing to the coefficients of every tensor.
 
     Args:
         direction: Base direction of the rule.
+        mixes: See `RuleConfig`.
         by_row: Outputs for the rows, `(*batch, N, FEATURES + 1)`.
         by_tensor: Outputs for the tensors, `(*batch, T, FEATURES + 1)`.
         unit: Of each tensor's updates, `(*batch, T)`.
@@ -173,7 +181,7 @@ def _coefficients(
     units = inputs.units.index_select(-2, of_leading)
 
     is_matrix = index["matrix"].index_select(-1, of_leading)
-    bound = leading_gain * _rms_bound(direction, is_matrix, pooled.leading, units, row_coeffs)  # (*batch, F)
+    bound = leading_gain * _rms_bound(direction, mixes, is_matrix, pooled.leading, units, row_coeffs)  # (*batch, F)
     others = tensor_gain * max_column_gain(torch.where(pooled.active_rows > 0, row_gains, 1.0), incidence)
     beyond = ~(bound * others.index_select(-1, of_leading) <= FALLBACK_RMS) * pooled.active_leading  # 1 for NaN
     trusted = torch.zeros_like(unit).index_add(-1, of_leading, beyond.detach()) == 0  # (*batch, T)
@@ -184,7 +192,7 @@ def _coefficients(
     leading_gain = torch.where(trusted_rows, leading_gain, 1.0)
     coeffs = WeightFeatures(*torch.where(trusted_rows.unsqueeze(-1), row_coeffs, 0.0).unbind(-1))
     trusted_units = WeightFeatures(*torch.where(trusted_rows.unsqueeze(-1), units, 0.0).unbind(-1))
-    packed = _pack(direction, coeffs, trusted_units, trusted_rows * is_matrix)
+    packed = _pack(direction, mixes, coeffs, trusted_units, trusted_rows * is_matrix)
     by_tensor_rows = (torch.split(packed, incidence.lengths, -2), torch.split(leading_gain, incidence.lengths, -1))
     coefficients = []
     for i, (segments, coeffs_i, gain_i) in enumerate(zip(incidence.segments, *by_tensor_rows, strict=True)):
@@ -193,11 +201,14 @@ def _coefficients(
     return coefficients, trusted
 
 
-def _rms_bound(direction: Direction, is_matrix: Tensor, means: Tensor, units: Tensor, row_coeffs: Tensor) -> Tensor:
+def _rms_bound(
+    direction: Direction, mixes: bool, is_matrix: Tensor, means: Tensor, units: Tensor, row_coeffs: Tensor
+) -> Tensor:
     """A bound on the root mean square of direction + learned in every row, by Minkowski's inequality.
 
     Args:
         direction: Base direction of the rule.
+        mixes: See `RuleConfig`.
         is_matrix: 1 for rows of matrices, else 0; `(F,)`.
         means: `Statistics` over the rows packed, `(*batch, F, STATISTICS)`.
         units: `WeightFeatures` packed, `(*batch, F, FEATURES)`.
@@ -207,19 +218,30 @@ def _rms_bound(direction: Direction, is_matrix: Tensor, means: Tensor, units: Te
         `(*batch, F)`, NaN where a statistic or a coefficient is.
     """
     rms = means[..., :FEATURES].sqrt() * units
-    bound = direction.rms_bound(rms[..., 0], is_matrix)
-    return (bound * (1 + row_coeffs[..., 0])).abs() + (rms * row_coeffs)[..., 1:].abs().sum(-1)
+    c = WeightFeatures(*(rms * row_coeffs).abs().unbind(-1))
+    learned, x = c.weight + c.momentum, rms[..., 0]
+    if mixes:
+        x = x * (1 - row_coeffs[..., 2]).abs() + c.slow + c.gradient
+    else:
+        learned = learned + c.slow + c.gradient
+    return (direction.rms_bound(x, is_matrix) * (1 + row_coeffs[..., 0])).abs() + learned
 
 
-def _pack(direction: Direction, coeffs: WeightFeatures, units: WeightFeatures, enabled: Tensor) -> Tensor:
-    """Coefficients of the direction's terms and `FeatureCoefficients`, `(*batch, F, terms + 5)`; units applied."""
+def _pack(direction: Direction, mixes: bool, coeffs: WeightFeatures, units: WeightFeatures, enabled: Tensor) -> Tensor:
+    """Coefficients of the direction's terms and `FeatureCoefficients`, `(*batch, F, terms + 7)`; units applied."""
+    zero = torch.zeros_like(coeffs.slow)
+    added, parts = (coeffs.slow, coeffs.gradient), (zero, zero)
+    if mixes:
+        added, parts = parts, added
     terms = direction.terms_of(1 + coeffs.adam, enabled)
     others = FeatureCoefficients(
-        slow=coeffs.slow,
-        gradient=coeffs.gradient,
+        slow=added[0],
+        gradient=added[1],
         weight=coeffs.weight * units.weight,
         momentum=coeffs.momentum,
         momentum_unit=units.momentum,
+        slow_part=parts[0],
+        gradient_part=parts[1],
     )
     return torch.stack([*terms, *others], -1)
 

@@ -1,6 +1,7 @@
-"""The orthogonal direction of a matrix: Adam's, with equal singular values inside of a subspace.
+"""The orthogonal direction of a matrix: X, with equal singular values inside of a subspace.
 
-With X Adam's direction, `(rows, rest)`, U the basis of its subspace and Z = X U (`nfn_optim.rule.subspace`),
+With X the mixed direction (`nfn_optim.rule.direction`), `(rows, rest)`, U the basis of its subspace and Z = X U
+(`nfn_optim.rule.subspace`),
 
     P = Z (Z^T Z)^(-1/2)
     D = sqrt(max(rows, rest)) (P U^T + (X - Z U^T) / tau)
@@ -11,7 +12,7 @@ that of a row at most MAX_ROW_RMS: a longer row is shortened. Rows and columns w
 (`nfn_optim.rule.pooled`).
 Computed from Z, O(neurons k) numbers, D costs 4 k operations per weight, and 2 k more where the basis moves, instead of
 thousands. D commutes with permuting rows and columns. It is not differentiated with respect to U, on which it does not
-depend where X has no more than k singular values. Vectors follow Adam's direction.
+depend where X has no more than k singular values. Vectors follow X.
 
 References:
     Muon (Jordan et al., 2024): the polynomial for the inverse square root, and the motivation
@@ -28,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfn_optim.engine.executor import Executor, LowRank
-from nfn_optim.engine.moments import State
+from nfn_optim.engine.executor import Executor, LowRank, Mixture
 from nfn_optim.engine.sharding import Shards
-from nfn_optim.rule.direction import Direction, StepDirection
+from nfn_optim.rule.direction import Direction, StepDirection, mixed
 from nfn_optim.rule.pooled import Pooled, soft_count
+from nfn_optim.rule.step import Step
 from nfn_optim.rule.subspace import STATE_KEY, Projection, Subspaces, basis_shape
 
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # of an odd map that takes singular values of 0.003 to 1 into 0.7 to 1.2
@@ -60,7 +61,7 @@ class OrthogonalFactors:
 
 
 class OrthogonalDirection(Direction):
-    """A mixture of Adam's and the orthogonal direction, (1 - w) X + w D for matrices; w is learned and starts at 1.
+    """A mean of X and the orthogonal direction, (1 - w) X + w D for matrices; w is learned and starts at 1.
 
     Args:
         rank: k, the largest dimension of a subspace.
@@ -89,29 +90,29 @@ class OrthogonalDirection(Direction):
         weight = enabled * self.orthogonal_weight.unsqueeze(-1)
         return [coefficient * (1 - weight), coefficient * weight]
 
-    def rms_bound(self, adam_rms: Tensor, is_matrix: Tensor) -> Tensor:
+    def rms_bound(self, rms: Tensor, is_matrix: Tensor) -> Tensor:
         """See `Direction`."""
         weight = is_matrix * self.orthogonal_weight.unsqueeze(-1)
-        return adam_rms * (1 - weight).abs() + SIZE * MAX_ROW_RMS * weight.abs()
+        return rms * (1 - weight).abs() + SIZE * MAX_ROW_RMS * weight.abs()
 
     def prepare(
         self,
         executor: Executor,
-        names: Sequence[str],
-        state: State,
-        batch_dims: int,
+        step: Step,
         shards: Shards | None,
         pooled: Pooled | None,
+        mixture: Mixture,
     ) -> StepDirection:
         """Project every matrix; see `Direction`."""
+        names, state = step.names, step.state
         subspaces = Subspaces(names, executor, shards)
         if pooled is not None:
             columns = pooled.columns()
         else:
             columns = torch.stack([state[name].get(COLUMNS, state[name]["step"]) for name in names], -1)
-        projections = subspaces.project(state, columns)
-        factors = orthogonal_factors(list(projections.values()), batch_dims)
-        return OrthogonalStep(columns, subspaces, projections, dict(zip(projections, factors, strict=True)))
+        projections = subspaces.project(state, columns, mixture)
+        factors = orthogonal_factors(list(projections.values()), step.batch_dims)
+        return OrthogonalStep(columns, mixture, subspaces, projections, dict(zip(projections, factors, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -120,29 +121,31 @@ class OrthogonalStep(StepDirection):
 
     Attributes:
         columns: Soft counts of the columns of all tensors, `(*batch, T)`.
+        mixture: Of which X is made, by index of the block.
         subspaces: Of the network.
         projections: By index of the block.
         factors: Likewise.
     """
 
     columns: Tensor
+    mixture: Mixture
     subspaces: Subspaces
     projections: Mapping[int, Projection]
     factors: Mapping[int, OrthogonalFactors]
 
     def combine(self, index: int, coefficients: Tensor) -> tuple[Tensor, LowRank | None]:
         """See `StepDirection`."""
-        adam, orthogonal, others = coefficients[..., :1], coefficients[..., 1:2], coefficients[..., 2:]
+        x, orthogonal, others = coefficients[..., :1], coefficients[..., 1:2], coefficients[..., 2:]
         if index not in self.factors:  # vectors
-            return torch.cat([adam, others], -1), None
+            return mixed(torch.cat([x, others], -1)), None
         factors, projection = self.factors[index], self.projections[index]
         left, tail_gain = projection.local_projected @ factors.correction, factors.tail_gain[..., None]
         tail = projection.local_row_energy * tail_gain + 2 * (projection.local_projected * left).sum(-1)
         squares = (left.square().sum(-1) + tail_gain * tail) / projection.columns.clamp(min=1)[..., None]
         orthogonal = orthogonal * (squares / (SIZE * MAX_ROW_RMS) ** 2).clamp(min=1).rsqrt().unsqueeze(-1)
         left = orthogonal * left
-        adam = adam + orthogonal * tail_gain.unsqueeze(-1)
-        return torch.cat([adam, others], -1), (left, projection.local_basis.mT)
+        x = x + orthogonal * tail_gain.unsqueeze(-1)
+        return mixed(torch.cat([x, others], -1)), (left, projection.local_basis.mT)
 
     def next_state(self, row_means: Mapping[int, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `StepDirection`."""
@@ -150,7 +153,7 @@ class OrthogonalStep(StepDirection):
             for i in self.subspaces.executor.blocks[index].layout.indices:
                 yield i, {COLUMNS: self.columns[..., i]}
         roots = {index: factors.root for index, factors in self.factors.items()}
-        for index, basis in self.subspaces.next_bases(self.projections, roots, row_means):
+        for index, basis in self.subspaces.next_bases(self.projections, roots, row_means, self.mixture):
             yield index, {STATE_KEY: basis}
 
 

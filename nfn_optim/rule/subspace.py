@@ -1,6 +1,7 @@
 """Subspace iteration: for every matrix a subspace of its columns that follows the largest singular values.
 
-With X Adam's direction of a matrix, `(rows, rest)`, and U the *basis*, `(rest, k)`, orthonormal,
+With X the mixed direction of a matrix (`nfn_optim.rule.direction`), `(rows, rest)`, and U the *basis*, `(rest, k)`,
+orthonormal,
 
     Z = X U                                   the projection
     U <- orthonormal basis of X^T P           with P any matrix that has the left singular vectors of Z, `(rows, k)`
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nfn_optim.engine.blocks import Block, Matrix, Stack, Vectors
-from nfn_optim.engine.executor import Executor
+from nfn_optim.engine.executor import Executor, Mixture
 from nfn_optim.engine.moments import SQRT_EPS, State
 from nfn_optim.engine.sharding import Shard, Shards
 from nfn_optim.engine.weight_features import Statistics
@@ -78,12 +79,13 @@ class Subspaces:
     executor: Executor
     shards: Shards | None
 
-    def project(self, state: State, columns: Tensor) -> dict[int, Projection]:
+    def project(self, state: State, columns: Tensor, mixture: Mixture) -> dict[int, Projection]:
         """Project every matrix.
 
         Args:
             state: By name; `STATE_KEY` holds the basis, where there is one.
             columns: Soft counts of the columns of all tensors, `(*batch, T)`.
+            mixture: Of which X is made, by index of the block.
 
         Returns:
             By index of the block, of those that are matrices.
@@ -100,7 +102,7 @@ class Subspaces:
             basis = layout.gather_rows(known) if known else _identity(shape[1:], block.arrays[3])
             local = basis if self.shards is None else self._local(name, basis)
             local_basis = layout.fold_basis(local.expand(*layout.batch, *local.shape[-len(shape) :]))
-            projected, energy = self.executor.project(index, local_basis)
+            projected, energy = self.executor.project(index, local_basis, mixture.get(index))
             count = layout.expand_to_rows(columns.unsqueeze(-1))[..., 0, 0]  # (*batch,)
             dimension = basis.flatten(-len(shape), -2).square().sum((-2, -1)).expand(count.shape)
             matrix = (shape[0], shape[1:].numel())
@@ -109,7 +111,11 @@ class Subspaces:
         return projections if self.shards is None else self._reduced(projections, self.shards)
 
     def next_bases(
-        self, projections: Mapping[int, Projection], roots: Mapping[int, Tensor], row_means: Mapping[int, Tensor]
+        self,
+        projections: Mapping[int, Projection],
+        roots: Mapping[int, Tensor],
+        row_means: Mapping[int, Tensor],
+        mixture: Mixture,
     ) -> Iterator[tuple[int, Tensor]]:
         """The bases of the step after this one: index of the tensor, and its basis.
 
@@ -118,6 +124,7 @@ class Subspaces:
             roots: Index of a block -> R `(*batch, k, k)`, with P = Z R up to a factor.
             row_means: Index of the tensor -> `Statistics` over each row of the whole matrix, packed,
                 `(*batch, shape[0], STATISTICS)`.
+            mixture: As of `project`.
         """
         partial = {index: projection for index, projection in projections.items() if projection.is_partial}
         images = {}
@@ -129,7 +136,7 @@ class Subspaces:
             inside = projection.projected.square().sum(-1)
             outside = (1 - inside / (projection.row_energy + SQRT_EPS)).clamp(min=0)
             polar = fill_missing(projection.projected @ roots[index], columns, means.momentum * outside)
-            image = self.executor.project_back(index, self._local_rows(index, polar))
+            image = self.executor.project_back(index, self._local_rows(index, polar), mixture.get(index))
             images[self._name(index)] = layout.unfold_basis(image)
         if self.shards is not None:
             padded = {name: [self._pad_columns(name, image)] for name, image in images.items()}

@@ -35,18 +35,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nfn_optim.engine.blocks import Sums, blocks_of
-from nfn_optim.engine.executor import Execution, Executor, InPlaceExecutor, LowRank, PureExecutor
+from nfn_optim.engine.blocks import blocks_of
+from nfn_optim.engine.executor import Execution, Executor, InPlaceExecutor, LowRank, Mixture, PureExecutor
 from nfn_optim.engine.form import Form
-from nfn_optim.engine.moments import MOMENTS, State, bias_corrections, init_moments
+from nfn_optim.engine.moments import MOMENTS, State, init_moments, moment_constants
 from nfn_optim.engine.passes import where_finite
 from nfn_optim.engine.sharding import Shards
-from nfn_optim.layers import Incidence
-from nfn_optim.rule.coefficients import Coefficients
+from nfn_optim.rule.coefficients import UNSCALED, Coefficients
 from nfn_optim.rule.config import DIRECTIONS, RuleConfig
 from nfn_optim.rule.direction import StepDirection
 from nfn_optim.rule.hyperparameters import Hyper, by_tensor, horizon_of, is_zero
-from nfn_optim.rule.members import WHOLE, Members, members_of, pack
+from nfn_optim.rule.members import Members, members_of, pack
 from nfn_optim.rule.network import CoefficientNetwork
 from nfn_optim.rule.pooled import Pooled
 from nfn_optim.rule.schedule import cooldown_factor, inverse_time_factor
@@ -143,27 +142,6 @@ class UpdateRule(nn.Module):
             entries = self._init_entries(like, like.new_zeros(()), form)
             self._entry_shapes[shape, form] = {key: value.shape for key, value in entries.items()}
         return self._entry_shapes[shape, form]
-
-    def fit_(self, state: dict[str, Tensor], p: Tensor, form: Form | None) -> None:
-        """Reset, in place, what the learned part remembers of a tensor that is seen in another form than before.
-
-        Moments, the counter of steps and the mean step size are kept.
-
-        Args:
-            state: Of the tensor.
-            p: The tensor, without a batch.
-            form: How it is seen.
-        """
-        shapes = self.entry_shapes(tuple(p.shape), form)
-        if not self.learned or state["gains"].shape == shapes["gains"]:
-            return
-        counter = torch.zeros_like(state["step"])
-        fresh = self._init_entries(counter.to(p.dtype).expand(p.shape), counter, form)
-        if "log_step_size" in state:
-            fresh["log_step_size"] += state["log_step_size"].mean()
-        for key in [key for key in state if key not in WHOLE]:
-            del state[key]
-        state |= fresh
 
     def refreshes(self, steps_taken: int) -> bool:
         """Whether coefficients are computed at the step after so many: at the first ones, then at regular intervals."""
@@ -287,8 +265,8 @@ class UpdateRule(nn.Module):
         """The members of all tensors; without a learned part all tensors are whole."""
         return members_of(symmetry) if self.learned else Members.whole(symmetry)
 
-    @staticmethod
     def _begin(
+        self,
         params: Mapping[str, Tensor],
         grads: Mapping[str, Tensor],
         state: State,
@@ -302,7 +280,8 @@ class UpdateRule(nn.Module):
         names = incidence.names
         steps = torch.stack([state[name]["step"] for name in names], -1) + 1  # (*batch, T)
         tensors = [[params[n], grads[n], *(state[n][key] for key in MOMENTS if key in state[n])] for n in names]
-        blocks = blocks_of(tensors, bias_corrections(steps), batch_dims, stack_below)
+        constants = moment_constants(steps, self.config.beta1, self.config.beta2)
+        blocks = blocks_of(tensors, constants, batch_dims, stack_below)
         return Step(incidence, state, steps, blocks, hyper, batch_dims)
 
     def _coefficients(
@@ -315,13 +294,19 @@ class UpdateRule(nn.Module):
             ones = (step.steps.new_ones((*step.steps.shape[:-1], length, 1)) for length in incidence.lengths)
             packed = self._with_hyperparameters(torch.cat([*ones], -2), None, step)
             return self._by_block(packed, None, StepDirection(), step, shards), new_state
-        pooled = _pool(executor, incidence, shards) if refresh else None
-        direction = self.direction.prepare(executor, names, step.state, step.batch_dims, shards, pooled)
-        if pooled is not None:
-            coefficients = self._refresh(executor, direction, pooled, step, new_state)
+        pooled, coefficients = None, []
+        if refresh:
+            pooled = Pooled.of(executor, incidence, shards)
+            coefficients, entries = self.network(executor, self.direction, pooled, step)
+            new_state = {n: new_state[n] | of_tensor for n, of_tensor in zip(names, entries, strict=True)}
         else:
             lengths = ([s.length for s in segments] or [1] for segments in incidence.segments)
             coefficients = [Coefficients.from_state(step.state[n], x) for n, x in zip(names, lengths, strict=True)]
+        mixture = self._mixture(coefficients, step, shards)
+        direction = self.direction.prepare(executor, step, shards, pooled, mixture)
+        if pooled is not None:
+            for i, changed in direction.next_state(pooled.leading_by_tensor()):
+                new_state[names[i]] |= changed
         tensor_gain = torch.stack([x.tensor_gain for x in coefficients], -1)  # (*batch, T)
         row_gain = torch.cat([x.row_gain for x in coefficients], -1)  # (*batch, F)
         gain = row_gain * tensor_gain.index_select(-1, incidence.at(row_gain)["tensor_of_leading"])
@@ -336,7 +321,7 @@ class UpdateRule(nn.Module):
         step: Step,
         shards: Shards | None,
     ) -> Iterator[BlockCoefficients]:
-        """Cut the coefficients of all leading rows `(*batch, F, terms + 6)` into those of every block."""
+        """Cut the coefficients of all leading rows `(*batch, F, terms + 8)` into those of every block."""
         by_tensor = list(torch.split(packed, step.incidence.lengths, -2))
         if shards is not None:
             by_tensor = [x[shards.local_slice(name, 0)] for x, name in zip(by_tensor, step.names, strict=True)]
@@ -350,29 +335,26 @@ class UpdateRule(nn.Module):
                 gain = layout.gain([coefficients[i].column_gains for i in layout.indices])
             yield row_coeffs, gain, low_rank
 
-    def _refresh(
-        self, executor: Executor, direction: StepDirection, pooled: Pooled, step: Step, new_state: State
-    ) -> list[Coefficients]:
-        """Compute the coefficients of every tensor; adds to the new state what else a refresh changes. O(neurons)."""
-        names = step.names
-        for i, entries in direction.next_state(pooled.leading_by_tensor()):
-            new_state[names[i]] |= entries
-        coefficients: list[Coefficients]
-        coefficients, entries = self.network(executor, self.direction, pooled, step)
-        for name, of_tensor in zip(names, entries, strict=True):
-            new_state[name] |= of_tensor
-        return coefficients
+    def _mixture(self, coefficients: Sequence[Coefficients], step: Step, shards: Shards | None) -> Mixture:
+        """Of which X is made, by index of the block; empty if it is Adam's everywhere."""
+        if not self.config.mixes:
+            return {}
+        parts = [x.row_coeffs[..., -2:] for x in coefficients]
+        if shards is not None:
+            parts = [x[shards.local_slice(name, 0)] for name, x in zip(step.names, parts, strict=True)]
+        layouts = [block.layout for block in step.blocks]
+        return {k: layout.gather_rows([parts[i] for i in layout.indices]) for k, layout in enumerate(layouts)}
 
     def _with_hyperparameters(self, row_coeffs: Tensor, gain: Tensor | None, step: Step) -> Tensor:
         """Multiply by gains and learning rate, and append the coefficient of weight decay.
 
         Args:
-            row_coeffs: Of all leading rows, `(*batch, F, terms + 5)`; without a learned part ones, `(*batch, F, 1)`.
+            row_coeffs: Of all leading rows, `(*batch, F, terms + 7)`; without a learned part ones, `(*batch, F, 1)`.
             gain: Of rows and tensors, `(*batch, F)`; None for 1.
             step: The step.
 
         Returns:
-            `(*batch, F, terms + 6)`; without a learned part `(*batch, F, 2)`.
+            `(*batch, F, terms + 8)`; without a learned part `(*batch, F, 2)`.
         """
         rate, decay = (by_tensor(x, step.names, step.steps) for x in (step.hyper.lr, step.hyper.weight_decay))
         if (factor := self.lr_factor(step.steps, step.hyper.total_steps)) is not None:
@@ -381,8 +363,8 @@ class UpdateRule(nn.Module):
             of_leading = step.incidence.at(row_coeffs)["tensor_of_leading"]
             zeros = row_coeffs.new_zeros(len(step.names))
             rate, decay = ((x + zeros).index_select(-1, of_leading).unsqueeze(-1) for x in (rate, decay))
-        scaled = row_coeffs if gain is None else row_coeffs[..., :-1] * gain.unsqueeze(-1)
-        unscaled = row_coeffs[..., :0] if gain is None else row_coeffs[..., -1:]  # the momentum's unit
+        scaled = row_coeffs if gain is None else row_coeffs[..., :-UNSCALED] * gain.unsqueeze(-1)
+        unscaled = row_coeffs[..., :0] if gain is None else row_coeffs[..., -UNSCALED:]
         return torch.cat([scaled * -rate, unscaled, 0 * row_coeffs[..., :1] - rate * decay], -1)
 
 
@@ -400,12 +382,3 @@ class _InPlace(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         self.rule.step_(*args, **kwargs)
-
-
-def _pool(executor: Executor, incidence: Incidence, shards: Shards | None) -> Pooled:
-    """The first pass: statistics of all tensors, whole ones where they are sharded."""
-    by_index: dict[int, Sums] = {}
-    for index, block in enumerate(executor.blocks):
-        by_index |= block.layout.sums(*executor.sums(index))
-    sums = [by_index[i] for i in range(len(incidence.names))]
-    return Pooled.of(sums if shards is None else shards.reduce_sums(incidence.names, sums), incidence)
