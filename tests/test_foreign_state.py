@@ -129,6 +129,27 @@ def test_entries_before_the_first_step() -> None:
     assert twin.state_dict()["state"][0].keys() == optimizer.state_dict()["state"][0].keys()
 
 
+def test_a_state_of_another_optimizer_is_refused() -> None:
+    model = net()
+    theirs = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, theirs)
+    optimizer = NFNOptimizer(model.parameters(), rule="adamw")
+    with pytest.raises(ValueError, match=r"AdamW, found only \['momentum_buffer'\]"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert not optimizer.state
+
+
+def test_a_parameter_that_never_had_a_gradient_may_have_nothing_else() -> None:
+    model = net()
+    optimizer = NFNOptimizer(model, rule="adamw")
+    model[0].requires_grad_(False)
+    train(model, optimizer)
+    mark(model, optimizer)
+    optimizer.load_state_dict(through_file(optimizer.state_dict()))
+    assert torch.equal(optimizer.state[model[0].weight]["old_p"], model[0].weight)
+    train(model, optimizer)
+
+
 class SharpnessAware:
     """Sharpness-aware minimisation around another optimizer, with its entries in that one's state."""
 

@@ -42,7 +42,8 @@ def train(rule: UpdateRule, params: dict[str, Tensor], steps: int = 4, **kwargs:
 def test_what_has_learned_nothing_is_adamw(rule: UpdateRule) -> None:
     params = draw(0)
     leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=0.01, weight_decay=0.1)
+    betas = rule.config.beta1, rule.config.beta2
+    optimizer = torch.optim.AdamW(leaves.values(), lr=0.01, betas=betas, weight_decay=0.1)
     for step in range(6):
         for (_, p), g in zip(leaves.items(), draw(step + 10).values(), strict=True):
             p.grad = p.detach() - g

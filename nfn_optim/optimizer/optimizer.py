@@ -33,7 +33,7 @@ from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, ParamSlot, TorchAr
 from nfn_optim.optimizer.parameter_index import ParameterIndex
 from nfn_optim.optimizer.real_view import real
 from nfn_optim.optimizer.skipped_steps import SkippedSteps
-from nfn_optim.optimizer.state import ParamState, entries_of, read_state
+from nfn_optim.optimizer.state import ParamState, check_states, entries_of, read_state
 from nfn_optim.optimizer.state_dict import match_state
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
@@ -371,6 +371,7 @@ class NFNOptimizer(torch.optim.Optimizer):
 
         def read(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             matched = match_state(state_dict, self.param_groups)
+            check_states(matched.states)
             messages.extend([matched.warning] if matched.warning else [])
             params = [p for group in self.param_groups for p in group["params"]]
             for name, p, saved in zip(self.names, params, matched.states, strict=True):

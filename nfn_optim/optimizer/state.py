@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -97,6 +97,19 @@ def init_state(
         return ParamState(rule.init({"": param}, forms=forms, state_dtype=state_dtype)[""])
     state = rule.init({"": view}, forms=forms)[""]
     return ParamState({key: torch.view_as_complex(value) if key in MOMENTS else value for key, value in state.items()})
+
+
+def check_states(states: Iterable[Mapping[str, Any] | None]) -> None:
+    """Raise if the saved states of all parameters have nothing but entries of others.
+
+    Raises:
+        ValueError: They have, so that they belong to another optimizer.
+    """
+    entries = list(dict.fromkeys(key for state in states for key in state or {}))
+    if entries and not HIDDEN.union(MOMENTS, ["step"]) & set(entries):
+        raise ValueError(
+            f"expected the state of an NFNOptimizer or of AdamW, found only {entries}; it belongs to another optimizer"
+        )
 
 
 def read_state(
