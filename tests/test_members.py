@@ -7,12 +7,14 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from compiler import compiler
 from rules import random_rule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import BY_NAME
 
 from nfn_optim import NFNOptimizer, Symmetry, UpdateRule, pretrained, symmetry_of
+from nfn_optim.engine.executor import Execution
 from nfn_optim.engine.form import Form
 from nfn_optim.engine.sharding import Shard
 from nfn_optim.rule.members import forms_of, members_of
@@ -71,9 +73,14 @@ def train(model: nn.Module, optimizer: NFNOptimizer, steps: int = STEPS, unused:
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("unused", [None, 1])
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "unused", "compiled"),
+    [
+        *((name, unused, False) for name in RULES for unused in (None, 1)),
+        pytest.param("shipped", 1, True, marks=[compiler, pytest.mark.slow]),
+    ],
+)
 def test_experts_in_one_tensor_train_like_experts_in_tensors_of_their_own(
     name: str, unused: int | None, compiled: bool
 ) -> None:
@@ -159,6 +166,26 @@ def test_fused_projections_train_like_three(name: str) -> None:
         torch.testing.assert_close(fused, separate, rtol=1e-5, atol=1e-7)
     moved = [(p - q).norm() / q.norm() for p, q in zip(found["columns"], found["separate"], strict=True)]
     assert max(moved) < 0.2  # (in, out): rows and columns have changed roles
+
+
+@pytest.mark.slow
+@compiler
+@pytest.mark.timeout(900)
+def test_columns_of_a_tensor_in_compiled_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are not contiguous."""
+    found = []
+    monkeypatch.setattr("nfn_optim.optimizer.optimizer.is_small", lambda _: False)
+    for execution in (Execution(), Execution(compiled=True, compile_from=0, tile=40)):
+        model = Attention("columns").double()
+        optimizer = NFNOptimizer(model)
+        monkeypatch.setattr(optimizer, "_execution", lambda _, execution=execution: execution)
+        for step in range(5):
+            x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            optimizer.zero_grad()
+            torch.autograd.backward((model(x) - x[..., :4].sin()).square().mean())
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["fused_qkv", "encoder_layer", "experts"])

@@ -37,6 +37,7 @@ from nfn_optim.optimizer.state import ParamState, check_states, entries_of, read
 from nfn_optim.optimizer.state_dict import match_state
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.members import members_of
 from nfn_optim.rule.update_rule import step_with_theta_
 from nfn_optim.symmetry import Symmetry
 
@@ -272,7 +273,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         execution = execution if finite is None else replace(execution, grads_finite=finite.to(device))
         with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
             theta, tensors = self._theta(device, dtype), (params, grads, state)
-            whole = execution.compiled and shards is None and is_small(params)
+            whole = execution.compiled and shards is None and is_small(members_of(symmetry).split(params))
             graph = theta or self._tensors, tensors, symmetry, hypers | {"grads_finite": execution.grads_finite}
             if not (whole and self._compiled_steps.step_(self.rule, *graph)):
                 hypers |= {"execution": execution, "shards": shards}
