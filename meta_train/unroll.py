@@ -26,6 +26,7 @@ from meta_train.recompute import recomputed
 from meta_train.tasks import Params, Task, Tensors
 from nfn_optim.engine.moments import State
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.members import forms_of
 
 LR = 1e-3  # the learning rate at which rules are meta-trained, the optimizer's default
 
@@ -150,7 +151,7 @@ def _initial_carry(
     params = _repeat_members(params, copies)
     return Carry(
         params=params,
-        state=rule.init(params, batch_dims=1),
+        state=rule.init(params, batch_dims=1, forms=forms_of(task.symmetry)),
         member=_repeat_members(member, copies),
         total_steps=total_steps.to(first_loss.device).repeat(copies),
         first_loss=first_loss.repeat(copies),

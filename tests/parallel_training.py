@@ -106,6 +106,30 @@ def fully_sharded(hidden: int, **config: Any) -> Outcome:
     return {**found, "sent": counter.sent}
 
 
+class Gate(nn.Module):
+    """A hidden layer whose values and gates are projected by one tensor."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 2 * hidden), nn.Linear(hidden, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        value, gate = self.up(images).chunk(2, -1)
+        classes: Tensor = self.down(value * gate.sigmoid())
+        return classes
+
+
+def fused() -> Outcome:
+    """FSDP2 of a network with a tensor that holds two matrices, the rows of each on both ranks or on one."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Gate(6)
+    fully_shard(model)
+    optimizer = NFNOptimizer(model.parameters())
+    return outcome(model, optimizer, train(model, optimizer))
+
+
 def mixed_precision() -> Outcome:
     """FSDP2 that computes in bfloat16: parameters and state are float32, inputs of the modules are not."""
     from torch.distributed.fsdp import MixedPrecisionPolicy

@@ -133,13 +133,13 @@ class InPlaceExecutor:
         if index in self._cache:
             return passes.sums_of(_learned(self._cache[index][1]))
         p, g, moments, constants = self.blocks[index].arrays
-        by_row, by_column = [], []
+        by_row, by_column, compiles = [], [], self._compiles(p)
         for rows in self._tiles(p):
-            tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments))
+            tile_p, tile_g, *tile_moments = (_dense(x[rows]) if compiles else x[rows] for x in (p, g, *moments))
             tile_constants = _rows(constants, rows)
-            if self._compiles(p):
+            if compiles:
                 row_unroll = ROW_UNROLL if len(tile_p) % ROW_UNROLL == 0 and len(constants) == 1 else 1
-                partial_sums = run(passes.reduce_pass, tile_p, _dense(tile_g), tile_moments, tile_constants, row_unroll)
+                partial_sums = run(passes.reduce_pass, tile_p, tile_g, tile_moments, tile_constants, row_unroll)
                 row_sums, column_sums = passes.finish_sums(*partial_sums)
             else:
                 features = passes.moments_and_features(tile_p, tile_g, tile_moments, tile_constants)[1]
@@ -190,16 +190,21 @@ class InPlaceExecutor:
             return
         compiles = self._compiles(p)
         apply_ = partial(run, passes.apply_) if compiles else passes.apply_
-        tiles = [*self._tiles(p)] if low_rank is not None or not compiles else [slice(None)]  # else nothing is held
+        holds = low_rank is not None or not compiles or not p.is_contiguous()
+        tiles = [*self._tiles(p)] if holds else [slice(None)]
         buffer = constants.new_empty(p[tiles[0]].shape if low_rank is not None else 0)  # the first is the largest
         for rows in tiles:
-            tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments))
+            views = [x[rows] for x in (p, g, *moments)]
+            tile = [_dense(x) for x in views] if compiles else views
+            tile_p, tile_g, *tile_moments = tile
             of_rows = _rows(constants, rows), _rows(row_coeffs, rows)
             direction = None
             if low_rank is not None:
                 direction = torch.matmul(low_rank[0][rows], low_rank[1], out=buffer[: len(tile_p)])
-            tile_g = _dense(tile_g) if compiles else tile_g
             apply_(tile_p, tile_g, tile_moments, *of_rows, column_gain, direction, frozen, grads_finite)
+            for view, value in zip((views[0], *views[2:]), (tile_p, *tile_moments), strict=True):
+                if value is not view:
+                    view.copy_(value)
 
     def _directions(self, index: int, mixture: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The direction X tile by tile: which rows, X of them, and the sums of its squares by row."""
@@ -207,8 +212,7 @@ class InPlaceExecutor:
         compiles = self._compiles(p)
         direction = partial(run, passes.mixed_direction) if compiles else passes.mixed_direction
         for rows in self._tiles(p):
-            tile_p, tile_g, *tile_moments = (x[rows] for x in (p, g, *moments))
-            tile_g = _dense(tile_g) if compiles else tile_g
+            tile_p, tile_g, *tile_moments = (_dense(x[rows]) if compiles else x[rows] for x in (p, g, *moments))
             tile_mixture = None if mixture is None else _rows(mixture, rows)
             yield rows, *direction(tile_p, tile_g, tile_moments, _rows(constants, rows), tile_mixture)
 
@@ -249,7 +253,7 @@ def _learned(features: WeightFeatures | AdamFeature) -> WeightFeatures:
 
 
 def _dense(g: Tensor) -> Tensor:
-    """A contiguous gradient: that of a sum, for one, is an expanded scalar."""
+    """A contiguous tile: compiled passes need one, and some columns of a matrix, or the gradient of a sum, are not."""
     return g if g.is_contiguous() else g.contiguous()
 
 

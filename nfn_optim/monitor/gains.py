@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nfn_optim.engine.form import Form
 from nfn_optim.layers import Incidence
 from nfn_optim.monitor.sampling import Sample, local_real_view
 from nfn_optim.monitor.writer import Array
 from nfn_optim.optimizer import NFNOptimizer
 from nfn_optim.optimizer.state import entries_of
+from nfn_optim.rule.members import forms_of
 from nfn_optim.symmetry import Symmetry
 
 GAINS = "gains"  # in the state of a parameter: of the tensor, of its rows, and of every further dimension
@@ -34,6 +36,7 @@ class LogGains:
 
     def __init__(self, optimizer: NFNOptimizer) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
+        forms = {} if optimizer.symmetry is None else forms_of(optimizer.symmetry)
         named = {
             name: (p, state)
             for name, p in zip(optimizer.names, params, strict=True)
@@ -44,14 +47,24 @@ class LogGains:
         self._by_dim: dict[str, list[Array]] = {}  # factors of the entries of every dimension
         for device in dict.fromkeys(p.device for p, _ in named.values()):
             here = {name: state for name, (p, state) in named.items() if p.device == device}
-            lengths = [length for name in here for length in (1, *(self._shapes[name] or (1,)))]
+            members = {name: self._members_of(name, here[name][GAINS].numel(), forms.get(name)) for name in here}
+            lengths = [n for shapes in members.values() for shape in shapes for n in (1, *(shape or (1,)))]
             flat = torch.cat([local_real_view(state[GAINS]) for state in here.values()])
             logs = iter(torch.split(flat.log().cpu(), lengths))  # one synchronization for each device
             for name in here:
-                shape = self._shapes[name]
-                self._tensor[name] = next(logs).item()
-                by_dim: list[Array] = [next(logs).numpy() for _ in shape or (1,)]
-                self._by_dim[name] = by_dim[: len(shape)]  # the row gain of a scalar is 1
+                of_members = [
+                    (next(logs).item(), [next(logs).numpy() for _ in shape or (1,)][: len(shape)])
+                    for shape in members[name]  # the row gain of a scalar is 1
+                ]
+                form = forms[name] if len(of_members) > 1 else Form()
+                self._tensor[name], self._by_dim[name] = _merged(form, of_members)
+
+    def _members_of(self, name: str, gains: int, form: Form | None) -> list[tuple[int, ...]]:
+        """The shapes of the members of a tensor, of which there are so many gains."""
+        shape = self._shapes[name]
+        if form is None or gains == 1 + sum(shape or (1,)):
+            return [shape]
+        return [tuple(x.shape) for x in form.members_of(torch.empty(shape, device="meta"))]
 
     def by_tensor(self, names: Sequence[str]) -> Array:
         """Mean log gain over the weights of each of these tensors, `(T,)`."""
@@ -97,6 +110,30 @@ class LogGains:
                 rows[s.start : s.start + s.length, 0] = torch.from_numpy(self._by_dim[name][s.dim])
         neurons: Tensor = incidence.rows_to_neurons(rows)[:, 0]
         return {axis: neurons[span].numpy() for axis, span in spans.items()}
+
+
+def _merged(form: Form, members: list[tuple[float, list[Array]]]) -> tuple[float, list[Array]]:
+    """Log gains of a tensor, and of the entries of its dimensions: means over its members."""
+    if form.parts is not None:
+        dim, n = form.parts[0], len(form.parts[1])
+        groups = [members[i : i + n] for i in range(0, len(members), n)]
+        members = []
+        for group in groups:
+            whole, by_dim = _mean(group)
+            by_dim[dim] = np.concatenate([entries[dim] + (gain - whole) for gain, entries in group])
+            members.append((whole, by_dim))
+    if form.stack is None:
+        return members[0]
+    whole, by_dim = _mean(members)
+    by_dim.insert(form.stack[0], np.array([gain - whole for gain, _ in members]))
+    return whole, by_dim
+
+
+def _mean(members: Sequence[tuple[float, list[Array]]]) -> tuple[float, list[Array]]:
+    """Means over members; of dimensions of different lengths those of the first."""
+    gains, dims = zip(*members, strict=True)
+    alike = [[x for x in same if len(x) == len(same[0])] for same in zip(*dims, strict=True)]
+    return float(np.mean(gains)), [np.mean(same, 0) for same in alike]
 
 
 @lru_cache(maxsize=16)

@@ -118,7 +118,7 @@ class StepStatistics:
             "g g": _sums_of_squares(grads),
             "m m": _sums_of_squares(_moments_of(state, "exp_avg", views)),
             "v": to_numpy([0.0 if v is None else v.sum(dtype=_sum_dtype(v)) for v in second_moments]),
-            "fallbacks": to_numpy([s.get("fallbacks", 0.0) for s in state]),
+            "fallbacks": to_numpy([s["fallbacks"].sum() if "fallbacks" in s else 0.0 for s in state]),
         }
         self.sums: dict[str, Array] = {name: value * has_grad[:, 0] for name, value in sums.items()}
         symmetry = optimizer.symmetry

@@ -35,6 +35,7 @@ from nfn_optim.optimizer.gradient_check import grads_finite
 from nfn_optim.optimizer.optimizer import NFNOptimizer
 from nfn_optim.optimizer.param_groups import COUNTERS
 from nfn_optim.optimizer.state import ParamState, entries_of, read_state
+from nfn_optim.rule.members import forms_of
 
 
 class DifferentiableSlot(NamedTuple):
@@ -149,10 +150,11 @@ class DifferentiableNFNOptimizer(higher.optim.DifferentiableOptimizer):  # type:
         optimizer, symmetry = self._optimizer, self._optimizer.symmetry
         assert symmetry is not None
         params = {name: slot.param for name, slot in slots.items()}
-        state = {
-            name: initial | {key: x for key, x in slots[name].states[slots[name].position].items() if key in initial}
-            for name, initial in optimizer.rule.init(params).items()
-        }
+        state = {}
+        for name, initial in optimizer.rule.init(params, forms=forms_of(symmetry)).items():
+            found = slots[name].states[slots[name].position]
+            fitting = {k: x for k, x in found.items() if k in initial and x.shape == initial[k].shape}
+            state[name] = initial | fitting  # coefficients start afresh where the symmetry was not known before
         dtype = max((s["step"].dtype for s in state.values()), key=lambda d: d.itemsize)
         state = {name: {key: value.to(dtype) for key, value in s.items()} for name, s in state.items()}
         grads = {name: slot.grad for name, slot in slots.items()}

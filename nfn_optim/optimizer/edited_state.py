@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from nfn_optim.engine.form import Form
 from nfn_optim.engine.moments import MOMENTS
 from nfn_optim.engine.sharding import is_sharded, local
 from nfn_optim.optimizer.state import ParamState, entries_of, init_state
@@ -45,7 +46,14 @@ class EditedStates:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _hidden=WeakTensorKeyDictionary())
 
-    def fit_(self, states: MutableMapping[Tensor, Any], params: Mapping[str, Tensor], *, stacklevel: int) -> None:
+    def fit_(
+        self,
+        states: MutableMapping[Tensor, Any],
+        params: Mapping[str, Tensor],
+        forms: Mapping[str, Form],
+        *,
+        stacklevel: int,
+    ) -> None:
         """Give every parameter with a gradient, or with a state of ours, a state that fits.
 
         Warns where a state does not fit: of parameters that changed their shape every time, of other edits once.
@@ -53,6 +61,7 @@ class EditedStates:
         Args:
             states: `optimizer.state`, changed where a state is new or edited.
             params: By name.
+            forms: How they are seen, of those that hold several tensors.
             stacklevel: Of the warning, as if the caller gave it.
         """
         reset: list[str] = []
@@ -61,11 +70,12 @@ class EditedStates:
         for name, p in params.items():
             found = states.get(p)
             found = found if isinstance(found, Mapping) else {}
-            if isinstance(found, ParamState) and found.form == _form(found, p):
+            form = forms.get(name)
+            if isinstance(found, ParamState) and found.form == _form(found, p, form):
                 continue
             if p.grad is None and not isinstance(found, ParamState):
                 continue
-            states[p], misfits = fit_state(self._rule, p, found, self._hidden.get(p, {}), self._state_dtype)
+            states[p], misfits = fit_state(self._rule, p, found, self._hidden.get(p, {}), self._state_dtype, form)
             self._hidden[p] = states[p].hidden
             if misfits:
                 is_other_shape = isinstance(found.get(misfits[0]), Tensor) and misfits[0] == MOMENTS[0]
@@ -89,6 +99,7 @@ def fit_state(
     found: Mapping[str, Any],
     hidden: Mapping[str, Any],
     state_dtype: torch.dtype | None = None,
+    form: Form | None = None,
 ) -> tuple[ParamState, list[str]]:
     """The state of a parameter whose state may have been edited.
 
@@ -98,26 +109,32 @@ def fit_state(
         found: Its state, edited or not.
         hidden: The parameter's last hidden entries, for a state without any.
         state_dtype: Dtype of the moments, as of `init_state`.
+        form: How the parameter is seen, likewise.
 
     Returns:
         A state with as many of the tensors found as possible, and the names of entries, but for hidden ones, that are
         missing or do not fit: none for a state that never was one of ours.
     """
-    fresh, given = entries_of(init_state(rule, param, state_dtype)), {**hidden, **entries_of(found)}
+    fresh, given = entries_of(init_state(rule, param, state_dtype, form)), {**hidden, **entries_of(found)}
     fitting = {key: _converted(key, given[key], target) for key, target in fresh.items() if key in given}
     misfits = [key for key in OWN if key in fresh and fitting.get(key) is None]
     if misfits and misfits[0] in MOMENTS[:2]:
         fitting = {}
     foreign = {key: value for key, value in given.items() if key not in fresh}
     state = ParamState({**fresh, **foreign, **{key: x for key, x in fitting.items() if x is not None}})
-    state.of_rule, state.form = tuple(fresh), _form(state, param)
+    state.of_rule, state.form = tuple(fresh), _form(state, param, form)
     return state, misfits if any(key in found for key in OWN) else []
 
 
-def _form(state: Mapping[str, Any], param: Tensor) -> Hashable:
-    """What changes when a state is edited, or its parameter gets another shape or device; cheap to compare."""
+def _form(state: Mapping[str, Any], param: Tensor, form: Form | None) -> Hashable:
+    """What changes when a state is edited, or its parameter gets another shape, device or form; cheap to compare."""
     entries = [state.get(key) for key in OWN]
-    return param.shape, param.device, *[(id(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in entries]
+    return (
+        param.shape,
+        param.device,
+        form,
+        *[(id(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in entries],
+    )
 
 
 def _converted(key: str, value: object, target: Tensor) -> Tensor | None:

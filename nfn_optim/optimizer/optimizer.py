@@ -37,6 +37,7 @@ from nfn_optim.optimizer.state import ParamState, check_states, entries_of, read
 from nfn_optim.optimizer.state_dict import match_state
 from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.members import members_of
 from nfn_optim.rule.update_rule import step_with_theta_
 from nfn_optim.symmetry import Symmetry
 
@@ -169,7 +170,7 @@ class NFNOptimizer(torch.optim.Optimizer):
     def fallbacks(self) -> int:
         """How often the update of a tensor was out of range and fell back to Adam's."""
         states = [entries_of(self.state.get(p) or {}) for group in self.param_groups for p in group["params"]]
-        return sum(int(s["fallbacks"]) for s in states if "fallbacks" in s)
+        return sum(int(s["fallbacks"].sum()) for s in states if "fallbacks" in s)
 
     def __repr__(self) -> str:
         self._count_pending_skips()
@@ -224,9 +225,10 @@ class NFNOptimizer(torch.optim.Optimizer):
             finite = grads_finite_tensor(local_grads)
             self._skipped_steps.note_on_device(finite, self._named, stacklevel=6)
         self._resolve()
-        named = zip(self._index.names, all_params, strict=True)
-        slots = [ParamSlot(name, p, group) for name, (p, group) in named if p.grad is not None]
-        self._edited_states.fit_(self.state, self._named(), stacklevel=6)
+        pairs = zip(self._index.names, all_params, strict=True)
+        slots = [ParamSlot(name, p, group) for name, (p, group) in pairs if p.grad is not None]
+        named = self._named()
+        self._edited_states.fit_(self.state, named, self._index.forms(named), stacklevel=6)
         if not any(moves(group) for group in self.param_groups) and not any(g.any() for g in grads):
             return loss  # distributed checkpoints take such a step to create the state
         full = [slot for slot in slots if slot.param.numel() > 0]
@@ -271,7 +273,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         execution = execution if finite is None else replace(execution, grads_finite=finite.to(device))
         with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
             theta, tensors = self._theta(device, dtype), (params, grads, state)
-            whole = execution.compiled and shards is None and is_small(params)
+            whole = execution.compiled and shards is None and is_small(members_of(symmetry).split(params))
             graph = theta or self._tensors, tensors, symmetry, hypers | {"grads_finite": execution.grads_finite}
             if not (whole and self._compiled_steps.step_(self.rule, *graph)):
                 hypers |= {"execution": execution, "shards": shards}

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfn_optim.engine.form import Form
 from nfn_optim.optimizer.discovery import Discovery, names_of, symmetry_of_calls, unwrap
 from nfn_optim.optimizer.param_groups import moves
 from nfn_optim.optimizer.real_view import symmetry_of_views
+from nfn_optim.rule.members import forms_of
 from nfn_optim.symmetry import Symmetry
 from nfn_optim.symmetry.merging import complete
 
@@ -207,3 +209,8 @@ class ParameterIndex:
             part = symmetry_of_views(part, params)
             self._restrictions[key] = part.rename(dict.fromkeys(key, "0")).canonical() if len(key) == 1 else part
         return self._restrictions[key]
+
+    def forms(self, params: Mapping[str, Tensor]) -> Mapping[str, Form]:
+        """How those of the parameters are seen that hold several tensors, complex ones as their real views."""
+        forms = forms_of(self.restricted(params))
+        return forms if len(params) > 1 else dict(zip(params, forms.values(), strict=False))

@@ -16,10 +16,12 @@ and `state_dict()` has them all, but loops over `state[p]` do not meet them.
     basis                                of the subspace of a matrix, `(*shape[1:], k)`
     active_columns                       0-d, of a matrix with orthogonal directions; see `nfn_optim.rule.pooled`
 
-A rule without a learned part has only the first two moments and `step`. Coefficients and bases are whole on every
-process where the parameter is sharded. Everything is float32, or float64 for float64 parameters, whatever the precision
-of the parameter. Moments may be in bfloat16 instead (`nfn_optim.engine.stochastic_rounding`), but not those of complex
-parameters, since there is no complex bfloat16. Names are those of `torch.optim.AdamW` where it has the same thing.
+Of a tensor that holds several (`nfn_optim.rule.members`), the entries but for moments and `step` are those of its
+members one after the other, in one dimension. A rule without a learned part has only the first two moments and `step`.
+Coefficients and bases are whole on every process where the parameter is sharded. Everything is float32, or float64 for
+float64 parameters, whatever the precision of the parameter. Moments may be in bfloat16 instead
+(`nfn_optim.engine.stochastic_rounding`), but not those of complex parameters, since there is no complex bfloat16. Names
+are those of `torch.optim.AdamW` where it has the same thing.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from nfn_optim.engine.form import Form
 from nfn_optim.engine.moments import MOMENTS
 from nfn_optim.optimizer.real_view import real
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.members import WHOLE
 
 HIDDEN = frozenset({"active_columns", "fallbacks", "log_step_size", "row_coeffs", "gains", "basis"})
 """Entries that loops over a state do not meet."""
@@ -77,18 +81,21 @@ def entries_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**dict(state.items()), **(state.hidden if isinstance(state, ParamState) else {})}
 
 
-def init_state(rule: UpdateRule, param: Tensor, state_dtype: torch.dtype | None = None) -> ParamState:
+def init_state(
+    rule: UpdateRule, param: Tensor, state_dtype: torch.dtype | None = None, form: Form | None = None
+) -> ParamState:
     """The state of a parameter before its first step.
 
     Args:
         rule: Of the optimizer.
         param: The parameter.
         state_dtype: Dtype of the moments of real parameters; None for that of everything else.
+        form: How the parameter, or its real view, is seen; None for whole, or if that is not known.
     """
-    view = real(param)
+    view, forms = real(param), {} if form is None else {"": form}
     if view is param:
-        return ParamState(rule.init({"": param}, state_dtype=state_dtype)[""])
-    state = rule.init({"": view})[""]
+        return ParamState(rule.init({"": param}, forms=forms, state_dtype=state_dtype)[""])
+    state = rule.init({"": view}, forms=forms)[""]
     return ParamState({key: torch.view_as_complex(value) if key in MOMENTS else value for key, value in state.items()})
 
 
@@ -123,6 +130,8 @@ def read_state(
         ValueError: It belongs to another parameter, or to another rule.
     """
     state = entries_of(init_state(rule, param, state_dtype))
+    if is_divided := isinstance(rows := saved.get("row_coeffs"), Tensor) and rows.dim() == 1:
+        state = {key: value for key, value in state.items() if key in WHOLE or key in saved}
     for entry, value in saved.items():
         if entry not in state:
             state[entry] = tree_map_only(Tensor, lambda x: x.to(param.device), copy.deepcopy(value))
@@ -130,6 +139,9 @@ def read_state(
         if not isinstance(value, Tensor | Real):
             raise ValueError(f"expected {entry!r} of {name!r} as a tensor, found {type(value).__name__}")
         tensor, target = torch.as_tensor(value), state[entry]
+        if is_divided and entry not in WHOLE:  # the symmetry, by which it is divided, is not known here
+            state[entry] = tensor.detach().clone().to(target)
+            continue
         if tensor.shape != target.shape or tensor.is_complex() != target.is_complex():
             raise ValueError(
                 f"expected {entry!r} of {name!r} of shape {tuple(target.shape)} and {target.dtype}, found "

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from nfn_optim.engine.blocks import Sums
+from nfn_optim.engine.executor import Executor
 from nfn_optim.engine.moments import SQRT_EPS
+from nfn_optim.engine.sharding import Shards
 from nfn_optim.layers import Incidence
 
 SOFTNESS = 0.01  # a row of this fraction of the typical energy counts half
@@ -56,7 +58,16 @@ class Pooled:
     incidence: Incidence
 
     @classmethod
-    def of(cls, sums: Sequence[Sums], incidence: Incidence) -> Pooled:
+    def of(cls, executor: Executor, incidence: Incidence, shards: Shards | None) -> Pooled:
+        """Reduce all tensors, whole ones where they are sharded."""
+        by_index: dict[int, Sums] = {}
+        for index, block in enumerate(executor.blocks):
+            by_index |= block.layout.sums(*executor.sums(index))
+        sums = [by_index[i] for i in range(len(incidence.names))]
+        return cls.of_sums(sums if shards is None else shards.reduce_sums(incidence.names, sums), incidence)
+
+    @classmethod
+    def of_sums(cls, sums: Sequence[Sums], incidence: Incidence) -> Pooled:
         """Means from the sums over every tensor."""
         tensors = torch.stack([whole for _, whole in sums], -2)  # (*batch, T, STATISTICS)
         index = incidence.at(tensors)

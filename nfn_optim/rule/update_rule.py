@@ -35,16 +35,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nfn_optim.engine.blocks import Sums, blocks_of
+from nfn_optim.engine.blocks import blocks_of
 from nfn_optim.engine.executor import Execution, Executor, InPlaceExecutor, LowRank, Mixture, PureExecutor
+from nfn_optim.engine.form import Form
 from nfn_optim.engine.moments import MOMENTS, State, init_moments, moment_constants
 from nfn_optim.engine.passes import where_finite
 from nfn_optim.engine.sharding import Shards
-from nfn_optim.layers import Incidence
 from nfn_optim.rule.coefficients import UNSCALED, Coefficients
 from nfn_optim.rule.config import DIRECTIONS, RuleConfig
 from nfn_optim.rule.direction import StepDirection
 from nfn_optim.rule.hyperparameters import Hyper, by_tensor, horizon_of, is_zero
+from nfn_optim.rule.members import Members, members_of, pack
 from nfn_optim.rule.network import CoefficientNetwork
 from nfn_optim.rule.pooled import Pooled
 from nfn_optim.rule.schedule import cooldown_factor, inverse_time_factor
@@ -81,6 +82,7 @@ class UpdateRule(nn.Module):
         if self.learned:
             self.direction = DIRECTIONS[config.direction](config)
             self.network = CoefficientNetwork(config)
+        self._entry_shapes: dict[tuple[tuple[int, ...], Form | None], dict[str, torch.Size]] = {}
 
     @classmethod
     def adamw(cls) -> UpdateRule:
@@ -97,13 +99,19 @@ class UpdateRule(nn.Module):
         return self
 
     def init(
-        self, params: Mapping[str, Tensor], batch_dims: int = 0, *, state_dtype: torch.dtype | None = None
+        self,
+        params: Mapping[str, Tensor],
+        batch_dims: int = 0,
+        *,
+        forms: Mapping[str, Form] | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> State:
         """The state before the first step.
 
         Args:
             params: Name -> tensor `(*batch, *shape)`.
             batch_dims: How many leading dimensions are batch.
+            forms: Of the tensors that hold several, by name: `nfn_optim.rule.members.forms_of` the symmetry.
             state_dtype: Dtype of the moments; None for that of everything else, float32, or float64 for float64
                 parameters. `step_` keeps it; a pure step reads moments in bfloat16 and returns them in full precision.
         """
@@ -111,14 +119,29 @@ class UpdateRule(nn.Module):
         for name, p in params.items():
             dtype = torch.promote_types(p.dtype, torch.float32)
             counter = torch.zeros(p.shape[:batch_dims], dtype=dtype, device=p.device)
-            entries = init_moments(p, slow=self.learned, dtype=state_dtype or dtype) | {"step": counter}
-            if self.learned:
-                entries |= {"fallbacks": torch.zeros_like(counter)}
-                entries |= {"log_step_size": torch.zeros_like(counter)} if self.config.adapt_rate else {}
-                entries |= Coefficients.adam(p.shape, self.direction.terms, counter).to_state()
-                entries |= self.direction.init_state(p, batch_dims)
-            state[name] = entries
+            state[name] = init_moments(p, slow=self.learned, dtype=state_dtype or dtype) | {"step": counter}
+            state[name] |= self._init_entries(p, counter, (forms or {}).get(name))
         return state
+
+    def _init_entries(self, p: Tensor, counter: Tensor, form: Form | None = None) -> dict[str, Tensor]:
+        """What the learned part remembers of a tensor `(*batch, *shape)`; `counter` `(*batch,)`."""
+        if not self.learned:
+            return {}
+        if form is not None:
+            members = form.members_of(p, counter.dim())
+            return pack([self._init_entries(member, counter) for member in members], counter.dim())
+        entries = {"fallbacks": torch.zeros_like(counter)}
+        entries |= {"log_step_size": torch.zeros_like(counter)} if self.config.adapt_rate else {}
+        entries |= Coefficients.adam(p.shape, self.direction.terms, counter).to_state()
+        return entries | self.direction.init_state(p, counter.dim())
+
+    def entry_shapes(self, shape: tuple[int, ...], form: Form | None = None) -> dict[str, torch.Size]:
+        """Shapes of what the learned part remembers of a tensor of this shape, by name of the entry."""
+        if (shape, form) not in self._entry_shapes:
+            like = torch.empty(shape, device="meta")
+            entries = self._init_entries(like, like.new_zeros(()), form)
+            self._entry_shapes[shape, form] = {key: value.shape for key, value in entries.items()}
+        return self._entry_shapes[shape, form]
 
     def refreshes(self, steps_taken: int) -> bool:
         """Whether coefficients are computed at the step after so many: at the first ones, then at regular intervals."""
@@ -174,8 +197,11 @@ class UpdateRule(nn.Module):
         Returns:
             Update and state; new parameters are `params + update`.
         """
-        hyper = Hyperparameters(lr, weight_decay, total_steps)
-        step = self._begin(params, grads, state, symmetry, hyper, batch_dims)
+        members = self._members(symmetry)
+        params, grads = members.split(params, batch_dims), members.split(grads, batch_dims)
+        state = members.split_state(state, self.entry_shapes, batch_dims)
+        hyper = Hyperparameters(members.split_hyper(lr), members.split_hyper(weight_decay), total_steps)
+        step = self._begin(params, grads, state, members.symmetry, hyper, batch_dims)
         executor = PureExecutor(step.blocks)
         coefficients, new_state = self._coefficients(executor, step, refresh)
         update: dict[str, Tensor] = {}
@@ -185,7 +211,8 @@ class UpdateRule(nn.Module):
             for i, *values in zip(layout.indices, *(layout.unfold(x) for x in (u, *moments)), strict=True):
                 update[step.names[i]] = values[0]
                 new_state[step.names[i]] |= dict(zip(MOMENTS, values[1:], strict=False))
-        return update, {name: {**state[name], **new_state[name]} for name in step.names}
+        new_state = {name: {**state[name], **new_state[name]} for name in step.names}
+        return members.join(update, batch_dims), members.join_state(new_state, batch_dims)
 
     @torch.no_grad()
     def step_(  # noqa: PLR0913 - as `forward`
@@ -216,9 +243,13 @@ class UpdateRule(nn.Module):
             execution: How the passes are run.
             shards: Which parts of the tensors are local; None if all are whole.
         """
-        hyper = Hyperparameters(lr, weight_decay, total_steps)
+        members = self._members(symmetry)
+        state = members.split_state(state, self.entry_shapes, shards=shards)
+        whole, shards = shards, members.split_shards(shards, params)
+        params, grads = members.split(params, shards=whole), members.split(grads, shards=whole)
+        hyper = Hyperparameters(members.split_hyper(lr), members.split_hyper(weight_decay), total_steps)
         stack_below = execution.compile_from if shards is None else 0
-        step = self._begin(params, grads, state, symmetry, hyper, stack_below=stack_below)
+        step = self._begin(params, grads, state, members.symmetry, hyper, stack_below=stack_below)
         executor = InPlaceExecutor(step.blocks, execution)
         coefficients, new_state = self._coefficients(executor, step, refresh, shards)
         for index, of_block in enumerate(coefficients):
@@ -229,6 +260,10 @@ class UpdateRule(nn.Module):
         pairs = [(state[name][key], value) for name in step.names for key, value in new_state[name].items()]
         new = [where_finite(execution.grads_finite, value, old) for old, value in pairs]
         torch._foreach_copy_([old for old, _ in pairs], new)
+
+    def _members(self, symmetry: Symmetry) -> Members:
+        """The members of all tensors; without a learned part all tensors are whole."""
+        return members_of(symmetry) if self.learned else Members.whole(symmetry)
 
     def _begin(
         self,
@@ -261,7 +296,7 @@ class UpdateRule(nn.Module):
             return self._by_block(packed, None, StepDirection(), step, shards), new_state
         pooled, coefficients = None, []
         if refresh:
-            pooled = _pool(executor, incidence, shards)
+            pooled = Pooled.of(executor, incidence, shards)
             coefficients, entries = self.network(executor, self.direction, pooled, step)
             new_state = {n: new_state[n] | of_tensor for n, of_tensor in zip(names, entries, strict=True)}
         else:
@@ -347,12 +382,3 @@ class _InPlace(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         self.rule.step_(*args, **kwargs)
-
-
-def _pool(executor: Executor, incidence: Incidence, shards: Shards | None) -> Pooled:
-    """The first pass: statistics of all tensors, whole ones where they are sharded."""
-    by_index: dict[int, Sums] = {}
-    for index, block in enumerate(executor.blocks):
-        by_index |= block.layout.sums(*executor.sums(index))
-    sums = [by_index[i] for i in range(len(incidence.names))]
-    return Pooled.of(sums if shards is None else shards.reduce_sums(incidence.names, sums), incidence)

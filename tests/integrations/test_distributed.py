@@ -86,6 +86,14 @@ def test_fully_sharded_with_a_rule_of_which_nothing_is_zero(ranks: Ranks, config
     )
 
 
+def test_fully_sharded_with_a_tensor_that_holds_two(ranks: Ranks) -> None:
+    """Each of which lies on one rank."""
+    model = parallel_training.Gate(6)
+    train(model, NFNOptimizer(model), batches(parallel_training.STEPS))
+    outcomes = ranks.run(parallel_training.fused)
+    check(outcomes, [p.detach() for p in model.parameters()])
+
+
 def test_a_rank_without_any_part(ranks: Ranks) -> None:
     check(ranks.run(parallel_training.fully_sharded, 1), alone(1))
 
