@@ -80,6 +80,19 @@ def find_tensors(value: Any, strict: bool = False, visited: set[int] | None = No
     return [tensor for item in items for tensor in find_tensors(item, strict, visited)]
 
 
+def tensors_of_output(output: Any) -> list[Tensor]:
+    """The tensors in an output that training depends on.
+
+    Raises:
+        RuntimeError: There are none.
+        TypeError: It contains something that cannot be searched for tensors.
+    """
+    tensors = find_tensors(training_output(output), strict=True)
+    if not tensors:
+        raise RuntimeError(f"no tensor found in its output of type {type(output).__name__}")
+    return tensors
+
+
 def training_output(output: Any) -> Any:
     """The part of an output that training depends on.
 
