@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from nfn_optim.optimizer.discovery import unwrap
+from nfn_optim.optimizer.wrapper import unwrap
 from nfn_optim.optimizer.gradient_check import grads_finite
 from nfn_optim.optimizer.optimizer import NFNOptimizer
 from nfn_optim.optimizer.param_groups import COUNTERS

@@ -10,6 +10,7 @@ Legend: see `nfn_optim.symmetry.axes` for `Dim`, `Dims` and atoms.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from nfn_optim.symmetry.op_rules import opaque
 from nfn_optim.symmetry.storage_table import StorageTable, storage_of
 from nfn_optim.symmetry.tensor_map import TensorMap
 from nfn_optim.symmetry.unification import fix, unify
+FILLED, UNWRITTEN = 1, 2
+"""All entries of a tensor are equal; or it was allocated and no op has written to it."""
 
 
 class Entry:
@@ -36,7 +39,8 @@ class Entry:
 
     Attributes:
         compute: Returns its dimensions at the first use.
-        filled: `[True]`, shared with its views, if all its entries are equal; None if it was never so.
+        filled: `[FILLED]`, shared with its views, if all its entries are equal, `[UNWRITTEN]` if they have no values
+            yet, `[0]` if it was so once; None if it was never so.
         fix_on_use: Axes to fix once the tensor is used.
     """
 
@@ -46,7 +50,7 @@ class Entry:
         """See the class."""
         self.dims = dims
         self.compute: Callable[[], Dims] | None = None
-        self.filled: list[bool] | None = None
+        self.filled: list[int] | None = None
         self.fix_on_use: Dim | None = None
 
 
@@ -90,7 +94,8 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_known(self, tensor: Tensor) -> bool:
         """Whether the tensor has dimensions."""
-        return self._entries.get(tensor) is not None
+        entry = self._entries.get(tensor)
+        return entry is not None and (entry.dims is not None or entry.compute is not None)
 
     def is_used(self, dims: Dims) -> bool:
         """Whether an op has used the tensor that was given these dimensions."""
@@ -118,11 +123,10 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fix(entry.fix_on_use)
         if not tensor.dim():
             return ()
-        if entry is None:
-            entry = self._entries[tensor] = Entry()
-        dims = self._resolved(entry)
+        dims = None if entry is None else self._resolved(entry)
         if dims is None:
-            dims = entry.dims = self.dims_of_unknown(tensor)
+            dims = self.dims_of_unknown(tensor)
+            self._entry_of(tensor).dims = dims
         self._unused.pop(id(dims), None)
         if shape_of(dims) != tuple(tensor.shape):
             raise RuntimeError("a tensor has a shape or an origin that tracing cannot follow")
@@ -161,28 +165,43 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plan = plan_of(func)
         if plan.ignored:
             return func(*args, **options)
-        if plan.rule is None:
-            with self:
-                result = func.decompose(*args, **options)
-                if result is NotImplemented and not plan.writes and func in decomposition_table:
-                    result = decomposition_table[func](*args, **options)
-            if result is not NotImplemented:
-                return result
+        if plan.rule is None and (result := self.decompose(func, plan, args, options)) is not NotImplemented:
+            return result
         key = self._key(func, args, options, plan.uses_numbers) if plan.repeatable else None
         memo = None if key is None else self._memo.get(key)
         if memo is None:
-            return self._apply(func, plan, key, args, options)
+            inputs = tensors_in((args, options))
+            before = ((), ()) if not inputs or not plan.needs_strides else (tuple(inputs[0].shape), inputs[0].stride())
+            dims_before = self.dims_before(inputs[0]) if plan.reshapes else ()
+            result = _grouped_mm(*args, **options) if plan.is_fake_grouped_mm(inputs) else func(*args, **options)
+            call = OpCall(func._overloadname, _bound_arguments(func, args, options), tensors_in(result), before)
+            self.analyse(func, plan, key, inputs, call, dims_before)
+            return result
         result = func(*args, **options)
         outs = tensors_in(result)
         if self.follows:
             self.follow(tensors_in((args, options)), outs)
-        if len(outs) != len(memo):
-            raise RuntimeError(f"{func} returns different numbers of tensors")
         for out, entry in zip(outs, memo, strict=True):
             if not plan.writes or self._entries.get(out) is None:
                 self._entries[out] = entry
                 self.record(out)
         return result
+
+    def decompose(self, func: OpOverload, plan: OpPlan, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """Run the parts of an op that has no rule; returns NotImplemented if it has none."""
+        with self:
+            result = func.decompose(*args, **options)
+            if result is NotImplemented and not plan.writes and func in decomposition_table:
+                result = decomposition_table[func](*args, **options)
+        return result
+
+    def dims_before(self, tensor: Tensor) -> Dims:
+        """The dimensions of a tensor whose shape is about to be changed in place."""
+        return self.lookup(tensor)
+
+    def is_overwritten(self, tensor: Tensor, filled: int) -> bool:
+        """Whether a tensor that was `FILLED` or `UNWRITTEN` may have been written to out of sight."""
+        return False
 
     def record(self, out: Tensor) -> None:
         """Called for every output of an op, once its entry is known."""
@@ -208,43 +227,39 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parts.append(tuple(value))
             elif numbers:
                 parts.append(value)
-        return tuple(parts)
+        key = tuple(parts)
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
 
-    def _apply(
-        self, func: OpOverload, plan: OpPlan, key: Hashable, args: Sequence[Any], options: Mapping[str, Any]
-    ) -> Any:
-        """Run an op, apply its rule, and remember the result by `key`, if there is one."""
-        inputs = tensors_in((args, options))
-        before = ((), ()) if not inputs or not plan.needs_strides else (tuple(inputs[0].shape), inputs[0].stride())
-        reshaped = inputs[0] if plan.reshapes else None
-        dims_before = () if reshaped is None else self.lookup(reshaped)
-        result = _grouped_mm(*args, **options) if plan.is_fake_grouped_mm(inputs) else func(*args, **options)
-        outs = tensors_in(result)
+    def analyse(
+        self, func: OpOverload, plan: OpPlan, key: Hashable, inputs: Sequence[Tensor], call: OpCall, dims_before: Dims
+    ) -> None:
+        """Apply the rule of an op that has run, and remember the result by `key`, if there is one."""
         if self.follows:
-            self.follow(inputs, outs)
+            self.follow(inputs, call.outs)
         self.count += 1
-        lookup = self._track_filled(plan, inputs, outs)
-        if reshaped is not None:  # its shape has changed in place
-            self._entries.pop(reshaped)
+        lookup = self._track_filled(plan, inputs, call.outs)
+        if plan.reshapes:  # the shape of the first input has changed in place
+            self._entries.pop(inputs[0])
             lookup_others = lookup
-            lookup = lambda tensor: dims_before if tensor is reshaped else lookup_others(tensor)  # noqa: E731
-        bound = _bound_arguments(func, args, options)
-        add_index_space = self.index_spaces.append
-        call = OpCall(func._overloadname, bound, outs, lookup, self._set_fix_on_use, add_index_space, before)
+            lookup = lambda tensor: dims_before if tensor is inputs[0] else lookup_others(tensor)  # noqa: E731
+        call = replace(call, lookup=lookup, fix_on_use=self._set_fix_on_use, add_index_space=self.index_spaces.append)
         try:
             ruled = None if plan.rule is None or _writes_to_other_tensors(call, func, plan) else plan.rule(call)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError):
             ruled = None  # the rule does not cover this call
-        if ruled is None or not self._assign(outs, ruled):
+        if ruled is None or not self._assign(call.outs, ruled):
             self._report(plan.full_name, call)
-            self._assign(outs, opaque(call))
-        entries = [self._entry_of(out) for out in outs]
-        for out in outs:
+            self._assign(call.outs, opaque(call))
+        entries = [self._entry_of(out) for out in call.outs]
+        for out in call.outs:
             self.record(out)
         if key is not None and all(entry.filled is None and entry.fix_on_use is None for entry in entries):
             self._memo[key] = entries
             self._kept.append([self._entry_of(tensor).dims for tensor in inputs])
-        return result
 
     def _entry_of(self, tensor: Tensor) -> Entry:
         """The entry of a tensor, new if it has none."""
@@ -262,14 +277,21 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flags = [entry.filled if (entry := self._entries.get(t)) is not None else None for t in inputs]
         if not any(flags) and (inputs or not plan.preserves_fill):
             return self.lookup
+        for t, flag in zip(inputs, flags, strict=True):
+            if flag and flag[0] and plan.reads and all(t is not out for out in outs) and self.is_overwritten(t, flag[0]):
+                flag[0] = 0
+                self._entry_of(t).filled = None
+                fix(*self.lookup(t))
         preserved = plan.preserves_fill and all(flag is not None and flag[0] for flag in flags)
         for out in outs:
             shared = [flag for t, flag in zip(inputs, flags, strict=True) if flag and storage_of(t) == storage_of(out)]
             if preserved:
-                self._entry_of(out).filled = shared[0] if shared else [True]
+                self._entry_of(out).filled = shared[0] if shared else [UNWRITTEN if plan.allocates else FILLED]
             for flag in shared:
-                if not preserved and plan.writes:
-                    flag[0] = False
+                if preserved and plan.writes:
+                    flag[0] = FILLED
+                elif plan.writes:
+                    flag[0] = 0
                 elif not preserved:
                     self._entry_of(out).filled = flag
         if preserved:

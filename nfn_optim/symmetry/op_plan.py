@@ -33,6 +33,8 @@ class OpPlan:
         reshapes: Whether it changes the shape of its first argument in place.
         preserves_fill: Whether it returns tensors of equal entries if all its inputs have equal entries.
         writes_to_inputs: Whether its rule covers tensors that it writes to and does not return.
+        reads: Whether it depends on the values of its inputs, or returns copies of them.
+        allocates: Whether it returns memory without values.
         repeatable: Whether two calls with inputs of the same dimensions have outputs of the same dimensions.
     """
 
@@ -43,6 +45,8 @@ class OpPlan:
     reshapes: bool
     preserves_fill: bool
     writes_to_inputs: bool
+    reads: bool
+    allocates: bool
     repeatable: bool
 
     @property
@@ -73,6 +77,7 @@ def plan_of(func: OpOverload) -> OpPlan:
     reshapes = writes and torch.Tag.inplace_view in func.tags
     makes_free_axes = rule in (None, filled, expand, repeat, as_strided)
     varies = torch.Tag.dynamic_output_shape in func.tags or base_name in _VARYING
+    is_view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns)
     return OpPlan(
         full_name,
         rule,
@@ -81,5 +86,7 @@ def plan_of(func: OpOverload) -> OpPlan:
         reshapes=reshapes,
         preserves_fill=rule in PRESERVE_FILL and torch.Tag.nondeterministic_seeded not in func.tags,
         writes_to_inputs=rule in (batch_norm, pointwise),
+        reads=rule is not filled and not is_view,
+        allocates=rule is filled and "empty" in base_name,
         repeatable=not (makes_free_axes or varies or reshapes),
     )
