@@ -119,7 +119,7 @@ class CallObserver:
         with self._lock:
             if listener is not None:
                 self._listeners.discard(listener)
-            if not self._listeners:
+            if not list(self._listeners):  # a set of weak references counts one that is being deleted
                 self._remove_hooks()
 
     def end_trace(self) -> None:

@@ -256,24 +256,40 @@ class LiveTrace(AxisTracer):
             self._storages.add(out, entry)
 
     def follow(self, tensors: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-        """Propagate outputs of calls through the ops between calls, and take those that are used with parameters."""
-        sources = frozenset[int]().union(*(self._pending.get(tensor) or () for tensor in tensors))
+        """Propagate outputs of calls through the ops between calls, and take those that meet parameters.
+
+        A parameter that is used between calls is an output itself, unless an output of a call meets it.
+        """
         if self.inside:
-            self._take(sources)
+            self._take(self._sources(tensors))
             return
-        with_parameters = any(self._from_parameters.get(t) or isinstance(t, nn.Parameter) for t in tensors)
-        for out in outs:
-            if sources and not with_parameters:
-                self._pending[out] = sources
-            elif sources:
-                self._add_output(out)
-            elif with_parameters:
-                self._from_parameters[out] = True
-        if with_parameters:
+        for tensor in tensors:
+            if isinstance(tensor, nn.Parameter) and self._from_parameters.get(tensor) is None:
+                self._from_parameters[tensor] = True
+                with self.guarded():
+                    self.lookup(tensor)
+                self._add_output(tensor)
+        parameters = [tensor for tensor in tensors if self._from_parameters.get(tensor)]
+        sources = self._sources(tensors)
+        meet = bool(parameters) and sources != self._sources(parameters)
+        if meet:
             self._take(sources)
+        for out in outs if sources else ():
+            if meet:
+                self._add_output(out)
+            elif out.dim():
+                self._pending[out] = sources
+                if parameters:
+                    self._from_parameters[out] = True
+
+    def _sources(self, tensors: Iterable[Tensor]) -> frozenset[int]:
+        """The outputs that tensors are made of."""
+        return frozenset[int]().union(*(self._pending.get(tensor) or () for tensor in tensors))
 
     def _add_output(self, tensor: Tensor) -> None:
         """Take note of an output of a call; it is fixed in the end unless another call takes it."""
+        if not tensor.dim():
+            return
         self._pending[tensor] = (self._pending.get(tensor) or frozenset()) | {len(self._outputs)}
         self._outputs.append(self._entry_of(tensor))
 
