@@ -35,7 +35,8 @@ from torch.utils.hooks import RemovableHandle
 
 from nfn_optim.optimizer.wrapper import communicates, unwrap
 from nfn_optim.rule import UpdateRule
-from nfn_optim.symmetry.live_trace import INTERRUPTED, LiveTrace
+from nfn_optim.symmetry.live_trace import INTERRUPTED, LiveTrace, is_symbolic
+from nfn_optim.symmetry.module import without_transform
 from nfn_optim.symmetry.recurrence import Recurrence
 
 MAX_CALLS, MAX_UNSEEN = 16, 1000
@@ -73,7 +74,8 @@ class ThreadCalls:
         count: Rules that the trace had applied before it.
         frame: The frame that runs it.
         exits: What to undo when it ends.
-        trace: The trace of this thread.
+        trace: The trace that is on, or was the last to be on.
+        traces: Module -> the trace of its calls.
         history: Module -> number of traced calls, number of the last ones that have shown nothing new.
     """
 
@@ -84,6 +86,7 @@ class ThreadCalls:
     frame: FrameType | None = None
     exits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     trace: LiveTrace | None = None
+    traces: weakref.WeakKeyDictionary[nn.Module, LiveTrace] = field(default_factory=weakref.WeakKeyDictionary)
     history: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = field(default_factory=weakref.WeakKeyDictionary)
 
 
@@ -107,7 +110,9 @@ class CallObserver:
             self._unseen = 0
             if not self._handles:
                 # A compiled model would warn about the hooks, which are removed before they do harm.
-                warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
+                warnings.filterwarnings(
+                    "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
+                )
                 self._handles = [
                     torch_module.register_module_forward_pre_hook(self._begin),
                     torch_module.register_module_forward_hook(self._end, always_call=True),
@@ -147,7 +152,7 @@ class CallObserver:
     # --------------------------------------------------------------------------------------------------------- hooks
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        """A call of a module begins."""
+        """A call of a module begins. No error in here reaches the user's code."""
         if torch.compiler.is_compiling() or isinstance(module, UpdateRule):
             return
         calls = self._calls()
@@ -160,7 +165,10 @@ class CallObserver:
         elif not communicates(module):
             frame = sys._getframe(1)
             calls.stack, calls.traced, calls.frame = [module], False, frame
-            self._begin_outermost(calls, unwrap(module), (args, frame.f_locals.get("kwargs")))
+            try:
+                self._begin_outermost(calls, unwrap(module), (args, frame.f_locals.get("kwargs")))
+            except Exception as error:  # modules may be of any kind
+                self._abandon(calls, repr(error))
 
     def _begin_outermost(self, calls: ThreadCalls, module: nn.Module, inputs: Any) -> None:
         """Trace a call if somebody waits for it and it may show something new."""
@@ -168,14 +176,14 @@ class CallObserver:
         if self._unseen > MAX_UNSEEN:
             self._remove_hooks()
             return
-        owned = {id(p) for p in module.parameters()}
+        owned = {id(without_transform(p)) for p in module.parameters()}
         concerned = []
         for listener in list(self._listeners):
             listener.see_call()
             owns = [id(p) in owned for p in listener.wanted()]
             if any(owns) or listener.is_model(module):
                 concerned.append((listener, all(owns) or listener.is_model(module)))
-        if not concerned or _is_symbolic():
+        if not concerned or is_symbolic():
             return
         calls.goes_on = torch.is_grad_enabled() and not all(complete for _, complete in concerned)
         watching = calls.trace is not None and calls.trace.watching
@@ -185,9 +193,9 @@ class CallObserver:
         signature = _signature_of(module, inputs)
         if not (watching or calls.goes_on) and all(listener.recall(module, signature) for listener, _ in concerned):
             return
-        if calls.trace is None:
-            calls.trace = LiveTrace(self._is_wanted)
-        trace, calls.traced, calls.count = calls.trace, True, calls.trace.count
+        trace = calls.trace if watching else calls.traces.get(module)
+        calls.trace = trace = trace or LiveTrace(self._is_wanted)
+        calls.traces[module], calls.traced, calls.count = trace, True, trace.count
         for listener, _ in concerned:
             listener.hear(trace, module, signature)
         trace.begin(module, inputs)
@@ -210,10 +218,10 @@ class CallObserver:
         calls.frame = None
         if not calls.traced or trace is None:
             return
-        calls.traced = False
         calls.exits.close()
         inner = unwrap(outermost)
         known = trace.end(inner, output, calls.goes_on)
+        calls.traced = False
         number, settled = calls.history.get(inner, (0, 0))
         calls.history[inner] = number + 1, settled + 1 if trace.count == calls.count else 0
         if not (torch.is_grad_enabled() and (calls.goes_on or not known)):
@@ -222,15 +230,17 @@ class CallObserver:
         if trace.failure:
             self._abandon(calls)
 
-    def _abandon(self, calls: ThreadCalls) -> None:
+    def _abandon(self, calls: ThreadCalls, reason: str = INTERRUPTED) -> None:
         """Give up a trace that is void, or a call that an interrupt has left; the next call is traced anew."""
         calls.exits.close()
         if calls.trace is not None and (calls.traced or calls.trace.failure):
-            calls.trace.fail(INTERRUPTED)
+            calls.trace.fail(reason)
             calls.trace.leave()
+            for module in [module for module, trace in calls.traces.items() if trace is calls.trace]:
+                del calls.traces[module]
+                calls.history.pop(module, None)
             calls.trace = None
         calls.stack, calls.traced, calls.frame = [], False, None
-        calls.history.clear()
 
     def _is_wanted(self, parameter: Tensor) -> bool:
         return any(parameter is p for listener in list(self._listeners) for p in listener.wanted())
@@ -246,15 +256,12 @@ def _is_running(frame: FrameType | None) -> bool:
     return False
 
 
-def _is_symbolic() -> bool:
-    """Whether ops are recorded instead of computed."""
-    keys = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
-
-
 def _signature_of(module: nn.Module, inputs: Any) -> Hashable:
     """What two calls have in common that have the same symmetry."""
-    leaves = [tuple(leaf.shape) if isinstance(leaf, Tensor) and not leaf.is_nested else type(leaf) for leaf in tree_leaves(inputs)]
+    leaves = [
+        tuple(leaf.shape) if isinstance(leaf, Tensor) and not leaf.is_nested else type(leaf)
+        for leaf in tree_leaves(inputs)
+    ]
     named = tuple((name, tuple(p.shape)) for name, p in module.named_parameters() if not hasattr(p, "materialize"))
     return module.training, tuple(leaves), named
 

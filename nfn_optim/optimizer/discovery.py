@@ -61,7 +61,6 @@ class Discovery:
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._traces: dict[int, tuple[LiveTrace, dict[int, Hashable]]] = {}  # with the signatures of calls
         self._recalled: dict[int, tuple[weakref.ref[nn.Module], Symmetry]] = {}
-        self._warned: set[str] = set()
         OBSERVER.add(self)
         self._finalizer = weakref.finalize(self, OBSERVER.discard)
         self._finalizer.atexit = False
@@ -154,8 +153,8 @@ class Discovery:
                 f"fixed axis of its own. To use its symmetry, write it by hand (Symmetry.spec) and pass symmetry="
             )
         for message in messages:
-            if message not in self._warned:
-                self._warned.add(message)
+            if message not in trace.reported:
+                trace.reported.add(message)
                 warnings.warn(message, stacklevel=10)  # the caller of step, outside of the wrappers of torch
 
 

@@ -188,9 +188,8 @@ class ParameterIndex:
 
     def resolve(self, groups: Groups) -> None:
         """Make sure that there is a symmetry: traced from the observed calls, or separate axes."""
-        if self._discovery is None and self.symmetry is not None:
-            if not self._look_again(groups):
-                return
+        if self._discovery is None and self.symmetry is not None and not self._look_again(groups):
+            return
         if self._discovery is not None:
             self._resolve_from_calls(self._discovery, groups)
         if self.symmetry is None:

@@ -15,10 +15,9 @@ def unwrap(module: nn.Module) -> nn.Module:
     """
     while True:
         kind = type(module)
-        if (compiled := getattr(module, "_orig_mod", None)) is not None:
-            module = compiled
-        elif communicates(module):
-            module = module.module
+        inner = getattr(module, "module" if communicates(module) else "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            module = inner
         elif hasattr(kind, "direct_submodule_call"):
             forward = getattr(kind, "boxed_forward", kind.forward)
             module = inspect.getclosurevars(forward).nonlocals["module"]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
@@ -27,6 +26,7 @@ from nfn_optim.symmetry.op_rules import opaque
 from nfn_optim.symmetry.storage_table import StorageTable, storage_of
 from nfn_optim.symmetry.tensor_map import TensorMap
 from nfn_optim.symmetry.unification import fix, unify
+
 FILLED, UNWRITTEN = 1, 2
 """All entries of a tensor are equal; or it was allocated and no op has written to it."""
 
@@ -278,7 +278,13 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not any(flags) and (inputs or not plan.preserves_fill):
             return self.lookup
         for t, flag in zip(inputs, flags, strict=True):
-            if flag and flag[0] and plan.reads and all(t is not out for out in outs) and self.is_overwritten(t, flag[0]):
+            if (
+                flag
+                and flag[0]
+                and plan.reads
+                and all(t is not out for out in outs)
+                and self.is_overwritten(t, flag[0])
+            ):
                 flag[0] = 0
                 self._entry_of(t).filled = None
                 fix(*self.lookup(t))

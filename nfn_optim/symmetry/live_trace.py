@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nfn_optim.symmetry.axes import IN, OUT, Dims, fresh, shape_of
 from nfn_optim.symmetry.dispatch import UNWRITTEN, AxisTracer, Entry, tensors_in
-from nfn_optim.symmetry.module import tensors_of_output
+from nfn_optim.symmetry.module import tensors_of_output, without_transform
 from nfn_optim.symmetry.naming import symmetry_from
 from nfn_optim.symmetry.op_call import OpCall
 from nfn_optim.symmetry.op_plan import OpPlan
@@ -42,7 +42,7 @@ MAX_OPS_BETWEEN_CALLS = 20_000
 """Ops after a call, outside of any other, after which no further call is expected."""
 
 
-class LiveTrace(AxisTracer):
+class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
     """A trace of the calls of one or several modules, connected by the tensors that pass between them.
 
     Args:
@@ -52,12 +52,14 @@ class LiveTrace(AxisTracer):
         failure: Why the trace is void; empty if it is not.
         inside: Whether a traced call is running.
         watching: Whether ops are followed; otherwise they just run.
+        reported: Messages that the user has seen.
     """
 
     def __init__(self, is_wanted: Callable[[Tensor], bool]) -> None:
         """See the class."""
         super().__init__()
         self.failure = ""
+        self.reported: set[str] = set()
         self.inside = self.watching = False
         self._is_wanted = is_wanted
         self._named: dict[str, tuple[weakref.ref[Tensor], Dims]] = {}
@@ -119,9 +121,9 @@ class LiveTrace(AxisTracer):
         self._buffers = {name: b for name, b in module.named_buffers() if b.dim()}
         self._submodules = {id(sub): name for name, sub in module.named_modules()}
         for tensor in tree_leaves(inputs):
-            if isinstance(tensor, Tensor) and not self.is_known(tensor):
+            if isinstance(tensor, Tensor) and not self.is_known(inner := without_transform(tensor)):
                 with self.guarded():
-                    fix(*self.lookup(tensor), role=IN)
+                    fix(*self.lookup(inner), role=IN)
         self.inside = True
 
     def enter_submodule(self, module: nn.Module) -> None:
@@ -148,7 +150,7 @@ class LiveTrace(AxisTracer):
                 tensors = tensors_of_output(output)
             except (RuntimeError, TypeError):
                 return False
-            for tensor in tensors:
+            for tensor in map(without_transform, tensors):
                 dims = self.lookup(tensor)
                 if goes_on:
                     self._add_output(tensor)
@@ -198,7 +200,7 @@ class LiveTrace(AxisTracer):
             named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
             for name, tensor in named:
                 if not isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-                    self._register(f"{index}.{name}", tensor)
+                    self._register(f"{index}.{name}", without_transform(tensor))
 
     def _register(self, name: str, tensor: Tensor) -> None:
         before = self._named.get(name)
@@ -211,7 +213,7 @@ class LiveTrace(AxisTracer):
         if not self.is_known(tensor):
             self.give(tensor, dims, until_used=before is None)
 
-    # ---------------------------------------------------------------------------------------------------- single tensors
+    # --------------------------------------------------------------------------------------------------- single tensors
 
     def dims_of_unknown(self, tensor: Tensor) -> Dims:
         """The dimensions of a tensor that no op has returned.
@@ -306,6 +308,8 @@ class LiveTrace(AxisTracer):
         if not self.watching:
             return func(*args, **(kwargs or {}))
         if not self.inside:
+            if is_symbolic():
+                return func(*args, **(kwargs or {}))
             self._ops_between += 1
             if torch._C._current_graph_task_id() != -1 or self._ops_between > MAX_OPS_BETWEEN_CALLS:
                 self.watching = False
@@ -389,6 +393,12 @@ class LiveTrace(AxisTracer):
         self.watching = False
 
 
+def is_symbolic() -> bool:
+    """Whether ops of this thread are recorded instead of computed."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+
+
 def _modes() -> list[Any]:
     """The dispatch modes of this thread, the innermost last."""
     return [torch._C._get_dispatch_stack_at(index) for index in range(_len_torch_dispatch_stack())]
@@ -405,4 +415,3 @@ def _leaves_of_graph(tensor: Tensor) -> Iterable[Tensor]:
         if (leaf := getattr(node, "variable", None)) is not None:
             yield leaf
         pending += [following for following, _ in node.next_functions]
-

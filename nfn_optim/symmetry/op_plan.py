@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from nfn_optim.symmetry.layer_rules import batch_norm
 from nfn_optim.symmetry.op_call import Rule
-from nfn_optim.symmetry.op_rules import PRESERVE_FILL, RULES, filled, pointwise
+from nfn_optim.symmetry.op_rules import PRESERVE_FILL, RULES, each, filled, pointwise
 from nfn_optim.symmetry.shape_rules import as_strided, expand, repeat
 
 _IGNORED = ("prim::", "profiler::", "aten::_assert", "aten::sym_", "aten::is_", "aten::_has_")
@@ -85,7 +85,7 @@ def plan_of(func: OpOverload) -> OpPlan:
         writes=writes,
         reshapes=reshapes,
         preserves_fill=rule in PRESERVE_FILL and torch.Tag.nondeterministic_seeded not in func.tags,
-        writes_to_inputs=rule in (batch_norm, pointwise),
+        writes_to_inputs=rule in (batch_norm, each, pointwise),
         reads=rule is not filled and not is_view,
         allocates=rule is filled and "empty" in base_name,
         repeatable=not (makes_free_axes or varies or reshapes),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nfn_optim.symmetry.axes import Dims, fresh
+from nfn_optim.symmetry.axes import fresh
 from nfn_optim.symmetry.live_trace import LiveTrace
 from nfn_optim.symmetry.unification import fix
 
@@ -30,7 +30,7 @@ class Recurrence(TorchFunctionMode):
 
     def __init__(self, trace: LiveTrace) -> None:
         """See the class."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.trace = trace
 
     def __torch_function__(

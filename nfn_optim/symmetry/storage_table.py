@@ -34,9 +34,9 @@ class StorageTable(Generic[V]):
         if (found := self._table.get(key)) is not None:
             found[1][layout] = value
             return
-        self._table[key] = StorageWeakRef(storage), {layout: value}
+        self._table[key] = StorageWeakRef(storage), {layout: value}  # type: ignore[no-untyped-call]
         if len(self._table) >= self._prune_at:
-            self._table = {k: entry for k, entry in self._table.items() if not entry[0].expired()}
+            self._table = {k: entry for k, entry in self._table.items() if not entry[0].expired()}  # type: ignore[no-untyped-call]
             self._prune_at = max(PRUNE_AFTER, 2 * len(self._table))
 
     def find(self, tensor: Tensor) -> tuple[V | None, list[V]]:
