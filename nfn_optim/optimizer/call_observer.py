@@ -33,7 +33,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from nfn_optim.optimizer.wrapper import communicates, unwrap
+from nfn_optim.optimizer.wrapper import communicates, substitutes, unwrap
 from nfn_optim.rule import UpdateRule
 from nfn_optim.symmetry.live_trace import INTERRUPTED, LiveTrace, is_symbolic
 from nfn_optim.symmetry.module import without_transform
@@ -166,12 +166,13 @@ class CallObserver:
             frame = sys._getframe(1)
             calls.stack, calls.traced, calls.frame = [module], False, frame
             try:
-                self._begin_outermost(calls, unwrap(module), (args, frame.f_locals.get("kwargs")))
+                self._begin_outermost(calls, module, (args, frame.f_locals.get("kwargs")))
             except Exception as error:  # modules may be of any kind
                 self._abandon(calls, repr(error))
 
-    def _begin_outermost(self, calls: ThreadCalls, module: nn.Module, inputs: Any) -> None:
+    def _begin_outermost(self, calls: ThreadCalls, called: nn.Module, inputs: Any) -> None:
         """Trace a call if somebody waits for it and it may show something new."""
+        module = unwrap(called)
         self._unseen += 1
         if self._unseen > MAX_UNSEEN:
             self._remove_hooks()
@@ -183,7 +184,8 @@ class CallObserver:
             owns = [id(p) in owned for p in listener.wanted()]
             if any(owns) or listener.is_model(module):
                 concerned.append((listener, all(owns) or listener.is_model(module)))
-        if not concerned or is_symbolic():
+        first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
+        if not concerned or is_symbolic() or (first is not None and not first.numel()):  # an empty batch shows little
             return
         calls.goes_on = torch.is_grad_enabled() and not all(complete for _, complete in concerned)
         watching = calls.trace is not None and calls.trace.watching
@@ -198,7 +200,7 @@ class CallObserver:
         calls.traces[module], calls.traced, calls.count = trace, True, trace.count
         for listener, _ in concerned:
             listener.hear(trace, module, signature)
-        trace.begin(module, inputs)
+        trace.begin(module, inputs, substitutes(called))
         calls.exits = _plain_kernels(module, trace)
         trace.enter()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -28,3 +28,16 @@ def unwrap(module: nn.Module) -> nn.Module:
 def communicates(module: nn.Module) -> bool:
     """Whether a module only distributes the calls of another one."""
     return isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
+
+
+def substitutes(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Parameters and buffers of a functional module of `higher`, and the tensors that it uses instead of them."""
+    if not hasattr(type(module), "direct_submodule_call"):
+        return []
+    root = module.root
+    if not isinstance(root, nn.Module):
+        return []
+    original = unwrap(root)
+    pairs = list(zip(original.parameters(), root.fast_params or [], strict=False))
+    copies = dict(root.named_buffers())
+    return pairs + [(buffer, copies[name]) for name, buffer in original.named_buffers() if name in copies]

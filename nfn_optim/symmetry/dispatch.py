@@ -10,7 +10,6 @@ Legend: see `nfn_optim.symmetry.axes` for `Dim`, `Dims` and atoms.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nfn_optim.symmetry.axes import Dim, Dims, atoms_of, fresh, shape_of
+from nfn_optim.symmetry.axes import Axis, Dim, Dims, atoms_of, fresh, root_of, shape_of
 from nfn_optim.symmetry.op_call import OpCall, Result
 from nfn_optim.symmetry.op_plan import OpPlan, plan_of
 from nfn_optim.symmetry.op_rules import opaque
@@ -78,6 +77,17 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._unused: dict[int, Dims] = {}  # of parameters and buffers that no op has used, by the id of the Dims
         self._memo: dict[Hashable, list[Entry]] = {}  # a key holds its Dims by id, `_kept` keeps those alive
         self._kept: list[list[Dims | None]] = []
+        self._dims: dict[Hashable, tuple[Dims, list[Axis]]] = {}  # by the ids of representatives, which are kept too
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while the mode is on, and the wrapper would double the cost of an op
+
+    def _interned(self, dims: Dims) -> Dims:
+        """The first object with these dimensions, so that equal ones are recognised by identity."""
+        axes = [[root_of(axis) for axis in dim] for dim in dims]
+        key = tuple(tuple(map(id, dim)) for dim in axes)
+        return self._dims.setdefault(key, (dims, [axis for dim in axes for axis in dim]))[0]
 
     def give(self, tensor: Tensor, dims: Dims, until_used: bool = False) -> None:
         """Give a tensor its dimensions.
@@ -135,7 +145,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _resolved(self, entry: Entry) -> Dims | None:
         """The dimensions of an entry, computed now if they were deferred."""
         if entry.compute is not None:
-            entry.dims, entry.compute = entry.compute(), None
+            entry.dims, entry.compute = self._interned(entry.compute()), None
             self.index_spaces.append(entry.dims)
         return entry.dims
 
@@ -246,7 +256,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._entries.pop(inputs[0])
             lookup_others = lookup
             lookup = lambda tensor: dims_before if tensor is inputs[0] else lookup_others(tensor)  # noqa: E731
-        call = replace(call, lookup=lookup, fix_on_use=self._set_fix_on_use, add_index_space=self.index_spaces.append)
+        call.lookup, call.fix_on_use, call.add_index_space = lookup, self._set_fix_on_use, self.index_spaces.append
         try:
             ruled = None if plan.rule is None or _writes_to_other_tensors(call, func, plan) else plan.rule(call)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError):
@@ -321,11 +331,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for out, deferred in zip(outs, ruled, strict=False):
             if callable(deferred):
                 self._entry_of(out).compute = deferred
-        assigned = [
-            (out, dims if out.numel() else fresh(tuple(out.shape), True))
-            for out, dims in zip(outs, ruled, strict=False)
-            if not callable(dims)
-        ]
+        assigned = [(out, dims) for out, dims in zip(outs, ruled, strict=False) if not callable(dims)]
         shapes_fit = [shape_of(dims) for _, dims in assigned] == [tuple(out.shape) for out, _ in assigned]
         if not shapes_fit or len(ruled) < len(outs):
             return False
@@ -335,7 +341,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             entry = self._entry_of(out)
             if entry.dims is None:
-                entry.dims = dims
+                entry.dims = self._interned(dims)
                 continue
             if shape_of(entry.dims) != shape_of(dims):
                 raise RuntimeError("an op changes the shape of a tensor in place")

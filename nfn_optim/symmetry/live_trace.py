@@ -108,16 +108,19 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
 
     # -------------------------------------------------------------------------------------------------- calls and names
 
-    def begin(self, module: nn.Module, inputs: Any) -> None:
+    def begin(self, module: nn.Module, inputs: Any, substitutes: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
         """A call of a module begins.
 
         Args:
             module: The module, without wrappers.
             inputs: Its arguments.
+            substitutes: Parameters, and the tensors that are used instead of them.
         """
         if not any(reference() is module for reference in self._modules):
             self._modules.append(weakref.ref(module))
         self._register_all()
+        for parameter, substitute in substitutes:
+            self.share(substitute, parameter)
         self._buffers = {name: b for name, b in module.named_buffers() if b.dim()}
         self._submodules = {id(sub): name for name, sub in module.named_modules()}
         for tensor in tree_leaves(inputs):
@@ -204,7 +207,9 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
 
     def _register(self, name: str, tensor: Tensor) -> None:
         before = self._named.get(name)
-        if before is not None and before[0]() is tensor:
+        if before is not None and shape_of(before[1]) != tuple(tensor.shape):
+            self._entries.pop(tensor)  # it may be the same one in another shape
+        elif before is not None and before[0]() is tensor:
             return
         dims = self.lookup(tensor) if self.is_known(tensor) else None if before is None else before[1]
         if dims is None or shape_of(dims) != tuple(tensor.shape):

@@ -19,7 +19,7 @@ def _unknown(*_: Any) -> Any:
     raise RuntimeError("expected an op within a trace")
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpCall:
     """One call of an op.
 
