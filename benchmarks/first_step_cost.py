@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import torchvision_ops
 
 torchvision_ops.declare()
-TURNS = 5
+TURNS = 3
 
 
 @dataclass(frozen=True)

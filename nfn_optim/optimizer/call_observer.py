@@ -56,6 +56,9 @@ class Listener(Protocol):
     def recall(self, module: nn.Module, signature: Hashable) -> bool:
         """Whether the symmetry of such a call is known already, so that it need not be traced."""
 
+    def has_heard(self, trace: LiveTrace) -> bool:
+        """Whether it has heard of a trace before."""
+
     def hear(self, trace: LiveTrace, module: nn.Module, signature: Hashable) -> None:
         """A call of a module that owns some of them is about to be traced."""
 
@@ -187,6 +190,10 @@ class CallObserver:
         first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
         if not concerned or is_symbolic() or (first is not None and not first.numel()):  # an empty batch shows little
             return
+        known = calls.traces.get(module)
+        if known is not None and not all(listener.has_heard(known) for listener, _ in concerned):
+            del calls.traces[module]  # whoever is new waits for what runs from now on
+            calls.history.pop(module, None)
         calls.goes_on = torch.is_grad_enabled() and not all(complete for _, complete in concerned)
         watching = calls.trace is not None and calls.trace.watching
         number, settled = calls.history.get(module, (0, 0))
@@ -276,7 +283,7 @@ def _plain_kernels(module: nn.Module, trace: LiveTrace) -> contextlib.ExitStack:
     if torch.backends.mha.get_fastpath_enabled() and not torch.is_grad_enabled():
         torch.backends.mha.set_fastpath_enabled(False)
         exits.callback(torch.backends.mha.set_fastpath_enabled, True)
-    if any(isinstance(sub, nn.RNNBase) for sub in module.modules()):
+    if any(isinstance(sub, nn.RNNBase | nn.RNNCellBase) for sub in module.modules()):
         exits.enter_context(Recurrence(trace))
     return exits
 

@@ -100,6 +100,10 @@ class Discovery:
         self._recalled[id(module)] = weakref.ref(module), known[1]
         return True
 
+    def has_heard(self, trace: LiveTrace) -> bool:
+        """Whether it has heard of a trace before."""
+        return id(trace) in self._traces
+
     def hear(self, trace: LiveTrace, module: nn.Module, signature: Hashable) -> None:
         """A call is about to be traced."""
         self._modules[id(module)] = weakref.ref(module)

@@ -177,9 +177,10 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **options)
         if plan.rule is None and (result := self.decompose(func, plan, args, options)) is not NotImplemented:
             return result
-        key = self._key(func, args, options, plan.uses_numbers) if plan.repeatable else None
-        memo = None if key is None else self._memo.get(key)
-        if memo is None:
+        key = self.key_of(func, args, options, plan.uses_numbers) if plan.repeatable else None
+        if key is not None and plan.selects and self._is_fixed(args[0], args[1]):
+            key = key[:-1]  # an entry of a fixed axis is like any other
+        if key not in self._memo:
             inputs = tensors_in((args, options))
             before = ((), ()) if not inputs or not plan.needs_strides else (tuple(inputs[0].shape), inputs[0].stride())
             dims_before = self.dims_before(inputs[0]) if plan.reshapes else ()
@@ -191,11 +192,30 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outs = tensors_in(result)
         if self.follows:
             self.follow(tensors_in((args, options)), outs)
+        self.recall(key, outs)
+        return result
+
+    def _is_fixed(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a dimension of a tensor consists of fixed axes without parts."""
+        return all(atom.fixed and atom.parts is None for atom in atoms_of(self.lookup(tensor)[dim]))
+
+    def recall(self, key: Hashable, outs: Sequence[Tensor]) -> bool:
+        """Give outputs the dimensions that those of an earlier call have; returns whether there was one."""
+        memo = self._memo.get(key)
+        if memo is None:
+            return False
         for out, entry in zip(outs, memo, strict=True):
-            if not plan.writes or self._entries.get(out) is None:
+            if self._entries.get(out) is None:  # else it was written in place
                 self._entries[out] = entry
                 self.record(out)
-        return result
+        return True
+
+    def remember(self, key: Hashable, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Remember the dimensions of the outputs of a call, unless there is more to know of them."""
+        entries = [self._entry_of(out) for out in outs]
+        if key is not None and all(entry.filled is None and entry.fix_on_use is None for entry in entries):
+            self._memo[key] = entries
+            self._kept.append([self._entry_of(tensor).dims for tensor in inputs])
 
     def decompose(self, func: OpOverload, plan: OpPlan, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
         """Run the parts of an op that has no rule; returns NotImplemented if it has none."""
@@ -206,7 +226,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def dims_before(self, tensor: Tensor) -> Dims:
-        """The dimensions of a tensor whose shape is about to be changed in place."""
+        """The dimensions of a tensor that an op is about to use."""
         return self.lookup(tensor)
 
     def is_overwritten(self, tensor: Tensor, filled: int) -> bool:
@@ -216,7 +236,9 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record(self, out: Tensor) -> None:
         """Called for every output of an op, once its entry is known."""
 
-    def _key(self, func: OpOverload, args: Sequence[Any], options: Mapping[str, Any], numbers: bool) -> Hashable:
+    def key_of(
+        self, func: Hashable, args: Sequence[Any], options: Mapping[str, Any], numbers: bool
+    ) -> tuple[Hashable, ...] | None:
         """A value that calls have in common whose outputs have the same dimensions; None if that is not known."""
         parts: list[Hashable] = [func]
         entries = self._entries
@@ -227,8 +249,8 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if value.dim():
                         return None
                     parts.append(())
-                elif entry.compute is None and entry.filled is None and entry.fix_on_use is None:
-                    parts.append(id(entry.dims))
+                elif entry.filled is None and entry.fix_on_use is None:
+                    parts.append(id(entry.dims if entry.compute is None else self.dims_before(value)))
                 else:
                     return None
             elif isinstance(value, list):
@@ -264,12 +286,10 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if ruled is None or not self._assign(call.outs, ruled):
             self._report(plan.full_name, call)
             self._assign(call.outs, opaque(call))
-        entries = [self._entry_of(out) for out in call.outs]
         for out in call.outs:
+            self._entry_of(out)
             self.record(out)
-        if key is not None and all(entry.filled is None and entry.fix_on_use is None for entry in entries):
-            self._memo[key] = entries
-            self._kept.append([self._entry_of(tensor).dims for tensor in inputs])
+        self.remember(key, inputs, call.outs)
 
     def _entry_of(self, tensor: Tensor) -> Entry:
         """The entry of a tensor, new if it has none."""

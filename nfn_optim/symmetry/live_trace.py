@@ -251,7 +251,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         return overwritten
 
     def dims_before(self, tensor: Tensor) -> Dims:
-        """The dimensions of a tensor whose shape is about to be changed in place."""
+        """The dimensions of a tensor that an op is about to use."""
         with self.guarded():
             return self.lookup(tensor)
         return ()

@@ -35,6 +35,7 @@ class OpPlan:
         writes_to_inputs: Whether its rule covers tensors that it writes to and does not return.
         reads: Whether it depends on the values of its inputs, or returns copies of them.
         allocates: Whether it returns memory without values.
+        selects: Whether it is `select`, whose last argument is the index of an entry.
         repeatable: Whether two calls with inputs of the same dimensions have outputs of the same dimensions.
     """
 
@@ -47,6 +48,7 @@ class OpPlan:
     writes_to_inputs: bool
     reads: bool
     allocates: bool
+    selects: bool
     repeatable: bool
 
     @property
@@ -88,5 +90,6 @@ def plan_of(func: OpOverload) -> OpPlan:
         writes_to_inputs=rule in (batch_norm, each, pointwise),
         reads=rule is not filled and not is_view,
         allocates=rule is filled and "empty" in base_name,
+        selects=full_name == "aten::select",
         repeatable=not (makes_free_axes or varies or reshapes),
     )

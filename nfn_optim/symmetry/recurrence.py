@@ -1,7 +1,7 @@
 """Recurrent layers, whose functions run thousands of small kernels, or a single one that is hard to see through.
 
-A trace is left while such a function runs on real tensors. Its axes are those of two time steps, which are followed on
-the meta device: the second uses the state that the first returns, so that more steps relate no more axes.
+A trace is left while such a function runs on real tensors. The axes of a layer are those of two time steps, which are
+followed on the meta device: the second uses the state that the first returns, so that more steps relate no more axes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nfn_optim.symmetry.axes import fresh
+from nfn_optim.symmetry.dispatch import tensors_in
 from nfn_optim.symmetry.live_trace import LiveTrace
 from nfn_optim.symmetry.unification import fix
 
-RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+LAYERS = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+CELLS = frozenset({torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell})
 STEPS = 2
 
 
@@ -37,16 +39,34 @@ class Recurrence(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run a function; a recurrent one out of sight of the trace, which follows two steps of it instead."""
-        if func not in RECURRENT or kwargs or not self.trace.watching:
+        is_cell = func in CELLS
+        if not (is_cell or func in LAYERS) or kwargs or not self.trace.watching:
             return func(*args, **(kwargs or {}))
         with self.trace.paused():
             result = func(*args)
         with self.trace.guarded():
-            _follow(self.trace, func, args, result)
+            (_follow_cell if is_cell else _follow_layer)(self.trace, func, args, result)
         return result
 
 
-def _follow(trace: LiveTrace, func: Any, args: Sequence[Any], result: Sequence[Tensor]) -> None:
+def _follow_cell(trace: LiveTrace, func: Any, args: Sequence[Any], result: Any) -> None:
+    """Give the outputs of one time step their dimensions.
+
+    Args:
+        trace: The trace.
+        func: The function.
+        args: `(input, state or states, *params)`.
+        result: The state or states.
+    """
+    inputs, outs = tensors_in(args), tensors_in(result)
+    key = trace.key_of(func, inputs, {}, False)
+    if key is None or not trace.recall(key, outs):
+        for out, meta in zip(outs, trace.shadow(func, args), strict=True):
+            trace.share(out, meta)
+        trace.remember(key, inputs, outs)
+
+
+def _follow_layer(trace: LiveTrace, func: Any, args: Sequence[Any], result: Sequence[Tensor]) -> None:
     """Give the outputs of a recurrent function their dimensions.
 
     Args:
