@@ -35,7 +35,8 @@ from torch.utils.hooks import RemovableHandle
 
 from nfn_optim.optimizer.wrapper import communicates, substitutes, unwrap
 from nfn_optim.rule import UpdateRule
-from nfn_optim.symmetry.live_trace import INTERRUPTED, LiveTrace, is_symbolic
+from nfn_optim.symmetry.live_trace import INTERRUPTED, LiveTrace
+from nfn_optim.symmetry.mode_stack import is_symbolic
 from nfn_optim.symmetry.module import without_transform
 from nfn_optim.symmetry.recurrence import Recurrence
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,9 +35,7 @@ def substitutes(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Parameters and buffers of a functional module of `higher`, and the tensors that it uses instead of them."""
     if not hasattr(type(module), "direct_submodule_call"):
         return []
-    root = module.root
-    if not isinstance(root, nn.Module):
-        return []
+    root: Any = module.root
     original = unwrap(root)
     pairs = list(zip(original.parameters(), root.fast_params or [], strict=False))
     copies = dict(root.named_buffers())

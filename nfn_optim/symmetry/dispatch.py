@@ -236,9 +236,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record(self, out: Tensor) -> None:
         """Called for every output of an op, once its entry is known."""
 
-    def key_of(
-        self, func: Hashable, args: Sequence[Any], options: Mapping[str, Any], numbers: bool
-    ) -> tuple[Hashable, ...] | None:
+    def key_of(self, func: Hashable, args: Sequence[Any], options: Mapping[str, Any], numbers: bool) -> Any:
         """A value that calls have in common whose outputs have the same dimensions; None if that is not known."""
         parts: list[Hashable] = [func]
         entries = self._entries

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack, _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nfn_optim.symmetry.axes import IN, OUT, Dims, fresh, shape_of
 from nfn_optim.symmetry.dispatch import UNWRITTEN, AxisTracer, Entry, tensors_in
+from nfn_optim.symmetry.mode_stack import is_symbolic, push_below, remove
 from nfn_optim.symmetry.module import tensors_of_output, without_transform
 from nfn_optim.symmetry.naming import symmetry_from
 from nfn_optim.symmetry.op_call import OpCall
@@ -80,20 +80,12 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         The mode goes below those of the user, so that theirs may end before or after it.
         """
         self.watching = True
-        if self not in _modes():
-            others = [_pop_torch_dispatch_stack(None) for _ in range(_len_torch_dispatch_stack())]
-            for mode in (self, *reversed(others)):
-                _push_on_torch_dispatch_stack(mode)
+        push_below(self)
 
     def leave(self) -> None:
         """Follow no more ops; has no effect in another thread, where the mode just runs them."""
         self.watching = False
-        if self in _modes():
-            above = []
-            while (mode := _pop_torch_dispatch_stack(None)) is not self:
-                above.append(mode)
-            for mode in reversed(above):
-                _push_on_torch_dispatch_stack(mode)
+        remove(self)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -396,17 +388,6 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         """Make the trace void."""
         self.failure = self.failure or reason
         self.watching = False
-
-
-def is_symbolic() -> bool:
-    """Whether ops of this thread are recorded instead of computed."""
-    keys = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
-
-
-def _modes() -> list[Any]:
-    """The dispatch modes of this thread, the innermost last."""
-    return [torch._C._get_dispatch_stack_at(index) for index in range(_len_torch_dispatch_stack())]
 
 
 def _leaves_of_graph(tensor: Tensor) -> Iterable[Tensor]:
