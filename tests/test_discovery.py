@@ -315,9 +315,9 @@ MERGES = {
     "one part keeps its names": (("a h\nb h\nfree h=2",), "a h\nb h\nfree h=2"),
     "a shared tensor joins": (("a h\nb h\nfree h=2", "b k\nc k\nfree k=2"), "a 0.h\nb 0.h\nc 0.h\nfree 0.h=2"),
     "fixed in one is fixed": (("a h\nb h\nfree h=2", "b k\nc k\nfixed k=2"), "a 0.h\nb 0.h\nc 0.h\nfixed 0.h=2"),
-    "unused in one says nothing": (
+    "fixed in one, alone": (
         ("a h\nb x\nfree h=2\nfixed x=3", "b k\nfree k=3"),
-        "a 0.h\nb 1.k\nfree 0.h=2 1.k=3",
+        "a 0.h\nb 0.x\nfree 0.h=2\nfixed 0.x=3",
     ),
     "other factors, nothing moves": (
         ("a (h k)\nb h\nfree h=2 k=3", "a m\nc m\nfree m=6"),

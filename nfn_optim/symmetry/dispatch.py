@@ -302,6 +302,10 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Such a tensor is the same in any order, so that each op that combines it with other tensors may see it with new
         axes. Only ops among such tensors, views above all, see its own axes.
         """
+        if plan.allocates:
+            for out in outs:
+                self._entry_of(out).filled = [UNWRITTEN]
+            return self.lookup
         flags = [entry.filled if (entry := self._entries.get(t)) is not None else None for t in inputs]
         if not any(flags) and (inputs or not plan.preserves_fill):
             return self.lookup
@@ -320,7 +324,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for out in outs:
             shared = [flag for t, flag in zip(inputs, flags, strict=True) if flag and storage_of(t) == storage_of(out)]
             if preserved:
-                self._entry_of(out).filled = shared[0] if shared else [UNWRITTEN if plan.allocates else FILLED]
+                self._entry_of(out).filled = shared[0] if shared else [FILLED]
             for flag in shared:
                 if preserved and plan.writes:
                     flag[0] = FILLED

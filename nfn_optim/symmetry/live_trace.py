@@ -237,7 +237,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
     def is_overwritten(self, tensor: Tensor, filled: int) -> bool:
         """Whether a kernel that is no op has written to a tensor: it has a graph, or values that no op has written."""
         overwritten = filled == UNWRITTEN or tensor.grad_fn is not None
-        if overwritten and tensor.grad_fn is None and tensor.numel() > 1:
+        if overwritten and tensor.grad_fn is None and tensor.numel() > 1 and not torch.is_grad_enabled():
             raise RuntimeError("memory was written by a kernel that is not an op of torch")
         self._fix_graph(tensor)
         return overwritten
