@@ -2,11 +2,11 @@
 
 For those who ask for it: an optimizer traces real forward passes instead (`nfn_optim.symmetry.live_trace`), with the
 same mode and the same rules. Here the module runs once on fake tensors, which have shapes but no data, so that nothing
-is computed or allocated. A dispatch mode (`nfn_optim.symmetry.dispatch`) intercepts every ATen op, a rule (`nfn_optim.symmetry.op_rules`) relates
-the axes of its outputs to those of its inputs, and a union-find (`nfn_optim.symmetry.unification`) collects the
-relations. Every dimension of every parameter starts as a free axis of its own. Axes that are unified are permuted
-together. Axes of inputs, outputs and kernel taps are fixed, as are axes on whose order an op depends. The class of a
-module is never used.
+is computed or allocated. A dispatch mode (`nfn_optim.symmetry.dispatch`) intercepts every ATen op, a rule
+(`nfn_optim.symmetry.op_rules`) relates the axes of its outputs to those of its inputs, and a union-find
+(`nfn_optim.symmetry.unification`) collects the relations. Every dimension of every parameter starts as a free axis of
+its own. Axes that are unified are permuted together. Axes of inputs, outputs and kernel taps are fixed, as are axes on
+whose order an op depends. The class of a module is never used.
 
     op has a rule            ->  apply it
     op can be decomposed     ->  trace its parts
