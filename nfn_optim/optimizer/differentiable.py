@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from nfn_optim.optimizer.discovery import unwrap
 from nfn_optim.optimizer.gradient_check import grads_finite
 from nfn_optim.optimizer.optimizer import NFNOptimizer
 from nfn_optim.optimizer.param_groups import COUNTERS
 from nfn_optim.optimizer.state import ParamState, entries_of, read_state
+from nfn_optim.optimizer.wrapper import unwrap
 from nfn_optim.rule.members import forms_of
 
 

@@ -1,187 +1,190 @@
-"""Finding the module that owns the parameters, and the inputs of its calls.
+"""The symmetry of the parameters of an optimizer, from the calls of the modules that own them.
 
-Trainers pass bare parameters or groups to an optimizer, never their module. So the optimizer observes the forward calls
-of all modules from its construction to its first step, and keeps those that no other one contains:
+Trainers pass bare parameters or groups to an optimizer, never their module. So the optimizer observes the calls of all
+modules from its construction to its first step (`nfn_optim.optimizer.call_observer`), and those that own its
+parameters are traced while they run (`nfn_optim.symmetry.live_trace`).
 
-    calls, in order of return           kept
-    encoder.0, encoder.1, encoder       encoder                  a call returns after the calls inside it
-    decoder.0, decoder                  encoder, decoder         two outermost calls: both are traced
-
-Of a call the shapes, dtypes and devices of its tensors are kept, never the tensors; of a module a weak reference.
-Nothing is keyed by parameter before the first step, since wrappers may replace the parameters until then.
-
-References:
-    torch.nn.modules.module.register_module_forward_hook: it alone receives keyword arguments, the pre-hook does not.
+Nothing is keyed by parameter before the first step, since wrappers may replace the parameters until then. A symmetry
+that was found is kept with its module, for the next optimizer of the same module and inputs of the same shapes.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_map_only
-from torch.utils.hooks import RemovableHandle
 
-from nfn_optim.rule import UpdateRule
-from nfn_optim.symmetry import Symmetry, symmetry_of
+from nfn_optim.optimizer.call_observer import OBSERVER
+from nfn_optim.symmetry import Symmetry
+from nfn_optim.symmetry.live_trace import INTERRUPTED, LiveTrace
 from nfn_optim.symmetry.merging import complete, merge
 
-_TRACING = ContextVar("tracing", default=False)  # calls while tracing are not observed
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Symmetry]] = weakref.WeakKeyDictionary()
+"""Module -> what it was called with, and the symmetry that was found, by the module's names."""
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """Shape, dtype and device of an input tensor.
+class Found:
+    """What the observed calls have shown.
 
     Args:
-        shape: Its shape.
-        dtype: Its dtype.
-        device: Its device.
+        symmetry: Of exactly the optimizer's parameters.
+        modules: The modules that own them, without those inside of others.
+        used: Names of the parameters that were used in a call.
     """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def zeros(self) -> Tensor:
-        """A substitute for the input in tracing."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-
-
-class Call:
-    """One outermost call of a module, shared by all observers, so that it is traced once.
-
-    Args:
-        module: The module that was called. Only weakly referenced.
-        args: Its positional arguments; tensors are replaced by their `TensorSpec`.
-        kwargs: Its keyword arguments, likewise.
-    """
-
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._module = weakref.ref(module)
-        self.args, self.kwargs = tree_map_only(Tensor, _spec_of, (args, kwargs))
-        self._symmetry: Symmetry | None = None
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that was called, without wrappers; it must still be alive."""
-        module = self._module()
-        assert module is not None
-        return unwrap(module)
-
-    def symmetry(self) -> Symmetry:
-        """Trace the call.
-
-        Inputs are in the precision of the parameters, since autocast and FSDP2, which compute in another, are not
-        active.
-        """
-        if self._symmetry is None:
-            module = self.module
-            dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
-
-            def substitute(spec: TensorSpec) -> Tensor:
-                cast = spec.dtype.is_floating_point and len(dtypes) == 1
-                return replace(spec, dtype=next(iter(dtypes))).zeros() if cast else spec.zeros()
-
-            args, kwargs = tree_map_only(TensorSpec, substitute, (self.args, self.kwargs))
-            token = _TRACING.set(True)
-            try:
-                self._symmetry = symmetry_of(module, *args, **kwargs)
-            finally:
-                _TRACING.reset(token)
-        return self._symmetry
+    symmetry: Symmetry
+    modules: list[nn.Module]
+    used: frozenset[str]
 
 
 class Discovery:
-    """Observes the forward calls of modules until it is closed or garbage collected.
+    """Waits for calls of the modules that own some parameters, until it is closed or garbage collected.
 
     Args:
-        model: The model if it is known. A compiled one is then observed from outside of its graph; all others through
-            a global hook, because the module called may be a wrapper or a part of the model.
+        parameters: Returns the parameters as they are now.
+        model: The module that owns them, if it is known. Only weakly referenced.
+        recalls: Whether a symmetry that was found before may be used.
     """
 
-    _latest: tuple[Any, ...] = (None,)  # identity of the call observed last, and a reference to it
-
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._calls: dict[int, tuple[weakref.ref[nn.Module], Call]] = {}
-        hook = _hook_of(weakref.ref(self))
-        if model is not None and "_orig_mod" in model._modules:
-            handle = model.register_forward_hook(hook, with_kwargs=True)
-        else:
-            # A compiled model would warn about the hook, which is removed before it does harm.
-            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
-            handle = torch_module.register_module_forward_hook(hook, with_kwargs=True)
-        self._finalizer = weakref.finalize(self, _remove, handle)
+    def __init__(
+        self, parameters: Callable[[], list[Tensor]], model: nn.Module | None = None, recalls: bool = True
+    ) -> None:
+        self.wanted = parameters
+        self.has_seen_calls = False
+        self._recalls = recalls
+        self._model = None if model is None else weakref.ref(model)
+        self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        self._traces: dict[int, tuple[LiveTrace, dict[int, Hashable]]] = {}  # with the signatures of calls
+        self._recalled: dict[int, tuple[weakref.ref[nn.Module], Symmetry]] = {}
+        OBSERVER.add(self)
+        self._finalizer = weakref.finalize(self, OBSERVER.discard)
         self._finalizer.atexit = False
 
     def close(self) -> None:
-        """Remove the hook and drop the calls."""
-        self._finalizer()
-        self._calls.clear()
+        """Wait no longer, and drop the traces."""
+        OBSERVER.discard(self)
+        self._traces.clear()
+        self._recalled.clear()
 
-    def calls_that_own(self, params: Iterable[Tensor]) -> list[Call]:
-        """The outermost calls of modules that own some of `params`, in the order in which they were last made.
+    @property
+    def is_void(self) -> bool:
+        """Whether calls were seen that could not be traced."""
+        return any(trace.failure for trace, _ in self._traces.values())
 
-        Other calls are dropped.
+    def wait(self) -> None:
+        """Go on waiting, if the observer has given up."""
+        self.has_seen_calls = False
+        OBSERVER.add(self)
+
+    # ------------------------------------------------------------------------------------------- called by the observer
+
+    def see_call(self) -> None:
+        """A call of some module was observed."""
+        self.has_seen_calls = True
+
+    def is_model(self, module: nn.Module) -> bool:
+        """Whether a module is the one that was given."""
+        return self._model is not None and self._model() is module
+
+    def recall(self, module: nn.Module, signature: Hashable) -> bool:
+        """Whether the symmetry of such a call is known."""
+        known = _KNOWN.get(module)
+        if not self._recalls or known is None or known[0] != signature:
+            return False
+        self._modules[id(module)] = weakref.ref(module)
+        self._recalled[id(module)] = weakref.ref(module), known[1]
+        return True
+
+    def has_heard(self, trace: LiveTrace) -> bool:
+        """Whether it has heard of a trace before."""
+        return id(trace) in self._traces
+
+    def hear(self, trace: LiveTrace, module: nn.Module, signature: Hashable) -> None:
+        """A call is about to be traced."""
+        self._modules[id(module)] = weakref.ref(module)
+        self._traces.setdefault(id(trace), (trace, {}))[1][id(module)] = signature
+
+    # ------------------------------------------------------------------------------------------------------- the result
+
+    def found(self, params: Mapping[str, Tensor]) -> Found | None:
+        """The symmetry of `params`; None if no call was traced to its end.
+
+        Args:
+            params: The optimizer's name -> parameter; names may differ from those in the modules.
         """
-        wanted = {id(p) for p in params}
-        observed = [(module(), call) for module, call in list(self._calls.values())]
-        self._calls.clear()
-        calls = [call for module, call in observed if module is not None]
-        return [call for call in calls if any(id(p) in wanted for p in call.module.parameters())]
-
-    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record a call that has returned; the calls inside it are no longer outermost."""
-        if next(module.parameters(), None) is None:
-            return
-        key, calls = id(module), self._calls
-        _, before = calls.get(key, (None, None))
-        if calls:
-            for inner in module.modules():
-                calls.pop(id(inner), None)
-        if isinstance(module, UpdateRule):
-            return
-        call = self._shared(module, args, kwargs, before)
-        calls[key] = (weakref.ref(module, lambda _: calls.pop(key, None)), call)
+        OBSERVER.end_trace()
+        modules = [module for reference in self._modules.values() if (module := reference()) is not None]
+        parts = []
+        for trace, signatures in self._traces.values():
+            if not trace.failure:
+                parts.append(_renamed(trace.symmetry(), trace.names(), params))
+                self._remember(trace, signatures, modules)
+            self._warn(trace)
+        for reference, symmetry in self._recalled.values():
+            if (module := reference()) is not None:
+                parts.append(_renamed(symmetry, _names_in(module), params))
+        parts = [part for part in parts if part.dims]
+        if not parts:
+            return None
+        inner = {id(sub) for module in modules for sub in module.modules() if sub is not module}
+        used = frozenset(name for part in parts for name in part.dims)
+        return Found(complete(merge(parts), params), [m for m in modules if id(m) not in inner], used)
 
     @staticmethod
-    def _shared(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: Call | None) -> Call:
-        """The call as another observer has recorded it, if it is the same one: observers are notified in turn."""
-        event = id(module), id(args), id(kwargs)
-        *latest, reference = Discovery._latest
-        call: Call | None = reference() if tuple(latest) == event else None
-        if call is None or call is before:
-            call = Call(module, args, kwargs)
-            Discovery._latest = *event, weakref.ref(call)
-        return call
+    def _remember(trace: LiveTrace, signatures: Mapping[int, Hashable], modules: Sequence[nn.Module]) -> None:
+        """Keep the symmetry of a module that was the only one in a trace."""
+        called = [module for module in modules if id(module) in signatures]
+        if len(called) == 1 and trace.modules == called:
+            names = _names_in(called[0])
+            named = {name: p for name, p in called[0].named_parameters() if id(p) in names}
+            _KNOWN[called[0]] = signatures[id(called[0])], _renamed(trace.symmetry(), trace.names(), named)
+
+    def _warn(self, trace: LiveTrace) -> None:
+        """Say once what could not be followed."""
+        messages = [
+            f"no rule for the op {op} (first called in {path}); the axes of its inputs and outputs are fixed. "
+            f"The rest of the network is not affected"
+            for op, path in trace.unknown.items()
+        ]
+        if trace.failure not in ("", INTERRUPTED):
+            messages.append(
+                f"the forward pass could not be traced ({trace.failure}); every dimension of every tensor becomes a "
+                f"fixed axis of its own. To use its symmetry, write it by hand (Symmetry.spec) and pass symmetry="
+            )
+        for message in messages:
+            if message not in trace.reported:
+                trace.reported.add(message)
+                warnings.warn(message, stacklevel=10)  # the caller of step, outside of the wrappers of torch
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside of wrappers that take the same arguments.
+def _names_in(module: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter of a module, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return names
 
-    Those are `torch.compile`, DistributedDataParallel and DataParallel; and functional modules of `higher`, which have
-    it
-    in the closure of their forward.
+
+def _renamed(symmetry: Symmetry, names: Mapping[int, Sequence[str]], params: Mapping[str, Tensor]) -> Symmetry:
+    """The part of a symmetry that describes `params`, by their names.
+
+    Args:
+        symmetry: A symmetry of tensors by other names.
+        names: These names by the id of a tensor.
+        params: Name -> tensor.
     """
-    while True:
-        kind = type(module)
-        if (compiled := module._modules.get("_orig_mod")) is not None:
-            module = compiled
-        elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            module = module.module
-        elif hasattr(kind, "direct_submodule_call"):
-            forward = getattr(kind, "boxed_forward", kind.forward)
-            module = inspect.getclosurevars(forward).nonlocals["module"]
-        else:
-            return module
+    new = {
+        there: name
+        for name, p in params.items()
+        for there in [n for n in names.get(id(p), []) if n in symmetry.dims][:1]
+        if symmetry.shape_of(there) == tuple(p.shape)
+    }
+    return symmetry.restrict(new).rename(new)
 
 
 def names_of(groups: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module], before: Sequence[str]) -> list[str]:
@@ -211,51 +214,3 @@ def names_of(groups: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module], 
         choices = (first, owned.get(id(p), ""), old, place, f"group{place}")
         names[next(name for name in choices if name and name not in names)] = None
     return list(names)
-
-
-def symmetry_of_calls(calls: Sequence[Call], params: Mapping[str, Tensor]) -> Symmetry:
-    """The symmetry of some parameters, traced from calls.
-
-    Args:
-        calls: Outermost calls of modules.
-        params: The optimizer's name -> parameter; names may differ from those in the modules.
-
-    Returns:
-        A symmetry of exactly `params`; parameters that no call uses have fixed axes of their own.
-    """
-    parts = []
-    for call in calls:
-        owned: dict[int, list[str]] = {}
-        for name, p in call.module.named_parameters(remove_duplicate=False):
-            owned.setdefault(id(p), []).append(name)
-        traced = call.symmetry()
-        names = {
-            there: name
-            for name, p in params.items()
-            for there in [n for n in owned.get(id(p), []) if n in traced.dims][:1]
-            if traced.shape_of(there) == tuple(p.shape)
-        }
-        parts.append(traced.restrict(names).rename(names))
-    return complete(merge(parts), params)
-
-
-def _hook_of(discovery: weakref.ref[Discovery]) -> Callable[..., None]:
-    """A forward hook that does not keep its observer alive, and does nothing while a graph is being compiled."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        observer = None if torch.compiler.is_compiling() or _TRACING.get() else discovery()
-        if observer is not None:  # without it, perhaps removed during the call, torch omits the keywords
-            observer.record(module, args, rest[0])
-
-    return hook
-
-
-def _spec_of(tensor: Tensor) -> TensorSpec | Tensor:
-    """Describe a tensor; a nested one has no shape and is kept."""
-    return tensor if tensor.is_nested else TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device)
-
-
-def _remove(handle: RemovableHandle) -> None:
-    """Remove a hook, and the flag for keyword arguments, which the handle of a global hook leaves behind."""
-    handle.remove()
-    torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)

@@ -141,6 +141,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self._skipped_steps, self._edited_states = SkippedSteps(), EditedStates(self.rule, state_dtype)
         self._index = ParameterIndex(model)
         super().__init__(params_or_model, defaults)
+        self._index.bind(self)
         self._index.label(self.param_groups)
         if symmetry is not None:
             self._index.adopt(symmetry, self.param_groups)
@@ -405,6 +406,7 @@ class NFNOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._index.bind(self)
         self.__dict__.setdefault("_cast", {})
         self.__dict__.setdefault("_tensors", {})
         self.__dict__.setdefault("_compiled_steps", CompiledSteps())

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from nfn_optim.engine.form import Form
-from nfn_optim.optimizer.discovery import Discovery, names_of, symmetry_of_calls, unwrap
+from nfn_optim.optimizer.discovery import Discovery, names_of
 from nfn_optim.optimizer.param_groups import moves
 from nfn_optim.optimizer.real_view import symmetry_of_views
+from nfn_optim.optimizer.wrapper import unwrap
 from nfn_optim.rule.members import forms_of
 from nfn_optim.symmetry import Symmetry
-from nfn_optim.symmetry.merging import complete
+from nfn_optim.symmetry.merging import complete, merge
 
 Groups = Sequence[dict[str, Any]]
 """As `torch.optim.Optimizer.param_groups`."""
+MAX_WAITS = 3  # steps, with calls of modules before them, after which no owner of the parameters is expected
 MAX_RESTRICTIONS = 64  # cached symmetries of subsets, for steps in which some parameters have no gradient
 
 
@@ -45,6 +47,10 @@ class ParameterIndex:
         self.symmetry: Symmetry | None = None
         self.names: list[str] = []
         self._discovers = self._traced = self._warned = False
+        self._waits, self._resumes = 0, False
+        self._before: Symmetry | None = None
+        self._used: frozenset[str] = frozenset()
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._owners = [] if model is None else [weakref.ref(unwrap(model))]
         self._reset()
 
@@ -55,15 +61,27 @@ class ParameterIndex:
         self._discovery: Discovery | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        saved = ("names", "symmetry", "_discovers", "_traced", "_warned")
-        return {"observing": self._discovery is not None, **{key: self.__dict__[key] for key in saved}}
+        saved = ("names", "symmetry", "_discovers", "_traced", "_warned", "_waits", "_used", "_before")
+        observing = self._discovery is not None or self._resumes
+        return {"observing": observing, **{key: self.__dict__[key] for key in saved}}
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Belong to an optimizer, which is only weakly referenced; a copy goes on observing where the original did."""
+        self._optimizer = weakref.ref(optimizer)
+        if self._resumes:
+            self._resumes = False
+            self.observe()
+
+    def _parameters(self) -> list[Tensor]:
+        """The parameters of the optimizer as they are now."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         observing = state.pop("observing")
-        self.__dict__.update(state, _owners=[])
+        self.__dict__.update(state, _owners=[], _optimizer=None)
         self._reset()
-        if observing:
-            self.observe()
+        self._resumes = observing
 
     # ------------------------------------------------------------------------------------------------------- names
 
@@ -93,7 +111,11 @@ class ParameterIndex:
     def _fit(self, symmetry: Symmetry, params: Mapping[str, Tensor]) -> None:
         """Keep the symmetry of those parameters that it still fits; the others will be traced again."""
         known = [n for n, p in params.items() if n in symmetry.dims and symmetry.shape_of(n) == tuple(p.shape)]
-        self.symmetry = complete(symmetry.restrict(known), params)
+        changed = {axis for name in symmetry.dims.keys() - set(known) for axis in symmetry.axes_of(name)}
+        part = symmetry.restrict(known)
+        fixed = part.fixed | (changed & part.sizes.keys())  # they may mean something else now
+        nested = {axis: outer for axis, outer in part.nested.items() if axis not in fixed}
+        self.symmetry = complete(Symmetry(part.dims, part.sizes, fixed, nested), params)
         if len(known) < len(params):
             self.observe()
 
@@ -159,29 +181,21 @@ class ParameterIndex:
     def discover(self, model: nn.Module | None) -> None:
         """Determine the symmetry from the next forward passes."""
         self._discovers = True
-        self.observe(model)
+        self._discovery = Discovery(self._parameters, None if model is None else unwrap(model))
 
-    def observe(self, model: nn.Module | None = None) -> None:
-        """Observe forward passes, if the symmetry is to be determined from them."""
+    def observe(self) -> None:
+        """Observe forward passes again, if the symmetry is determined from them."""
         if self._discovers and self._discovery is None:
-            self._discovery = Discovery(model)
+            self._discovery, self._waits = Discovery(self._parameters, recalls=False), 0
 
     def resolve(self, groups: Groups) -> None:
         """Make sure that there is a symmetry: traced from the observed calls, or separate axes."""
-        if self._discovery is None and self.symmetry is not None:
+        if self._discovery is None and self.symmetry is not None and not self._look_again(groups):
             return
-        params = self._named(groups)
-        if self._discovery is not None and (calls := self._discovery.calls_that_own(params.values())):
-            self._discovery.close()
-            self._discovery = None
-            if not self._owners:
-                self._owners, self.symmetry = [weakref.ref(call.module) for call in calls], None
-                self.update_names(groups)
-                params = self._named(groups)
-            self.symmetry, self._traced = symmetry_of_calls(calls, params), True
-            self._restrictions.clear()
+        if self._discovery is not None:
+            self._resolve_from_calls(self._discovery, groups)
         if self.symmetry is None:
-            self.symmetry = Symmetry.separate({name: p.shape for name, p in params.items()})
+            self.symmetry = Symmetry.separate({name: p.shape for name, p in self._named(groups).items()})
         waiting = self._discovery is not None and not self._traced
         if waiting and not self._warned and any(moves(group) for group in groups):
             self._warned = True
@@ -191,6 +205,46 @@ class ParameterIndex:
                 "before the first step, or pass symmetry=.",
                 stacklevel=8,  # the caller of step, outside of the wrappers of torch
             )
+
+    def _resolve_from_calls(self, discovery: Discovery, groups: Groups) -> None:
+        """Take the symmetry from the observed calls, or go on waiting for them."""
+        params = self._named(groups)
+        found = discovery.found(params)
+        if found is not None and not self._owners:
+            self._owners, self.symmetry = [weakref.ref(module) for module in found.modules], None
+            self.update_names(groups)
+            params = self._named(groups)
+            found = discovery.found(params)
+        if found is None:
+            self._waits += discovery.has_seen_calls
+            self._warned |= discovery.is_void
+            if self._waits < MAX_WAITS:
+                discovery.wait()
+                return
+        else:
+            parts = [found.symmetry.restrict(name for name in params if name in found.used)]
+            if self._before is not None:  # seen before, on another branch
+                parts.append(self._before.restrict(n for n in params if n in self._used and n in self._before.dims))
+            self.symmetry, self._traced, self._before = complete(merge(parts[::-1]), params), True, None
+            # Parameters that have gradients and no part in a call are used outside of modules.
+            self._used = found.used | {name for name, p in params.items() if p.grad is not None or name in self._used}
+            self._restrictions.clear()
+        self._discovery = None
+        discovery.close()
+
+    def _look_again(self, groups: Groups) -> bool:
+        """Observe the next forward pass if parameters have gradients for the first time: another branch has run.
+
+        The branch may relate axes that were separate before it, so that no symmetry is certain until then.
+        """
+        params = self._named(groups) if self._traced else {}
+        if all(p.grad is None or name in self._used for name, p in params.items()):
+            return False
+        self._before = self.symmetry
+        self.symmetry = Symmetry.separate({name: p.shape for name, p in params.items()})
+        self._restrictions.clear()
+        self.observe()
+        return True
 
     def restricted(self, params: Mapping[str, Tensor]) -> Symmetry:
         """The symmetry of some of the parameters, complex ones as their real views.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nfn_optim.symmetry.axes import TAP, Dim, Dims, fresh, size_of
 from nfn_optim.symmetry.op_call import OpCall, broadcast
-from nfn_optim.symmetry.unification import fix, unify
+from nfn_optim.symmetry.unification import concat_dims, fix, unify
 
 # --------------------------------------------------------------------------------------------------------- contractions
 
@@ -123,6 +123,15 @@ def batch_norm(call: OpCall) -> Sequence[Dims]:
     return [source, *((source[1],) if shape == (size_of(source[1]),) else fresh(shape, fixed=True) for shape in shapes)]
 
 
+def batch_statistics(call: OpCall) -> Sequence[Dims]:
+    """The parts of a batch norm over several processes: statistics of the channels, and their application."""
+    source = call.dims("input")
+    for name in ("weight", "bias", "mean", "invstd", "running_mean", "running_var"):
+        if isinstance(call.args.get(name), Tensor):
+            unify(call.dims(name)[-1], source[1])
+    return [source if len(call.shape(out)) == len(source) else (source[1],) for out in range(len(call.outs))]
+
+
 def layer_norm(call: OpCall) -> Sequence[Dims]:
     """Layer norm and RMS norm over the last dimensions, each of which stays free."""
     source, count = call.dims("input"), len(call.args["normalized_shape"])
@@ -152,3 +161,16 @@ def weight_norm(call: OpCall) -> Sequence[Dims]:
         if size_of(a) == size_of(b):
             unify(a, b)
     return [v, *(g for _ in call.outs[1:])]
+
+
+def fused_cell(call: OpCall) -> Sequence[Dims]:
+    """One step of an LSTM or GRU; gates are (gate hidden), state (batch, hidden), workspace (batch, ? hidden)."""
+    lstm = "cx" in call.args
+    batch, hidden = call.dims("cx" if lstm else "hx")
+    for name in ("input_gates", "hidden_gates", "input_bias", "hidden_bias"):
+        if isinstance(call.args.get(name), Tensor):
+            gates = call.dims(name)[-1]
+            unify(gates, concat_dims([hidden] * (4 if lstm else 3)))
+            unify(call.dims(name)[0], batch if name.endswith("gates") else gates)
+    workspace = concat_dims([hidden] * (call.shape(len(call.outs) - 1)[1] // size_of(hidden)))
+    return [*((batch, hidden) for _ in call.outs[:-1]), (batch, workspace)]

@@ -6,7 +6,6 @@ them: its dimensions carry the same axes in both.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -35,11 +34,10 @@ def merge(parts: Sequence[Symmetry]) -> Symmetry:
     """Merge the symmetries of several calls.
 
     Axes of different calls stay different, except those of a tensor that both calls use, which are unified; an axis is
-    fixed if it is fixed in any call. A call in which a tensor has no free axis and shares none with another tensor is
-    ignored for this tensor.
+    fixed if it is fixed in any call.
 
     Args:
-        parts: One symmetry for each call; the same name is the same tensor.
+        parts: One symmetry for each call, of the tensors that it uses; the same name is the same tensor.
 
     Returns:
         A symmetry of all tensors of all parts. With several parts, axes are named `call.axis`, e.g. `0.h1`.
@@ -52,11 +50,9 @@ def merge(parts: Sequence[Symmetry]) -> Symmetry:
             axis = parent[axis]
         return axis
 
-    constrained = [_constrained(part) for part in parts]
     call_of: dict[str, int] = {}  # tensor -> the call whose expressions describe it
     for name in dict.fromkeys(name for part in parts for name in part.dims):
         uses = [k for k, part in enumerate(parts) if name in part.dims]
-        uses = [k for k in uses if name in constrained[k]] or uses[:1]
         first = call_of[name] = uses[0]
         for k in uses[1:]:
             pairs = list(zip(parts[first].axes_of(name), parts[k].axes_of(name), strict=False))
@@ -99,10 +95,3 @@ def merge(parts: Sequence[Symmetry]) -> Symmetry:
 def _factorisation(symmetry: Symmetry, name: str) -> list[Expression]:
     """The dimensions of a parameter with sizes instead of axis names."""
     return [rename_axes(e, lambda axis: str(symmetry.sizes[axis])) for e in symmetry.expressions_of(name)]
-
-
-def _constrained(symmetry: Symmetry) -> set[str]:
-    """The tensors that have a free axis or share an axis with another tensor."""
-    axes_by_name = {name: set(symmetry.axes_of(name)) for name in symmetry.dims}
-    carriers = Counter(axis for axes in axes_by_name.values() for axis in axes)
-    return {n for n, axes in axes_by_name.items() if any(a not in symmetry.fixed or carriers[a] > 1 for a in axes)}

@@ -80,6 +80,26 @@ def find_tensors(value: Any, strict: bool = False, visited: set[int] | None = No
     return [tensor for item in items for tensor in find_tensors(item, strict, visited)]
 
 
+def without_transform(tensor: Tensor) -> Tensor:
+    """The tensor inside of a transform of `torch.func`, such as `vmap` or `grad`; ops see that one."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def tensors_of_output(output: Any) -> list[Tensor]:
+    """The tensors in an output that training depends on.
+
+    Raises:
+        RuntimeError: There are none.
+        TypeError: It contains something that cannot be searched for tensors.
+    """
+    tensors = find_tensors(training_output(output), strict=True)
+    if not tensors:
+        raise RuntimeError(f"no tensor found in its output of type {type(output).__name__}")
+    return tensors
+
+
 def training_output(output: Any) -> Any:
     """The part of an output that training depends on.
 

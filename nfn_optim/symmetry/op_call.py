@@ -15,7 +15,11 @@ from nfn_optim.symmetry.axes import Dim, Dims, size_of
 from nfn_optim.symmetry.unification import unify
 
 
-@dataclass(frozen=True)
+def _unknown(*_: Any) -> Any:
+    raise RuntimeError("expected an op within a trace")
+
+
+@dataclass
 class OpCall:
     """One call of an op.
 
@@ -23,19 +27,19 @@ class OpCall:
         overload: Overload of the op, e.g. `"default"`.
         args: Its arguments by their names in the schema, defaults included.
         outs: The tensors that it returned.
+        before: Shape and strides of the first tensor before the op, which may have changed them in place.
         lookup: Tensor -> its dimensions.
         fix_on_use: Fixes dimensions once a tensor is used: indices into an axis give its order a meaning.
         add_index_space: Records the index space of the op, where it is more than an input's or an output's.
-        before: Shape and strides of the first tensor before the op, which may have changed them in place.
     """
 
     overload: str
     args: Mapping[str, Any]
     outs: tuple[Tensor, ...]
-    lookup: Callable[[Tensor], Dims]
-    fix_on_use: Callable[[Tensor, Sequence[Dim]], None]
-    add_index_space: Callable[[Dims], None]
     before: tuple[tuple[int, ...], tuple[int, ...]]
+    lookup: Callable[[Tensor], Dims] = _unknown
+    fix_on_use: Callable[[Tensor, Sequence[Dim]], None] = _unknown
+    add_index_space: Callable[[Dims], None] = _unknown
 
     def dims(self, name: str) -> Dims:
         """The dimensions of a tensor argument; `()` for a scalar."""

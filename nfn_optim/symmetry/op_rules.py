@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from nfn_optim.symmetry.axes import IN, Dims, fresh, size_of
+from nfn_optim.symmetry.axes import Dims, fresh, size_of
 from nfn_optim.symmetry.layer_rules import (
     attention,
     batch_norm,
+    batch_statistics,
     convolution,
+    fused_cell,
     group_norm,
     grouped_matmul,
     layer_norm,
@@ -31,6 +32,7 @@ from nfn_optim.symmetry.layer_rules import (
     trilinear,
     weight_norm,
 )
+from nfn_optim.symmetry.lookup_rules import embedding, gather, index, index_select, index_write, pack, positions
 from nfn_optim.symmetry.op_call import OpCall, Rule, broadcast
 from nfn_optim.symmetry.shape_rules import (
     as_strided,
@@ -51,7 +53,7 @@ from nfn_optim.symmetry.shape_rules import (
     view_as_complex,
     view_as_real,
 )
-from nfn_optim.symmetry.unification import fix, unify
+from nfn_optim.symmetry.unification import fix
 
 # ------------------------------------------------------------------------------------------------ pointwise, constant
 
@@ -60,6 +62,23 @@ def pointwise(call: OpCall) -> Sequence[Dims]:
     """Entry by entry, with broadcasting."""
     inputs = [call.lookup(tensor) for tensor in call.tensors]
     return [broadcast(inputs, call.shape(out)) for out in range(len(call.outs))]
+
+
+def each(call: OpCall) -> Sequence[Dims]:
+    """Entry by entry, for each tensor of several lists."""
+    lists = [value for value in call.args.values() if isinstance(value, list | tuple) and value]
+    lists = [value for value in lists if all(isinstance(item, Tensor) for item in value)]
+    outs = []
+    for tensors in zip(*lists, strict=True):
+        shape = max((tuple(tensor.shape) for tensor in tensors), key=len)
+        outs.append(broadcast([call.lookup(tensor) for tensor in tensors], shape))
+    return outs
+
+
+def same(call: OpCall) -> Sequence[Dims]:
+    """Whether two tensors are equal, which they are in any order of both."""
+    broadcast([call.lookup(tensor) for tensor in call.tensors], tuple(call.tensors[0].shape))
+    return []
 
 
 def like_input(call: OpCall) -> Sequence[Dims]:
@@ -171,74 +190,14 @@ def triangular(call: OpCall) -> Sequence[Dims]:
     return [call.first]
 
 
-# --------------------------------------------------------------------------------------------------------------- lookup
-
-
-def index_select(call: OpCall) -> Sequence[Dims]:
-    """Selects entries along one dimension by index."""
-    d = call.dim_indices("dim")[0]
-    fix(call.first[d])
-    picked = call.dims("index") or ((),)
-    call.add_index_space((*picked, *call.first))
-    return [(*call.first[:d], picked[0], *call.first[d + 1 :])]
-
-
-def embedding(call: OpCall) -> Sequence[Dims]:
-    """Selects rows of a table by index."""
-    table = call.dims("weight")
-    fix(table[0], role=IN)
-    call.add_index_space((*call.dims("indices"), *table))
-    return [(*call.dims("indices"), table[1])]
-
-
-def index(call: OpCall) -> Sequence[Dims]:
-    """Advanced indexing, read or written: fixes the indexed dimensions.
-
-    Raises:
-        ValueError: A mask does not have the shape of the tensor, or more than one value is written.
-    """
-    dims = call.dims("self")
-    tensors = [value for value in call.args["indices"] if isinstance(value, Tensor)]
-    masks = [value for value in tensors if value.dtype in (torch.bool, torch.uint8)]
-    if masks:
-        if masks[0].dim() != len(dims) or call.args["values"].numel() != 1:
-            raise ValueError("expected a mask of the shape of the tensor, and one value to write")
-        return [broadcast([dims, call.lookup(masks[0])], call.shape())]
-    indexed = [d for d, value in enumerate(call.args["indices"]) if value is not None]
-    indices = [call.lookup(value) for value in tensors]
-    fix(*(dims[d] for d in indexed))
-    rank = max(len(dims) for dims in indices)
-    shape = tuple(max(size_of(i[d]) for i in ((((),) * (rank - len(i))) + i for i in indices)) for d in range(rank))
-    picked = broadcast(indices, shape)
-    rest = tuple(dim for d, dim in enumerate(dims) if d not in indexed)
-    start = indexed[0] if indexed == list(range(indexed[0], indexed[0] + len(indexed))) else 0
-    read = (*rest[:start], *picked, *rest[start:])
-    call.add_index_space((*read, *(dims[d] for d in indexed)))
-    if "values" not in call.args:
-        return [read]
-    fix(*picked)  # entries are written in order
-    broadcast([read, call.dims("values")], tuple(size_of(dim) for dim in read))
-    return [dims]
-
-
-def gather(call: OpCall) -> Sequence[Dims]:
-    """Reads (`gather`) or writes (`scatter`) along one dimension by index; the others are shared."""
-    d, indices, writes = call.dim_indices("dim")[0], call.dims("index"), "sparse_grad" not in call.args
-    fix(call.first[d])
-    operands = [call.first, indices] + [call.dims(name) for name in ("src", "value") if name in call.args]
-    for operand in operands[1:]:
-        for i, (dim, other) in enumerate(zip(operand, operands[0], strict=False)):
-            if i != d and size_of(dim) == size_of(other):
-                unify(dim, other)
-            elif i != d:
-                fix(dim, other)
-            elif writes:
-                fix(dim)
-    call.add_index_space((*indices, call.first[d]))
-    return [call.first if writes else indices]
-
-
 # --------------------------------------------------------------------------------------------------------------- table
+
+
+FOREACH = (
+    "abs add addcdiv addcmul ceil clamp_max clamp_min copy cos div erf exp floor lerp log maximum minimum mul neg pow "
+    "reciprocal round rsqrt sigmoid sign sin sqrt sub tanh trunc zero"
+)
+"""Pointwise ops that have a form for lists of tensors."""
 
 
 def _table(**rules: tuple[Rule, str]) -> dict[str, Rule]:
@@ -279,7 +238,7 @@ RULES: Mapping[str, Rule] = _table(
     reduction=(
         reduction,
         "sum mean nansum nanmean prod amax amin aminmax var std var_mean std_mean norm linalg_vector_norm logsumexp "
-        "any all count_nonzero",
+        "any all count_nonzero _is_all_true _is_any_true",
     ),
     extremum=(extremum, "max min"),
     arg_reduction=(arg_reduction, "argmax argmin median nanmedian mode kthvalue"),
@@ -318,6 +277,11 @@ RULES: Mapping[str, Rule] = _table(
     index_select=(index_select, "index_select"),
     embedding=(embedding, "embedding"),
     index=(index, "index index_put _unsafe_index _unsafe_index_put"),
+    index_write=(index_write, "index_add index_copy index_fill"),
+    positions=(positions, "nonzero masked_select argwhere unique_dim _unique2 unique_consecutive bincount histc"),
+    pack=(pack, "_pack_padded_sequence _pad_packed_sequence"),
+    each=(each, " ".join(f"_foreach_{name}" for name in FOREACH.split())),
+    same=(same, "equal"),
     gather=(gather, "gather scatter scatter_add scatter_reduce"),
     grouped_matmul=(grouped_matmul, "_grouped_mm"),
     matmul=(matmul, "mm addmm bmm baddbmm mv addmv dot"),
@@ -337,6 +301,8 @@ RULES: Mapping[str, Rule] = _table(
     ),
     layer_norm=(layer_norm, "native_layer_norm _fused_rms_norm"),
     group_norm=(group_norm, "native_group_norm"),
+    batch_statistics=(batch_statistics, "batch_norm_stats batch_norm_gather_stats_with_counts batch_norm_elemt"),
+    fused_cell=(fused_cell, "_thnn_fused_lstm_cell _thnn_fused_gru_cell"),
     weight_norm=(weight_norm, "_weight_norm_interface"),
 )
 """Op name, without namespace, overload and in-place underscore -> its rule."""

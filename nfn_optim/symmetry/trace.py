@@ -1,11 +1,12 @@
 """The symmetry of a network, from a trace of its ops.
 
-The module runs once on fake tensors, which have shapes but no data, so that nothing is computed or allocated. A
-dispatch mode (`nfn_optim.symmetry.dispatch`) intercepts every ATen op, a rule (`nfn_optim.symmetry.op_rules`) relates
-the axes of its outputs to those of its inputs, and a union-find (`nfn_optim.symmetry.unification`) collects the
-relations. Every dimension of every parameter starts as a free axis of its own. Axes that are unified are permuted
-together. Axes of inputs, outputs and kernel taps are fixed, as are axes on whose order an op depends. The class of a
-module is never used.
+For those who ask for it: an optimizer traces real forward passes instead (`nfn_optim.symmetry.live_trace`), with the
+same mode and the same rules. Here the module runs once on fake tensors, which have shapes but no data, so that nothing
+is computed or allocated. A dispatch mode (`nfn_optim.symmetry.dispatch`) intercepts every ATen op, a rule
+(`nfn_optim.symmetry.op_rules`) relates the axes of its outputs to those of its inputs, and a union-find
+(`nfn_optim.symmetry.unification`) collects the relations. Every dimension of every parameter starts as a free axis of
+its own. Axes that are unified are permuted together. Axes of inputs, outputs and kernel taps are fixed, as are axes on
+whose order an op depends. The class of a module is never used.
 
     op has a rule            ->  apply it
     op can be decomposed     ->  trace its parts
@@ -32,20 +33,24 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 
-from nfn_optim.symmetry.axes import IN, Dims, fresh
-from nfn_optim.symmetry.dispatch import AxisTracer, storage_of
+from nfn_optim.symmetry.axes import IN, OUT, Dims, fresh
+from nfn_optim.symmetry.dispatch import AxisTracer
 from nfn_optim.symmetry.module import (
     find_tensors,
     is_fsdp1,
     remove_communication_hooks,
     restored,
     tensors_of,
+    tensors_of_output,
     unwrap,
 )
 from nfn_optim.symmetry.naming import symmetry_from
+from nfn_optim.symmetry.storage_table import storage_of
 from nfn_optim.symmetry.symmetry import Symmetry
+from nfn_optim.symmetry.unification import fix
 
 _TRACE_LOCK = threading.RLock()  # a trace changes global settings of torch
 
@@ -128,27 +133,52 @@ def _trace(
             return nn.Parameter(fake, value.requires_grad)
         return fake.requires_grad_(value.requires_grad and value.is_leaf)
 
-    tracer = AxisTracer(module)
+    tracer = AxisTracer()
     with restored(module):
         remove_communication_hooks(module)
         fakes = {id(tensor): faked(tensor) for tensor in [*tensors, *scalars]}
         for tensor in tensors:
-            tracer.register(tensor, fakes[id(tensor)])
+            dims = fresh(tuple(tensor.shape))
+            for known in (tensor, fakes[id(tensor)]):  # an op may meet the real one, if it bypasses us
+                tracer.give(known, dims, until_used=True)
         named = [*module.named_parameters(), *module.named_buffers()]
         fake_inputs, fake_kwargs = tree_map(faked, (inputs, kwargs))
         for tensor in find_tensors((fake_inputs, fake_kwargs)):
-            tracer.dims[tensor] = fresh(tuple(tensor.shape), fixed=True, role=IN)
+            tracer.give(tensor, fresh(tuple(tensor.shape), fixed=True, role=IN))
         storages = {key: storage_of(fake) for key, fake in fakes.items()}
-        with _plain_kernels(), mode, tracer, tracer.tracking_submodules():
+        with _plain_kernels(), mode, tracer, _tracking_submodules(module, tracer.path):
             own = {name: fakes[id(tensor)] for name, tensor in named}
             output = functional_call(module, own, fake_inputs, fake_kwargs, tie_weights=True)
         if any(storage_of(fake) != storages[key] for key, fake in fakes.items()):
             raise RuntimeError("the forward pass replaces the data of a parameter")
         for name, tensor in named:
             tracer.unify_reassigned(fakes[id(tensor)], own[name])
-    tracer.fix_outputs(output)
+    for tensor in tensors_of_output(output):
+        fix(*tracer.lookup(tensor), role=OUT)
     tracer.fix_unused()
-    return [tracer.dims[fakes[id(tensor)]] for tensor in tensors], tracer.index_spaces, tracer.unknown
+    return [tracer.lookup(fakes[id(tensor)]) for tensor in tensors], tracer.index_spaces, tracer.unknown
+
+
+@contextlib.contextmanager
+def _tracking_submodules(module: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep the names of the submodules that are running in this thread; global hooks are called in all threads."""
+    thread, names = threading.get_ident(), {id(sub): name for name, sub in module.named_modules()}
+
+    def enter(sub: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            path.append(names.get(id(sub), type(sub).__name__))
+
+    def leave(*_: Any) -> None:
+        if threading.get_ident() == thread:
+            path.pop()
+
+    entering = register_module_forward_pre_hook(enter)
+    leaving = register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        entering.remove()
+        leaving.remove()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,141 @@
+"""The trace of a real forward pass finds what the trace on fake tensors finds, and leaves the pass as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nfn_optim.optimizer.discovery import Discovery
+from nfn_optim.symmetry import Symmetry, certify, symmetry_of
+
+MODES: dict[str, tuple[bool, Callable[[], Any]]] = {
+    "training": (True, contextlib.nullcontext),
+    "evaluation": (False, contextlib.nullcontext),
+    "no gradients": (False, torch.no_grad),
+    "autocast": (True, lambda: torch.autocast("cpu", torch.bfloat16)),
+}
+
+
+def live(module: nn.Module, *inputs: Any) -> Symmetry:
+    """The symmetry of the parameters of a module, from a call of it."""
+    discovery = Discovery(lambda: list(module.parameters()), recalls=False)
+    module(*inputs)
+    found = discovery.found(dict(module.named_parameters()))
+    discovery.close()
+    assert found is not None
+    return found.symmetry
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("network", zoo.ZOO, ids=lambda network: network.name)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of torch, in autocast
+def test_equals_the_trace_on_fake_tensors(network: zoo.Network, mode: str) -> None:
+    training, around = MODES[mode]
+    module = network.module().train(training)
+    expected = symmetry_of(module, *network.inputs()).restrict(dict(module.named_parameters()))
+    with around():
+        assert live(module, *network.inputs()).canonical() == expected.canonical()
+
+
+@pytest.mark.parametrize("network", zoo.ZOO, ids=lambda network: network.name)
+def test_the_pass_is_the_same(network: zoo.Network) -> None:
+    outputs, states, gradients = [], [], []
+    for traced in (False, True):
+        module = network.module()
+        torch.manual_seed(0)
+        discovery = Discovery(lambda m=module: list(m.parameters()), recalls=False) if traced else None
+        output = module(*network.inputs())
+        output.square().sum().backward()
+        outputs.append(output.detach())
+        states.append(torch.get_rng_state())
+        gradients.append([p.grad for p in module.parameters() if p.grad is not None])
+        if discovery is not None:
+            discovery.close()
+    assert torch.equal(*outputs)
+    assert torch.equal(*states)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("network", zoo.ZOO, ids=lambda network: network.name)
+def test_the_batch_size_does_not_matter(network: zoo.Network) -> None:
+    inputs = network.inputs()
+    if network.name in ("lstm", "gru_both_ways", "embedding_bag"):
+        pytest.skip("the batch is not the first dimension")
+    twice = [torch.cat([x, x]) if x.shape[0] == inputs[0].shape[0] else x for x in inputs]
+    assert live(network.module(), *inputs).canonical() == live(network.module(), *twice).canonical()
+
+
+class Below(TorchDispatchMode):
+    """A mode of the user."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_the_user_may_end_in_between() -> None:
+    first, second = nn.Linear(3, 5), nn.Linear(5, 2)
+    params = [*first.parameters(), *second.parameters()]
+    discovery, x = Discovery(lambda: params), torch.randn(4, 3)
+    with Below():
+        h = first(x)
+    h = h.relu()
+    with Below():
+        second(h).sum().backward()
+        found = discovery.found({f"{i}": p for i, p in enumerate(params)})
+    discovery.close()
+    assert found is not None
+    assert len(found.symmetry.free) == 1
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+class Kernel(torch.autograd.Function):
+    """An op that torch does not see: it writes to memory that it has allocated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        out.numpy()[...] = x.detach().numpy().cumsum(-1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.flip(-1).cumsum(-1).flip(-1)
+
+
+def test_kernels_out_of_sight_fix_what_they_depend_on() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.second(Kernel.apply(self.first(x))))
+            return y
+
+    module, x = Net(), torch.randn(4, 3)
+    symmetry = live(module, x)
+    assert [symmetry.sizes[axis] for axis in symmetry.free] == [6]
+    assert certify(module, symmetry, x).ok
+
+
+def test_parts_of_autograd_in_a_forward_pass() -> None:
+    class Forces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(self.last(torch.tanh(self.first(x))).sum(), x, create_graph=True)
+            return force
+
+    module, x = Forces(), torch.randn(4, 3)
+    symmetry = live(module, x)
+    assert [symmetry.sizes[axis] for axis in symmetry.free] == [5]
