@@ -1,4 +1,4 @@
-"""Put the tables of `benchmarks/results/` where README.md, the card of the shipped rule and the docs show them.
+"""Put the tables of `benchmarks/results/` where README.md, the cards of the shipped rules and the docs show them.
 
     python benchmarks/tables.py
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "nfn_optim" / "pretrained" / "default.md", *sorted((ROOT / "docs").rglob("*.md")))
+CARDS = sorted((ROOT / "nfn_optim" / "pretrained").glob("*.md"))
+PAGES = (ROOT / "README.md", *CARDS, *sorted((ROOT / "docs").rglob("*.md")))
 MARKS = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 CONTENDERS = {  # how the README calls the optimizers of a report

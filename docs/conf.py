@@ -44,6 +44,7 @@ ELSEWHERE = {  # pages of the repository that are included here under another na
     "../CONTRIBUTING.md": "contributing.md",
     "../CHANGELOG.md": "changelog.md",
     "../nfn_optim/pretrained/default.md": "card.md",
+    "../nfn_optim/pretrained/base.md": "card_base.md",
 }
 OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)")
 SECTION = re.compile(r"[A-Z]\w+( \w+)?:$")
