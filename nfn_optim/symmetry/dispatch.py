@@ -174,6 +174,10 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = kwargs or {}
         plan = plan_of(func)
         if plan.ignored:
+            for tensor in tensors_in((args, options)) if plan.communicates else ():
+                if any((entry := self._entry_of(tensor)).filled or ()):
+                    entry.filled = None  # it is written to
+                    fix(*(entry.dims or ()))
             return func(*args, **options)
         if plan.rule is None and (result := self.decompose(func, plan, args, options)) is not NotImplemented:
             return result
@@ -373,7 +377,8 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _report(self, op: str, call: OpCall) -> None:
         """Record an op without a rule, if fixing its inputs costs symmetry."""
-        if any(not atom.fixed and atom.size > 1 for t in call.tensors for atom in atoms_of(*self.lookup(t))):
+        tensors = [t for t in call.tensors if not any(self._entry_of(t).filled or ())]  # else there is nothing to lose
+        if any(not atom.fixed and atom.size > 1 for t in tensors for atom in atoms_of(*self.lookup(t))):
             path = next((f"submodule {name!r}" for name in reversed(self.path) if name), "the module itself")
             self.unknown.setdefault(op, path)
 

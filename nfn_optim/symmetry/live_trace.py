@@ -62,6 +62,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         self.reported: set[str] = set()
         self.inside = self.watching = False
         self._is_wanted = is_wanted
+        self._registered: TensorMap[list[str]] = TensorMap()  # names of parameters and buffers
         self._named: dict[str, tuple[weakref.ref[Tensor], Dims]] = {}
         self._modules: list[weakref.ref[nn.Module]] = []
         self._buffers: dict[str, Tensor] = {}  # of the module that is running, before its call
@@ -169,8 +170,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         Computed anew only after more ops.
         """
         if self._symmetry is None or self._symmetry[0] != self.count:
-            alive = {name: dims for name, (tensor, dims) in self._named.items() if tensor() is not None}
-            used = {name: dims for name, dims in alive.items() if dims and self.is_used(dims)}
+            used = {name: dims for name, (_, dims) in self._named.items() if dims and self.is_used(dims)}
             self._symmetry = self.count, symmetry_from(used, self.index_spaces)
         return self._symmetry[1]
 
@@ -181,11 +181,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
 
     def names(self) -> dict[int, list[str]]:
         """Names in this trace by the id of a tensor that is alive."""
-        found: dict[int, list[str]] = {}
-        for name, (reference, _) in self._named.items():
-            if (tensor := reference()) is not None:
-                found.setdefault(id(tensor), []).append(name)
-        return found
+        return self._registered.by_id()
 
     def _register_all(self) -> None:
         """Give axes to parameters and buffers that have none; one that was replaced passes on its axes."""
@@ -199,11 +195,13 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
 
     def _register(self, name: str, tensor: Tensor) -> None:
         before = self._named.get(name)
-        if before is not None and shape_of(before[1]) != tuple(tensor.shape):
-            self._entries.pop(tensor)  # it may be the same one in another shape
-        elif before is not None and before[0]() is tensor:
+        names = self._registered.get(tensor) or []
+        self._registered[tensor] = names if name in names else [*names, name]
+        if before is not None and before[0]() is tensor and shape_of(before[1]) == tuple(tensor.shape):
             return
-        dims = self.lookup(tensor) if self.is_known(tensor) else None if before is None else before[1]
+        if before is not None:
+            self._entries.pop(tensor)  # the same one in another shape, or gathered from shards
+        dims = super().lookup(tensor) if self.is_known(tensor) else None if before is None else before[1]
         if dims is None or shape_of(dims) != tuple(tensor.shape):
             dims = fresh(tuple(tensor.shape))
         self._named[name] = weakref.ref(tensor), dims
@@ -211,6 +209,13 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
             self.give(tensor, dims, until_used=before is None)
 
     # --------------------------------------------------------------------------------------------------- single tensors
+
+    def lookup(self, tensor: Tensor) -> Dims:
+        """The dimensions of a tensor; a parameter may have come to a module during its call."""
+        if isinstance(tensor, nn.Parameter) and self._registered.get(tensor) is None:
+            self._registered[tensor] = []
+            self._register_all()
+        return super().lookup(tensor)
 
     def dims_of_unknown(self, tensor: Tensor) -> Dims:
         """The dimensions of a tensor that no op has returned.

@@ -17,6 +17,8 @@ from nfn_optim.symmetry.op_rules import PRESERVE_FILL, RULES, each, filled, poin
 from nfn_optim.symmetry.shape_rules import as_strided, expand, repeat
 
 _IGNORED = ("prim::", "profiler::", "aten::_assert", "aten::sym_", "aten::is_", "aten::_has_")
+_COMMUNICATION = ("c10d::", "_c10d_functional::", "fsdp::")
+"""Parameters that are gathered are known by name."""
 _VARYING = ("_pack_padded_sequence", "_pad_packed_sequence")
 """Ops whose output has a shape that depends on the values of their inputs, without a tag that says so."""
 
@@ -29,6 +31,7 @@ class OpPlan:
         full_name: Its name with the namespace.
         rule: Its rule; None if there is none.
         ignored: Whether the op has no part in the function of a network.
+        communicates: Whether it exchanges tensors with other processes.
         writes: Whether it writes to one of its arguments.
         reshapes: Whether it changes the shape of its first argument in place.
         preserves_fill: Whether it returns tensors of equal entries if all its inputs have equal entries.
@@ -42,6 +45,7 @@ class OpPlan:
     full_name: str
     rule: Rule | None
     ignored: bool
+    communicates: bool
     writes: bool
     reshapes: bool
     preserves_fill: bool
@@ -83,7 +87,8 @@ def plan_of(func: OpOverload) -> OpPlan:
     return OpPlan(
         full_name,
         rule,
-        ignored=full_name.startswith(_IGNORED),
+        ignored=full_name.startswith((*_IGNORED, *_COMMUNICATION)),
+        communicates=full_name.startswith(_COMMUNICATION),
         writes=writes,
         reshapes=reshapes,
         preserves_fill=rule in PRESERVE_FILL and torch.Tag.nondeterministic_seeded not in func.tags,

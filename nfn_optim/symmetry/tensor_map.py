@@ -38,6 +38,10 @@ class TensorMap(Generic[V]):
         if self.get(tensor) is not None:
             del self._table[id(tensor)]
 
+    def by_id(self) -> dict[int, V]:
+        """The values by the ids of the tensors."""
+        return {key: value for key, (reference, value) in self._table.items() if reference() is not None}
+
     def __len__(self) -> int:
         """The number of tensors."""
         return len(self._table)
