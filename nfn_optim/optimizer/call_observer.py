@@ -54,13 +54,13 @@ class Listener(Protocol):
     def is_model(self, module: nn.Module) -> bool:
         """Whether a module is known to own all of them, whatever it holds at the moment."""
 
-    def recall(self, module: nn.Module, signature: Hashable) -> bool:
+    def recall(self, module: nn.Module, signature: tuple[Hashable, ...]) -> bool:
         """Whether the symmetry of such a call is known already, so that it need not be traced."""
 
     def has_heard(self, trace: LiveTrace) -> bool:
         """Whether it has heard of a trace before."""
 
-    def hear(self, trace: LiveTrace, module: nn.Module, signature: Hashable) -> None:
+    def hear(self, trace: LiveTrace, module: nn.Module, signature: tuple[Hashable, ...]) -> None:
         """A call of a module that owns some of them is about to be traced."""
 
     def see_call(self) -> None:
@@ -80,6 +80,7 @@ class ThreadCalls:
         exits: What to undo when it ends.
         trace: The trace that is on, or was the last to be on.
         traces: Module -> the trace of its calls.
+        parameters: Module -> names and shapes of its parameters in that trace.
         history: Module -> number of traced calls, number of the last ones that have shown nothing new.
     """
 
@@ -91,6 +92,7 @@ class ThreadCalls:
     exits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     trace: LiveTrace | None = None
     traces: weakref.WeakKeyDictionary[nn.Module, LiveTrace] = field(default_factory=weakref.WeakKeyDictionary)
+    parameters: weakref.WeakKeyDictionary[nn.Module, Hashable] = field(default_factory=weakref.WeakKeyDictionary)
     history: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = field(default_factory=weakref.WeakKeyDictionary)
 
 
@@ -191,8 +193,9 @@ class CallObserver:
         first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
         if not concerned or is_symbolic() or (first is not None and not first.numel()):  # an empty batch shows little
             return
-        known = calls.traces.get(module)
-        if known is not None and not all(listener.has_heard(known) for listener, _ in concerned):
+        signature = _signature_of(module, inputs)
+        known, grown = calls.traces.get(module), calls.parameters.get(module, signature[-1]) != signature[-1]
+        if known is not None and (grown or not all(listener.has_heard(known) for listener, _ in concerned)):
             del calls.traces[module]  # whoever is new waits for what runs from now on
             calls.history.pop(module, None)
         calls.goes_on = torch.is_grad_enabled() and not all(complete for _, complete in concerned)
@@ -200,12 +203,12 @@ class CallObserver:
         number, settled = calls.history.get(module, (0, 0))
         if not watching and (number >= MAX_CALLS or settled >= SETTLED or (number and not torch.is_grad_enabled())):
             return
-        signature = _signature_of(module, inputs)
         if not (watching or calls.goes_on) and all(listener.recall(module, signature) for listener, _ in concerned):
             return
         trace = calls.trace if watching else calls.traces.get(module)
         calls.trace = trace = trace or LiveTrace(self._is_wanted)
         calls.traces[module], calls.traced, calls.count = trace, True, trace.count
+        calls.parameters[module] = signature[-1]
         for listener, _ in concerned:
             listener.hear(trace, module, signature)
         trace.begin(module, inputs, substitutes(called))
@@ -266,8 +269,8 @@ def _is_running(frame: FrameType | None) -> bool:
     return False
 
 
-def _signature_of(module: nn.Module, inputs: Any) -> Hashable:
-    """What two calls have in common that have the same symmetry."""
+def _signature_of(module: nn.Module, inputs: Any) -> tuple[Hashable, ...]:
+    """What two calls have in common that have the same symmetry; names and shapes of the parameters last."""
     leaves = [
         tuple(leaf.shape) if isinstance(leaf, Tensor) and not leaf.is_nested else type(leaf)
         for leaf in tree_leaves(inputs)

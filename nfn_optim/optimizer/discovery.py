@@ -59,7 +59,7 @@ class Discovery:
         self._recalls = recalls
         self._model = None if model is None else weakref.ref(model)
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
-        self._traces: dict[int, tuple[LiveTrace, dict[int, Hashable]]] = {}  # with the signatures of calls
+        self._traces: dict[int, tuple[LiveTrace, dict[int, tuple[Hashable, ...]]]] = {}  # with the signatures of calls
         self._recalled: dict[int, tuple[weakref.ref[nn.Module], Symmetry]] = {}
         OBSERVER.add(self)
         self._finalizer = weakref.finalize(self, OBSERVER.discard)
@@ -91,7 +91,7 @@ class Discovery:
         """Whether a module is the one that was given."""
         return self._model is not None and self._model() is module
 
-    def recall(self, module: nn.Module, signature: Hashable) -> bool:
+    def recall(self, module: nn.Module, signature: tuple[Hashable, ...]) -> bool:
         """Whether the symmetry of such a call is known."""
         known = _KNOWN.get(module)
         if not self._recalls or known is None or known[0] != signature:
@@ -104,8 +104,11 @@ class Discovery:
         """Whether it has heard of a trace before."""
         return id(trace) in self._traces
 
-    def hear(self, trace: LiveTrace, module: nn.Module, signature: Hashable) -> None:
-        """A call is about to be traced."""
+    def hear(self, trace: LiveTrace, module: nn.Module, signature: tuple[Hashable, ...]) -> None:
+        """A call is about to be traced; what was traced before the module had other parameters is void."""
+        for key, (_, signatures) in list(self._traces.items()):
+            if signatures.get(id(module), signature)[-1] != signature[-1]:
+                del self._traces[key]
         self._modules[id(module)] = weakref.ref(module)
         self._traces.setdefault(id(trace), (trace, {}))[1][id(module)] = signature
 
@@ -136,7 +139,9 @@ class Discovery:
         return Found(complete(merge(parts), params), [m for m in modules if id(m) not in inner], used)
 
     @staticmethod
-    def _remember(trace: LiveTrace, signatures: Mapping[int, Hashable], modules: Sequence[nn.Module]) -> None:
+    def _remember(
+        trace: LiveTrace, signatures: Mapping[int, tuple[Hashable, ...]], modules: Sequence[nn.Module]
+    ) -> None:
         """Keep the symmetry of a module that was the only one in a trace."""
         called = [module for module in modules if id(module) in signatures]
         if len(called) == 1 and trace.modules == called:
