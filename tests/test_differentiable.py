@@ -294,7 +294,9 @@ def test_meta_gradients_equal_finite_differences(name: str, form: str) -> None:
             for sign in (epsilon, -epsilon)
         )
         assert analytic != 0
-        assert analytic == pytest.approx((above - below) / (2 * epsilon), rel=1e-4, abs=2e-6), part
+        # fused_qkv: the gradient of the key bias is rounding noise, which Adam's unit makes large
+        tolerance = {"rel": 1e-3, "abs": 2e-5} if name == "fused_qkv" else {"rel": 1e-4, "abs": 2e-6}
+        assert analytic == pytest.approx((above - below) / (2 * epsilon), **tolerance), part
 
 
 def test_first_order_gradients_take_inner_gradients_as_constants() -> None:
