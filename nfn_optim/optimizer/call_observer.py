@@ -35,6 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nfn_optim.optimizer.wrapper import communicates, substitutes, unwrap
 from nfn_optim.rule import UpdateRule
+from nfn_optim.rule.network import CoefficientNetwork
 from nfn_optim.symmetry.live_trace import INTERRUPTED, LiveTrace
 from nfn_optim.symmetry.mode_stack import is_symbolic
 from nfn_optim.symmetry.module import without_transform
@@ -159,7 +160,7 @@ class CallObserver:
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         """A call of a module begins. No error in here reaches the user's code."""
-        if torch.compiler.is_compiling() or isinstance(module, UpdateRule):
+        if torch.compiler.is_compiling():
             return
         calls = self._calls()
         if calls.stack and not _is_running(calls.frame):
@@ -171,6 +172,8 @@ class CallObserver:
         elif not communicates(module):
             frame = sys._getframe(1)
             calls.stack, calls.traced, calls.frame = [module], False, frame
+            if isinstance(module, UpdateRule | CoefficientNetwork) or next(module.parameters(), None) is None:
+                return  # a step of ours, or a graph without parameters
             try:
                 self._begin_outermost(calls, module, (args, frame.f_locals.get("kwargs")))
             except Exception as error:  # modules may be of any kind
