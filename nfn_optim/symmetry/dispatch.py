@@ -175,9 +175,9 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plan = plan_of(func)
         if plan.ignored:
             for tensor in tensors_in((args, options)) if plan.communicates else ():
-                if any((entry := self._entry_of(tensor)).filled or ()):
-                    entry.filled = None  # it is written to
-                    fix(*(entry.dims or ()))
+                if any(flag := self._entry_of(tensor).filled or ()):
+                    flag[0] = 0  # it may be written to; its views share the flag
+                    fix(*(self._entry_of(tensor).dims or ()))
             return func(*args, **options)
         if plan.rule is None and (result := self.decompose(func, plan, args, options)) is not NotImplemented:
             return result
@@ -275,14 +275,15 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.follows:
             self.follow(inputs, call.outs)
         self.count += 1
-        lookup = self._track_filled(plan, inputs, call.outs)
+        not_returned = _written_not_returned(call, func) if plan.writes else []
+        lookup = self._track_filled(plan, inputs, (*call.outs, *not_returned))
         if plan.reshapes:  # the shape of the first input has changed in place
             self._entries.pop(inputs[0])
             lookup_others = lookup
             lookup = lambda tensor: dims_before if tensor is inputs[0] else lookup_others(tensor)  # noqa: E731
         call.lookup, call.fix_on_use, call.add_index_space = lookup, self._set_fix_on_use, self.index_spaces.append
         try:
-            ruled = None if plan.rule is None or _writes_to_other_tensors(call, func, plan) else plan.rule(call)
+            ruled = None if plan.rule is None or (not_returned and not plan.writes_to_inputs) else plan.rule(call)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError):
             ruled = None  # the rule does not cover this call
         if ruled is None or not self._assign(call.outs, ruled):
@@ -399,12 +400,11 @@ def _grouped_mm(rows: Tensor, matrices: Tensor, *_: Any, **__: Any) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], matrices.shape[-1])
 
 
-def _writes_to_other_tensors(call: OpCall, func: OpOverload, plan: OpPlan) -> bool:
-    """Whether an op writes to tensors that it does not return, which only some rules support."""
-    if not plan.writes or plan.writes_to_inputs:
-        return False
-    written = [call.args[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return any(all(value is not out for out in call.outs) for value in written)
+def _written_not_returned(call: OpCall, func: OpOverload) -> list[Tensor]:
+    """The tensors that an op writes to and does not return, which only some rules support."""
+    arguments = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = tensors_in([call.args[name] for name in arguments])
+    return [tensor for tensor in written if all(tensor is not out for out in call.outs)]
 
 
 def _bound_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
