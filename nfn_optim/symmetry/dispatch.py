@@ -174,10 +174,6 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = kwargs or {}
         plan = plan_of(func)
         if plan.ignored:
-            for tensor in tensors_in((args, options)) if plan.communicates else ():
-                if any(flag := self._entry_of(tensor).filled or ()):
-                    flag[0] = 0  # it may be written to; its views share the flag
-                    fix(*(self._entry_of(tensor).dims or ()))
             return func(*args, **options)
         if plan.rule is None and (result := self.decompose(func, plan, args, options)) is not NotImplemented:
             return result
@@ -275,7 +271,8 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.follows:
             self.follow(inputs, call.outs)
         self.count += 1
-        not_returned = _written_not_returned(call, func) if plan.writes else []
+        valued = [t for t in call.tensors if not any(self._entry_of(t).filled or ())]
+        not_returned = _written_not_returned(call, func, plan) if plan.writes else []
         lookup = self._track_filled(plan, inputs, (*call.outs, *not_returned))
         if plan.reshapes:  # the shape of the first input has changed in place
             self._entries.pop(inputs[0])
@@ -287,7 +284,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except (ValueError, IndexError, KeyError, TypeError, AttributeError):
             ruled = None  # the rule does not cover this call
         if ruled is None or not self._assign(call.outs, ruled):
-            self._report(plan.full_name, call)
+            self._report(plan.full_name, valued)
             self._assign(call.outs, opaque(call))
         for out in call.outs:
             self._entry_of(out)
@@ -376,9 +373,8 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 unify(old, new)
         return True
 
-    def _report(self, op: str, call: OpCall) -> None:
-        """Record an op without a rule, if fixing its inputs costs symmetry."""
-        tensors = [t for t in call.tensors if not any(self._entry_of(t).filled or ())]  # else there is nothing to lose
+    def _report(self, op: str, tensors: Sequence[Tensor]) -> None:
+        """Record an op without a rule, if fixing its inputs, those that have values, costs symmetry."""
         if any(not atom.fixed and atom.size > 1 for t in tensors for atom in atoms_of(*self.lookup(t))):
             path = next((f"submodule {name!r}" for name in reversed(self.path) if name), "the module itself")
             self.unknown.setdefault(op, path)
@@ -400,10 +396,10 @@ def _grouped_mm(rows: Tensor, matrices: Tensor, *_: Any, **__: Any) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], matrices.shape[-1])
 
 
-def _written_not_returned(call: OpCall, func: OpOverload) -> list[Tensor]:
+def _written_not_returned(call: OpCall, func: OpOverload, plan: OpPlan) -> list[Tensor]:
     """The tensors that an op writes to and does not return, which only some rules support."""
-    arguments = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    written = tensors_in([call.args[name] for name in arguments])
+    writes = [plan.communicates or (a.alias_info is not None and a.alias_info.is_write) for a in func._schema.arguments]
+    written = tensors_in([call.args[a.name] for a, w in zip(func._schema.arguments, writes, strict=True) if w])
     return [tensor for tensor in written if all(tensor is not out for out in call.outs)]
 
 

@@ -49,6 +49,12 @@ def is_fsdp1(module: nn.Module) -> bool:
     return package is not None and any(isinstance(m, package.FullyShardedDataParallel) for m in module.modules())
 
 
+def is_divided(kind: type) -> bool:
+    """Whether tensors of a type are divided among processes, with the shape of the whole."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and issubclass(kind, package.DTensor)
+
+
 def find_tensors(value: Any, strict: bool = False, visited: set[int] | None = None) -> list[Tensor]:
     """All tensors in nested containers, dataclasses and plain objects.
 
