@@ -15,8 +15,10 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -148,10 +150,8 @@ class Discovery:
             if id(module) in self._recalled or id(module) not in signatures:
                 continue
             dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
-            dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
-            args, kwargs = tree_map_only(
-                Tensor, lambda t, dtype=dtype: t.to(dtype) if t.is_floating_point() else t, inputs
-            )
+            cast = partial(_cast, dtype=dtypes.pop()) if len(dtypes) == 1 else lambda tensor: tensor
+            args, kwargs = tree_map_only(Tensor, cast, inputs)
             symmetry = symmetry_of(module, *args, **(kwargs or {}))
             _KNOWN[module] = signatures[id(module)], symmetry
             self._recalled[id(module)] = weakref.ref(module), symmetry
@@ -181,6 +181,11 @@ class Discovery:
             if message not in trace.reported:
                 trace.reported.add(message)
                 warnings.warn(message, stacklevel=10)  # the caller of step, outside of the wrappers of torch
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor of real numbers."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _names_in(module: nn.Module) -> dict[int, list[str]]:

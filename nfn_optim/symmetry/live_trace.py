@@ -9,8 +9,7 @@ So whatever depends on data is followed as it ran, and the code sees real tensor
     something unseen   a tensor that was computed out of sight, or written by a kernel that is no op of torch, fixes
                        the parameters that it depends on according to its graph
     an error in here   the trace is void
-    shards             so it is if an op acts on parameters that are divided among processes, since the ops on the parts
-                       are out of sight; the module can then be traced on fake tensors
+    a DTensor          likewise, as the ops on its parts are out of sight; the module may be traced on fake tensors
 
 The result is sound for what has run. It says nothing of branches that have not run.
 """
@@ -31,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from nfn_optim.symmetry.axes import IN, OUT, Dims, fresh, shape_of
 from nfn_optim.symmetry.dispatch import UNWRITTEN, AxisTracer, Entry, tensors_in
 from nfn_optim.symmetry.mode_stack import is_symbolic, push_below, remove
-from nfn_optim.symmetry.module import is_divided, is_fsdp1, tensors_of_output, without_transform
+from nfn_optim.symmetry.module import is_divided, is_fsdp1, tensors_of_output, without_transform, without_values
 from nfn_optim.symmetry.naming import symmetry_from
 from nfn_optim.symmetry.op_call import OpCall
 from nfn_optim.symmetry.op_plan import OpPlan
@@ -39,7 +38,7 @@ from nfn_optim.symmetry.symmetry import Symmetry
 from nfn_optim.symmetry.tensor_map import TensorMap
 from nfn_optim.symmetry.unification import fix
 
-INTERRUPTED, DIVIDED = "interrupted", "the parameters are divided among processes"
+INTERRUPTED, DIVIDED = "interrupted", "tensors are divided among processes"
 MAX_OPS_BETWEEN_CALLS = 20_000
 """Ops after a call, outside of any other, after which no further call is expected."""
 
@@ -55,8 +54,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         inside: Whether a traced call is running.
         watching: Whether ops are followed; otherwise they just run.
         reported: Messages that the user has seen.
-        calls: If parameters may be divided among processes: the last call of each module, with inputs on the meta
-            device.
+        calls: The last arguments of each module, without values, if there may be several processes.
     """
 
     def __init__(self, is_wanted: Callable[[Tensor], bool]) -> None:
@@ -106,9 +104,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
 
     # -------------------------------------------------------------------------------------------------- calls and names
 
-    def begin(
-        self, module: nn.Module, inputs: tuple[Any, Any], substitutes: Iterable[tuple[Tensor, Tensor]] = ()
-    ) -> None:
+    def begin(self, module: nn.Module, inputs: Any, substitutes: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
         """A call of a module begins.
 
         Args:
@@ -118,8 +114,8 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         """
         if not any(reference() is module for reference in self._modules):
             self._modules.append(weakref.ref(module))
-        if is_fsdp1(module) or any(is_divided(type(p)) for p in module.parameters()):
-            self.calls[module] = tree_map_only(Tensor, _on_meta, inputs)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.calls[module] = tree_map_only(Tensor, without_values, inputs)
         if is_fsdp1(module):
             self.fail(DIVIDED)
             return
@@ -408,11 +404,6 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         """Make the trace void."""
         self.failure = self.failure or reason
         self.watching = False
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape without memory; a nested one has no shape and is kept."""
-    return tensor if tensor.is_nested else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _leaves_of_graph(tensor: Tensor) -> Iterable[Tensor]:

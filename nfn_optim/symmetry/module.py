@@ -93,6 +93,11 @@ def without_transform(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape on the meta device; a nested one has no shape and is kept."""
+    return tensor if tensor.is_nested else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
 def tensors_of_output(output: Any) -> list[Tensor]:
     """The tensors in an output that training depends on.
 
