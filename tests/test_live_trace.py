@@ -164,6 +164,21 @@ def test_memory_that_an_op_writes_without_returning_it_is_followed(flip: bool) -
         assert len(live(Hidden(copy), torch.randn(4, 3)).free) == (not flip)
 
 
+def test_a_parameter_that_is_made_in_the_call_depends_on_what_it_is_made_of() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.source, self.first = nn.Linear(3, 5), nn.Linear(3, 5)
+            self.last, self.other = nn.Linear(5, 2), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.first.weight = nn.Parameter(self.source.weight.clone())
+            y: Tensor = self.last(self.first(x)) + self.other(self.source(x))
+            return y
+
+    assert len(live(Net(), torch.randn(4, 3)).free) == 1
+
+
 def test_what_processes_exchange_is_fixed() -> None:
     def gather(h: Tensor) -> Tensor:
         out = torch.empty_like(h)

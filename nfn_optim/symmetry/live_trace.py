@@ -36,7 +36,7 @@ from nfn_optim.symmetry.op_call import OpCall
 from nfn_optim.symmetry.op_plan import OpPlan
 from nfn_optim.symmetry.symmetry import Symmetry
 from nfn_optim.symmetry.tensor_map import TensorMap
-from nfn_optim.symmetry.unification import fix
+from nfn_optim.symmetry.unification import fix, unify
 
 INTERRUPTED, DIVIDED = "interrupted", "tensors are divided among processes"
 MAX_OPS_BETWEEN_CALLS = 20_000
@@ -202,16 +202,20 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
                     self._register(f"{index}.{name}", without_transform(tensor))
 
     def _register(self, name: str, tensor: Tensor) -> None:
-        before = self._named.get(name)
-        names = self._registered.get(tensor) or []
+        before, names = self._named.get(name), self._registered.get(tensor) or []
         self._registered[tensor] = names if name in names else [*names, name]
         if before is not None and before[0]() is tensor and shape_of(before[1]) == tuple(tensor.shape):
             return
-        if before is not None:
+        if before is not None and (before[0]() is tensor or is_divided(type(before[0]()))):
             self._entries.pop(tensor)  # the same one in another shape, or gathered from shards
+        elif before is not None and not self.is_known(tensor) and (alias := self._storages.find(tensor)[0]) is not None:
+            self._entries[tensor] = alias
         dims = super().lookup(tensor) if self.is_known(tensor) else None if before is None else before[1]
         if dims is None or shape_of(dims) != tuple(tensor.shape):
             dims = fresh(tuple(tensor.shape))
+        elif before is not None and shape_of(before[1]) == shape_of(dims):
+            for old, new in zip(before[1], dims, strict=True):
+                unify(old, new)
         self._named[name] = weakref.ref(tensor), dims
         if not self.is_known(tensor):
             self.give(tensor, dims, until_used=before is None)
@@ -228,16 +232,11 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
     def dims_of_unknown(self, tensor: Tensor) -> Dims:
         """The dimensions of a tensor that no op has returned.
 
-        A parameter that has come to a module in the meantime, an alias, or a constant; if it has a graph, the
-        parameters in it are fixed.
+        A parameter that no module owns, an alias, or a constant; if it has a graph, the parameters in it are fixed.
         """
-        if isinstance(tensor, nn.Parameter):
-            self._register_all()
-            if not self.is_known(tensor) and not self.inside and self._is_wanted(tensor):
-                self._register(f"parameter{len(self._named)}", tensor)
-            entry = self._entries.get(tensor)
-            if entry is not None and entry.dims is not None:
-                return entry.dims
+        if isinstance(tensor, nn.Parameter) and not self.inside and self._is_wanted(tensor):
+            self._register(f"parameter{len(self._named)}", tensor)
+            return self._entry_of(tensor).dims or ()
         self._fix_graph(tensor)
         return super().dims_of_unknown(tensor)
 
