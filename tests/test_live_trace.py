@@ -139,3 +139,57 @@ def test_parts_of_autograd_in_a_forward_pass() -> None:
     module, x = Forces(), torch.randn(4, 3)
     symmetry = live(module, x)
     assert [symmetry.sizes[axis] for axis in symmetry.free] == [5]
+
+
+class Hidden(nn.Module):
+    """A network whose hidden layer passes through a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(3, 5), nn.Linear(5, 2), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.function(self.first(x)))
+        return y
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_memory_that_an_op_writes_without_returning_it_is_followed(flip: bool) -> None:
+    def copy(h: Tensor) -> Tensor:
+        out = torch.empty(2, *h.shape)
+        torch._foreach_copy_(list(out.unbind()), [h, h.flip(-1) if flip else h])
+        return out.mean(0)
+
+    with torch.no_grad():
+        assert len(live(Hidden(copy), torch.randn(4, 3)).free) == (not flip)
+
+
+def test_a_parameter_that_is_made_in_the_call_depends_on_what_it_is_made_of() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.source, self.first = nn.Linear(3, 5), nn.Linear(3, 5)
+            self.last, self.other = nn.Linear(5, 2), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.first.weight = nn.Parameter(self.source.weight.clone())
+            y: Tensor = self.last(self.first(x)) + self.other(self.source(x))
+            return y
+
+    assert len(live(Net(), torch.randn(4, 3)).free) == 1
+
+
+def test_what_processes_exchange_is_fixed() -> None:
+    def gather(h: Tensor) -> Tensor:
+        out = torch.empty_like(h)
+        torch.distributed.all_gather([out], h.detach())
+        return h + out
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.warns(UserWarning, match="no rule for the op c10d"):
+            assert not live(Hidden(gather), torch.randn(4, 3)).free
+        with torch.no_grad(), pytest.warns(UserWarning, match="no rule for the op c10d"):
+            assert not live(Hidden(gather), torch.randn(4, 3)).free
+    finally:
+        torch.distributed.destroy_process_group()

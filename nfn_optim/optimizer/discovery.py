@@ -2,7 +2,8 @@
 
 Trainers pass bare parameters or groups to an optimizer, never their module. So the optimizer observes the calls of all
 modules from its construction to its first step (`nfn_optim.optimizer.call_observer`), and those that own its
-parameters are traced while they run (`nfn_optim.symmetry.live_trace`).
+parameters are traced while they run (`nfn_optim.symmetry.live_trace`). If their parameters are divided among processes,
+they are traced on fake tensors instead (`nfn_optim.symmetry.trace`).
 
 Nothing is keyed by parameter before the first step, since wrappers may replace the parameters until then. A symmetry
 that was found is kept with its module, for the next optimizer of the same module and inputs of the same shapes.
@@ -14,13 +15,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nfn_optim.optimizer.call_observer import OBSERVER
-from nfn_optim.symmetry import Symmetry
-from nfn_optim.symmetry.live_trace import INTERRUPTED, LiveTrace
+from nfn_optim.symmetry import Symmetry, symmetry_of
+from nfn_optim.symmetry.live_trace import DIVIDED, INTERRUPTED, LiveTrace
 from nfn_optim.symmetry.merging import complete, merge
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Symmetry]] = weakref.WeakKeyDictionary()
@@ -74,7 +78,7 @@ class Discovery:
     @property
     def is_void(self) -> bool:
         """Whether calls were seen that could not be traced."""
-        return any(trace.failure for trace, _ in self._traces.values())
+        return any(trace.failure not in ("", DIVIDED) for trace, _ in self._traces.values())
 
     def wait(self) -> None:
         """Go on waiting, if the observer has given up."""
@@ -127,6 +131,8 @@ class Discovery:
             if not trace.failure:
                 parts.append(_renamed(trace.symmetry(), trace.names(), params))
                 self._remember(trace, signatures, modules)
+            elif trace.failure == DIVIDED:
+                self._trace_on_fakes(trace, signatures)
             self._warn(trace)
         for reference, symmetry in self._recalled.values():
             if (module := reference()) is not None:
@@ -137,6 +143,21 @@ class Discovery:
         inner = {id(sub) for module in modules for sub in module.modules() if sub is not module}
         used = frozenset(name for part in parts for name in part.dims)
         return Found(complete(merge(parts), params), [m for m in modules if id(m) not in inner], used)
+
+    def _trace_on_fakes(self, trace: LiveTrace, signatures: Mapping[int, Hashable]) -> None:
+        """Trace modules whose parameters are divided among processes, each once.
+
+        Inputs are in the precision of the parameters, since autocast is not active.
+        """
+        for module, inputs in list(trace.calls.items()):
+            if id(module) in self._recalled or id(module) not in signatures:
+                continue
+            dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+            cast = partial(_cast, dtype=dtypes.pop()) if len(dtypes) == 1 else lambda tensor: tensor
+            args, kwargs = tree_map_only(Tensor, cast, inputs)
+            symmetry = symmetry_of(module, *args, **(kwargs or {}))
+            _KNOWN[module] = signatures[id(module)], symmetry
+            self._recalled[id(module)] = weakref.ref(module), symmetry
 
     @staticmethod
     def _remember(
@@ -156,7 +177,7 @@ class Discovery:
             f"The rest of the network is not affected"
             for op, path in trace.unknown.items()
         ]
-        if trace.failure not in ("", INTERRUPTED):
+        if trace.failure not in ("", INTERRUPTED, DIVIDED):
             messages.append(
                 f"the forward pass could not be traced ({trace.failure}); every dimension of every tensor becomes a "
                 f"fixed axis of its own. To use its symmetry, write it by hand (Symmetry.spec) and pass symmetry="
@@ -165,6 +186,11 @@ class Discovery:
             if message not in trace.reported:
                 trace.reported.add(message)
                 warnings.warn(message, stacklevel=10)  # the caller of step, outside of the wrappers of torch
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor of real numbers."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _names_in(module: nn.Module) -> dict[int, list[str]]:

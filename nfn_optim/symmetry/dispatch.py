@@ -174,10 +174,6 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = kwargs or {}
         plan = plan_of(func)
         if plan.ignored:
-            for tensor in tensors_in((args, options)) if plan.communicates else ():
-                if any((entry := self._entry_of(tensor)).filled or ()):
-                    entry.filled = None  # it is written to
-                    fix(*(entry.dims or ()))
             return func(*args, **options)
         if plan.rule is None and (result := self.decompose(func, plan, args, options)) is not NotImplemented:
             return result
@@ -275,18 +271,20 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.follows:
             self.follow(inputs, call.outs)
         self.count += 1
-        lookup = self._track_filled(plan, inputs, call.outs)
+        valued = [t for t in call.tensors if not any(self._entry_of(t).filled or ())]
+        not_returned = _written_not_returned(call, func, plan) if plan.writes else []
+        lookup = self._track_filled(plan, inputs, (*call.outs, *not_returned))
         if plan.reshapes:  # the shape of the first input has changed in place
             self._entries.pop(inputs[0])
             lookup_others = lookup
             lookup = lambda tensor: dims_before if tensor is inputs[0] else lookup_others(tensor)  # noqa: E731
         call.lookup, call.fix_on_use, call.add_index_space = lookup, self._set_fix_on_use, self.index_spaces.append
         try:
-            ruled = None if plan.rule is None or _writes_to_other_tensors(call, func, plan) else plan.rule(call)
+            ruled = None if plan.rule is None or (not_returned and not plan.writes_to_inputs) else plan.rule(call)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError):
             ruled = None  # the rule does not cover this call
         if ruled is None or not self._assign(call.outs, ruled):
-            self._report(plan.full_name, call)
+            self._report(plan.full_name, valued)
             self._assign(call.outs, opaque(call))
         for out in call.outs:
             self._entry_of(out)
@@ -375,9 +373,8 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 unify(old, new)
         return True
 
-    def _report(self, op: str, call: OpCall) -> None:
-        """Record an op without a rule, if fixing its inputs costs symmetry."""
-        tensors = [t for t in call.tensors if not any(self._entry_of(t).filled or ())]  # else there is nothing to lose
+    def _report(self, op: str, tensors: Sequence[Tensor]) -> None:
+        """Record an op without a rule, if fixing its inputs, those that have values, costs symmetry."""
         if any(not atom.fixed and atom.size > 1 for t in tensors for atom in atoms_of(*self.lookup(t))):
             path = next((f"submodule {name!r}" for name in reversed(self.path) if name), "the module itself")
             self.unknown.setdefault(op, path)
@@ -399,12 +396,11 @@ def _grouped_mm(rows: Tensor, matrices: Tensor, *_: Any, **__: Any) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], matrices.shape[-1])
 
 
-def _writes_to_other_tensors(call: OpCall, func: OpOverload, plan: OpPlan) -> bool:
-    """Whether an op writes to tensors that it does not return, which only some rules support."""
-    if not plan.writes or plan.writes_to_inputs:
-        return False
-    written = [call.args[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return any(all(value is not out for out in call.outs) for value in written)
+def _written_not_returned(call: OpCall, func: OpOverload, plan: OpPlan) -> list[Tensor]:
+    """The tensors that an op writes to and does not return, which only some rules support."""
+    writes = [plan.communicates or (a.alias_info is not None and a.alias_info.is_write) for a in func._schema.arguments]
+    written = tensors_in([call.args[a.name] for a, w in zip(func._schema.arguments, writes, strict=True) if w])
+    return [tensor for tensor in written if all(tensor is not out for out in call.outs)]
 
 
 def _bound_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ So whatever depends on data is followed as it ran, and the code sees real tensor
     something unseen   a tensor that was computed out of sight, or written by a kernel that is no op of torch, fixes
                        the parameters that it depends on according to its graph
     an error in here   the trace is void
+    a DTensor          likewise, as the ops on its parts are out of sight; the module may be traced on fake tensors
 
 The result is sound for what has run. It says nothing of branches that have not run.
 """
@@ -29,15 +30,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from nfn_optim.symmetry.axes import IN, OUT, Dims, fresh, shape_of
 from nfn_optim.symmetry.dispatch import UNWRITTEN, AxisTracer, Entry, tensors_in
 from nfn_optim.symmetry.mode_stack import is_symbolic, push_below, remove
-from nfn_optim.symmetry.module import tensors_of_output, without_transform
+from nfn_optim.symmetry.module import is_divided, is_fsdp1, tensors_of_output, without_transform, without_values
 from nfn_optim.symmetry.naming import symmetry_from
 from nfn_optim.symmetry.op_call import OpCall
 from nfn_optim.symmetry.op_plan import OpPlan
 from nfn_optim.symmetry.symmetry import Symmetry
 from nfn_optim.symmetry.tensor_map import TensorMap
-from nfn_optim.symmetry.unification import fix
+from nfn_optim.symmetry.unification import fix, unify
 
-INTERRUPTED = "interrupted"
+INTERRUPTED, DIVIDED = "interrupted", "tensors are divided among processes"
 MAX_OPS_BETWEEN_CALLS = 20_000
 """Ops after a call, outside of any other, after which no further call is expected."""
 
@@ -53,6 +54,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         inside: Whether a traced call is running.
         watching: Whether ops are followed; otherwise they just run.
         reported: Messages that the user has seen.
+        calls: The last arguments of each module, without values, if there may be several processes.
     """
 
     def __init__(self, is_wanted: Callable[[Tensor], bool]) -> None:
@@ -60,6 +62,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         super().__init__()
         self.failure = ""
         self.reported: set[str] = set()
+        self.calls: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
         self.inside = self.watching = False
         self._is_wanted = is_wanted
         self._registered: TensorMap[list[str]] = TensorMap()  # names of parameters and buffers
@@ -80,7 +83,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
 
         The mode goes below those of the user, so that theirs may end before or after it.
         """
-        self.watching = True
+        self.watching = not self.failure
         push_below(self)
 
     def leave(self) -> None:
@@ -106,11 +109,16 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
 
         Args:
             module: The module, without wrappers.
-            inputs: Its arguments.
+            inputs: Its positional and its keyword arguments.
             substitutes: Parameters, and the tensors that are used instead of them.
         """
         if not any(reference() is module for reference in self._modules):
             self._modules.append(weakref.ref(module))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.calls[module] = tree_map_only(Tensor, without_values, inputs)
+        if is_fsdp1(module):
+            self.fail(DIVIDED)
+            return
         self._register_all()
         for parameter, substitute in substitutes:
             self.share(substitute, parameter)
@@ -194,16 +202,20 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
                     self._register(f"{index}.{name}", without_transform(tensor))
 
     def _register(self, name: str, tensor: Tensor) -> None:
-        before = self._named.get(name)
-        names = self._registered.get(tensor) or []
+        before, names = self._named.get(name), self._registered.get(tensor) or []
         self._registered[tensor] = names if name in names else [*names, name]
         if before is not None and before[0]() is tensor and shape_of(before[1]) == tuple(tensor.shape):
             return
-        if before is not None:
+        if before is not None and (before[0]() is tensor or is_divided(type(before[0]()))):
             self._entries.pop(tensor)  # the same one in another shape, or gathered from shards
+        elif before is not None and not self.is_known(tensor) and (alias := self._storages.find(tensor)[0]) is not None:
+            self._entries[tensor] = alias
         dims = super().lookup(tensor) if self.is_known(tensor) else None if before is None else before[1]
         if dims is None or shape_of(dims) != tuple(tensor.shape):
             dims = fresh(tuple(tensor.shape))
+        elif before is not None and shape_of(before[1]) == shape_of(dims):
+            for old, new in zip(before[1], dims, strict=True):
+                unify(old, new)
         self._named[name] = weakref.ref(tensor), dims
         if not self.is_known(tensor):
             self.give(tensor, dims, until_used=before is None)
@@ -220,16 +232,11 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
     def dims_of_unknown(self, tensor: Tensor) -> Dims:
         """The dimensions of a tensor that no op has returned.
 
-        A parameter that has come to a module in the meantime, an alias, or a constant; if it has a graph, the
-        parameters in it are fixed.
+        A parameter that no module owns, an alias, or a constant; if it has a graph, the parameters in it are fixed.
         """
-        if isinstance(tensor, nn.Parameter):
-            self._register_all()
-            if not self.is_known(tensor) and not self.inside and self._is_wanted(tensor):
-                self._register(f"parameter{len(self._named)}", tensor)
-            entry = self._entries.get(tensor)
-            if entry is not None and entry.dims is not None:
-                return entry.dims
+        if isinstance(tensor, nn.Parameter) and not self.inside and self._is_wanted(tensor):
+            self._register(f"parameter{len(self._named)}", tensor)
+            return self._entry_of(tensor).dims or ()
         self._fix_graph(tensor)
         return super().dims_of_unknown(tensor)
 
@@ -308,6 +315,9 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an op and follow it, unless it is none of the forward pass."""
         if not self.watching:
+            return func(*args, **(kwargs or {}))
+        if self.inside and any(map(is_divided, types)):
+            self.fail(DIVIDED)
             return func(*args, **(kwargs or {}))
         if not self.inside:
             if is_symbolic():

@@ -49,6 +49,12 @@ def is_fsdp1(module: nn.Module) -> bool:
     return package is not None and any(isinstance(m, package.FullyShardedDataParallel) for m in module.modules())
 
 
+def is_divided(kind: type) -> bool:
+    """Whether tensors of a type are divided among processes, with the shape of the whole."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and issubclass(kind, package.DTensor)
+
+
 def find_tensors(value: Any, strict: bool = False, visited: set[int] | None = None) -> list[Tensor]:
     """All tensors in nested containers, dataclasses and plain objects.
 
@@ -85,6 +91,11 @@ def without_transform(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape on the meta device; a nested one has no shape and is kept."""
+    return tensor if tensor.is_nested else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def tensors_of_output(output: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ from nfn_optim.symmetry.shape_rules import as_strided, expand, repeat
 
 _IGNORED = ("prim::", "profiler::", "aten::_assert", "aten::sym_", "aten::is_", "aten::_has_")
 _COMMUNICATION = ("c10d::", "_c10d_functional::", "fsdp::")
-"""Parameters that are gathered are known by name."""
+"""Ops whose schemas do not say what they write to. Parameters that they gather are known by name."""
 _VARYING = ("_pack_padded_sequence", "_pad_packed_sequence")
 """Ops whose output has a shape that depends on the values of their inputs, without a tag that says so."""
 
@@ -75,7 +75,8 @@ def plan_of(func: OpOverload) -> OpPlan:
     """How an op is traced."""
     full_name = func._schema.name
     namespace, name = full_name.split("::")
-    writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+    communicates = full_name.startswith(_COMMUNICATION)
+    writes = communicates or any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
     base_name = name.removesuffix("_") if writes and not name.endswith("__") else name
     rule = RULES.get(base_name) if namespace in {"aten", "prims"} else None
     if rule is None and torch.Tag.pointwise in func.tags:
@@ -87,8 +88,8 @@ def plan_of(func: OpOverload) -> OpPlan:
     return OpPlan(
         full_name,
         rule,
-        ignored=full_name.startswith((*_IGNORED, *_COMMUNICATION)),
-        communicates=full_name.startswith(_COMMUNICATION),
+        ignored=full_name.startswith(_IGNORED),
+        communicates=communicates,
         writes=writes,
         reshapes=reshapes,
         preserves_fill=rule in PRESERVE_FILL and torch.Tag.nondeterministic_seeded not in func.tags,

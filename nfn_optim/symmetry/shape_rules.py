@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from nfn_optim.symmetry.axes import Dims, Slice, fresh, size_of
+from nfn_optim.symmetry.axes import Dims, Slice, fresh, shape_of, size_of
 from nfn_optim.symmetry.op_call import OpCall, Result, broadcast
 from nfn_optim.symmetry.reshaping import split_dim, stack_dims, view_as
 from nfn_optim.symmetry.unification import concat_dims, fix, slice_dim, unify
@@ -18,8 +18,8 @@ MAX_PARTS = 128
 
 
 def view(call: OpCall) -> Sequence[Dims]:
-    """Regroups factors."""
-    return [view_as(call.first, call.shape())]
+    """Regroups factors; a view of the same shape keeps dimensions of size 1 too."""
+    return [call.first if shape_of(call.first) == call.shape() else view_as(call.first, call.shape())]
 
 
 def permute(call: OpCall) -> Sequence[Dims]:
