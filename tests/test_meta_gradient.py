@@ -242,7 +242,7 @@ class Toy(nn.Module):
     def refreshes(self, taken: int) -> bool:
         return True
 
-    def init(self, params: Params, batch_dims: int = 0) -> State:
+    def init(self, params: Params, batch_dims: int = 0, **_: object) -> State:
         return {"p": {}}
 
     def forward(
