@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +106,24 @@ def test_holes_in_memory_and_other_numbers_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert inductor.graph_count() == 2
+
+
+PROCESS = """
+import torch
+from nfn_optim.engine import inductor
+x = torch.randn(40, 30)
+assert torch.equal(inductor.run(torch.neg, x), -x)
+assert inductor.graph_count() == 1 and not inductor.has_failed()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_nothing_that_breaks_the_next_one(tmp_path: Path) -> None:
+    """The linker writes libraries of inductor's cache in place."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", PROCESS], env=environment, check=True)
+        libraries = [*tmp_path.rglob("*.main.so")]
+        assert libraries
+        for library in libraries:
+            library.write_bytes(b"")

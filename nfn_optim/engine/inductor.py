@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +41,7 @@ OPTIONS: dict[str, Any] = {
 }
 """Prefer recomputing to storing, and omit assertions on sizes, which `run` has checked."""
 
+TRUNCATED = re.compile(r"(/\S+\.so): file too short")  # what the loader says
 _failures: list[str] = []  # in this process
 _compile_lock = threading.Lock()  # for training in threads
 
@@ -230,9 +233,22 @@ def _compile(
     }
     with tracing(TracingContext(mode)):
         traced = make_fx(function, tracing_mode="symbolic" if dynamic else "real")(*inputs)
-        compiled: Callable[..., Any] = torch._inductor.compile(traced, inputs, options=OPTIONS if dynamic else None)
+        compiled = _compile_trace(traced, inputs, OPTIONS if dynamic else None)
     equal = [Eq(symbol, value) for symbol, value in shapes.replacements.items()]
     return compiled, symbols, tuple(dict.fromkeys([*(guard.expr for guard in shapes.guards), *equal]))
+
+
+def _compile_trace(traced: Any, inputs: list[Any], options: dict[str, Any] | None) -> Callable[..., Any]:
+    """Compile a trace; libraries that a killed process has left half written in inductor's cache are made again."""
+    while True:
+        try:
+            compiled: Callable[..., Any] = torch._inductor.compile(traced, inputs, options=options)
+            return compiled
+        except Exception as error:  # inductor wraps what the loader raises
+            broken = TRUNCATED.search(str(error))
+            if broken is None or not Path(broken[1]).is_file():
+                raise
+            Path(broken[1]).unlink()
 
 
 def _symbolic(x: Tensor, mode: Any) -> Tensor:
