@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from nfn_optim.rule.members import forms_of
 from nfn_optim.symmetry import Symmetry
 
 GAINS = "gains"  # in the state of a parameter: of the tensor, of its rows, and of every further dimension
+MemberGains = tuple[float, list[Array]]
+"""Log gain of a tensor, and those of the entries of its dimensions."""
 
 
 class LogGains:
@@ -45,6 +48,7 @@ class LogGains:
         self._shapes = {name: (*p.shape, 2) if p.is_complex() else tuple(p.shape) for name, (p, _) in named.items()}
         self._tensor: dict[str, float] = {}
         self._by_dim: dict[str, list[Array]] = {}  # factors of the entries of every dimension
+        self._divided: dict[str, tuple[Form, list[MemberGains]]] = {}
         for device in dict.fromkeys(p.device for p, _ in named.values()):
             here = {name: state for name, (p, state) in named.items() if p.device == device}
             members = {name: self._members_of(name, here[name][GAINS].numel(), forms.get(name)) for name in here}
@@ -57,6 +61,7 @@ class LogGains:
                     for shape in members[name]  # the row gain of a scalar is 1
                 ]
                 form = forms[name] if len(of_members) > 1 else Form()
+                self._divided |= {name: (form, of_members)} if len(of_members) > 1 else {}
                 self._tensor[name], self._by_dim[name] = _merged(form, of_members)
 
     def _members_of(self, name: str, gains: int, form: Form | None) -> list[tuple[int, ...]]:
@@ -85,7 +90,9 @@ class LogGains:
         for row, name, shape, count, coordinates in zip(
             gains, names, sample.shapes, sample.counts, sample.coordinates, strict=True
         ):
-            if self._shapes.get(name) == shape:
+            if name in self._divided and self._shapes[name] == shape:
+                row[:count] = _of_members(*self._divided[name], coordinates)
+            elif self._shapes.get(name) == shape:
                 row[:count] += self._tensor[name]
                 for factors, index in zip(self._by_dim[name], coordinates, strict=True):
                     row[:count] += factors[index]
@@ -112,7 +119,26 @@ class LogGains:
         return {axis: neurons[span].numpy() for axis, span in spans.items()}
 
 
-def _merged(form: Form, members: list[tuple[float, list[Array]]]) -> tuple[float, list[Array]]:
+def _of_members(form: Form, members: Sequence[MemberGains], coordinates: Sequence[Any] | np.ndarray[Any, Any]) -> Array:
+    """Log gains of weights of a divided tensor, from their coordinates in it."""
+    local, number = [np.asarray(x) for x in coordinates], np.zeros(len(coordinates[0]), dtype=np.int64)
+    if form.stack is not None:
+        number = local.pop(form.stack[0]).astype(np.int64)
+    if form.parts is not None:
+        dim, sizes = form.parts
+        starts = np.cumsum([0, *sizes[:-1]])
+        part = np.searchsorted(starts, local[dim], side="right") - 1
+        local[dim] = local[dim] - starts[part]
+        number = number * len(sizes) + part
+    gains = np.zeros(len(number))
+    for member in np.unique(number):
+        (at,) = np.nonzero(number == member)
+        whole, by_dim = members[member]
+        gains[at] = whole + sum(entries[x[at]] for entries, x in zip(by_dim, local, strict=True))
+    return gains
+
+
+def _merged(form: Form, members: list[MemberGains]) -> MemberGains:
     """Log gains of a tensor, and of the entries of its dimensions: means over its members."""
     if form.parts is not None:
         dim, n = form.parts[0], len(form.parts[1])
@@ -129,7 +155,7 @@ def _merged(form: Form, members: list[tuple[float, list[Array]]]) -> tuple[float
     return whole, by_dim
 
 
-def _mean(members: Sequence[tuple[float, list[Array]]]) -> tuple[float, list[Array]]:
+def _mean(members: Sequence[MemberGains]) -> MemberGains:
     """Means over members; of dimensions of different lengths those of the first."""
     gains, dims = zip(*members, strict=True)
     alike = [[x for x in same if len(x) == len(same[0])] for same in zip(*dims, strict=True)]
