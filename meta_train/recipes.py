@@ -27,14 +27,11 @@ from nfn_optim.rule import RuleConfig
 
 PLAIN = RuleConfig(
     direction="orthogonal",
-    rank=128,
-    mixes=True,
-    gradient_part=0.2,
-    beta2=0.99,
+    rank=32,
     hidden=0,
     rounds=0,
     power=0.5,
-    gain=4.5,
+    gain=3.0,
     cooldown=1.0,
     cooldown_power=1.5,
     inverse_time_power=0.75,
@@ -49,6 +46,8 @@ Without hidden channels: gains are linear in the features of rows and tensors, a
 """
 UNIVERSAL = replace(PLAIN, hidden=16, rounds=2)
 """The same with hidden channels and two rounds of message passing between features and coefficients."""
+BASE = replace(PLAIN, rank=128, mixes=True, gradient_part=0.2, beta2=0.99, gain=4.5)
+"""The rule `base`, in which nothing is learned: the newest gradient is mixed in before singular values are equalised."""
 
 MILD = Augment(reparametrise=0.25, label_noise=0.1, pixel_noise=0.5, rescale=0.1, loss_scale=0.3)
 """Augmentation of validation tasks: noise low enough that the loss keeps falling, as on most data."""
@@ -108,11 +107,11 @@ def default() -> Config:
 def network() -> Config:
     """The whole network, messages between neurons and tensors included, on wide tasks through whole inner runs.
 
-    All outputs start at zero, so it starts as its hand-made base: what it learns is what messages and features add.
+    All outputs start at zero, so it starts as the rule `base`: what it learns is what messages and features add.
     """
     return replace(
         default(),
-        rule=replace(PLAIN, hidden=8, rounds=2),
+        rule=replace(BASE, hidden=8, rounds=2),
         trainable=("",),
         iterations=1000,
         until=None,

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from meta_train.recipes import BASE
 from nfn_optim import RuleConfig, UpdateRule, pretrained
 from nfn_optim.pretrained import format_1
 
@@ -137,6 +138,10 @@ def test_shipped_rules_load_and_their_cards_name_them(name: str) -> None:
         digest = json.loads(file.metadata()[pretrained.FORMAT])["sha256"]
     assert digest in pretrained.card(name)
     assert sum(p.numel() for p in rule.parameters()) < 10_000
+
+
+def test_base_is_the_rule_of_its_recipe() -> None:
+    assert pretrained.digest(pretrained.load("base")) == pretrained.digest(UpdateRule(BASE))
 
 
 def test_a_file_of_format_1_is_converted() -> None:
