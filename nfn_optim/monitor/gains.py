@@ -8,7 +8,7 @@ Logarithms of the factors are used throughout, so that a gain is a sum. `T` coun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -48,7 +48,7 @@ class LogGains:
         self._shapes = {name: (*p.shape, 2) if p.is_complex() else tuple(p.shape) for name, (p, _) in named.items()}
         self._tensor: dict[str, float] = {}
         self._by_dim: dict[str, list[Array]] = {}  # factors of the entries of every dimension
-        self._divided: dict[str, tuple[Form, list[MemberGains]]] = {}
+        self._members: dict[str, tuple[Form, list[MemberGains]]] = {}
         for device in dict.fromkeys(p.device for p, _ in named.values()):
             here = {name: state for name, (p, state) in named.items() if p.device == device}
             members = {name: self._members_of(name, here[name][GAINS].numel(), forms.get(name)) for name in here}
@@ -61,7 +61,7 @@ class LogGains:
                     for shape in members[name]  # the row gain of a scalar is 1
                 ]
                 form = forms[name] if len(of_members) > 1 else Form()
-                self._divided |= {name: (form, of_members)} if len(of_members) > 1 else {}
+                self._members[name] = form, of_members
                 self._tensor[name], self._by_dim[name] = _merged(form, of_members)
 
     def _members_of(self, name: str, gains: int, form: Form | None) -> list[tuple[int, ...]]:
@@ -90,12 +90,8 @@ class LogGains:
         for row, name, shape, count, coordinates in zip(
             gains, names, sample.shapes, sample.counts, sample.coordinates, strict=True
         ):
-            if name in self._divided and self._shapes[name] == shape:
-                row[:count] = _of_members(*self._divided[name], coordinates)
-            elif self._shapes.get(name) == shape:
-                row[:count] += self._tensor[name]
-                for factors, index in zip(self._by_dim[name], coordinates, strict=True):
-                    row[:count] += factors[index]
+            if self._shapes.get(name) == shape:
+                row[:count] = _of_weights(*self._members[name], coordinates, count)
         return gains
 
     def by_neuron(self, symmetry: Symmetry) -> dict[str, Array]:
@@ -119,9 +115,9 @@ class LogGains:
         return {axis: neurons[span].numpy() for axis, span in spans.items()}
 
 
-def _of_members(form: Form, members: Sequence[MemberGains], coordinates: Sequence[Any] | np.ndarray[Any, Any]) -> Array:
-    """Log gains of weights of a divided tensor, from their coordinates in it."""
-    local, number = [np.asarray(x) for x in coordinates], np.zeros(len(coordinates[0]), dtype=np.int64)
+def _of_weights(form: Form, members: Sequence[MemberGains], coordinates: Iterable[Any], count: int) -> Array:
+    """Log gains of so many weights of a tensor, from their coordinates in it."""
+    local, number = [np.asarray(x) for x in coordinates], np.zeros(count, dtype=np.int64)
     if form.stack is not None:
         number = local.pop(form.stack[0]).astype(np.int64)
     if form.parts is not None:
@@ -130,7 +126,7 @@ def _of_members(form: Form, members: Sequence[MemberGains], coordinates: Sequenc
         part = np.searchsorted(starts, local[dim], side="right") - 1
         local[dim] = local[dim] - starts[part]
         number = number * len(sizes) + part
-    gains = np.zeros(len(number))
+    gains = np.zeros(count)
     for member in np.unique(number):
         (at,) = np.nonzero(number == member)
         whole, by_dim = members[member]

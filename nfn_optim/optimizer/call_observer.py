@@ -58,10 +58,10 @@ class Listener(Protocol):
     def recall(self, module: nn.Module, signature: tuple[Hashable, ...]) -> bool:
         """Whether the symmetry of such a call is known already, so that it need not be traced."""
 
-    def has_heard(self, trace: LiveTrace) -> bool:
-        """Whether it has heard of a trace before."""
+    def has_recorded(self, trace: LiveTrace) -> bool:
+        """Whether it has recorded a call in a trace before."""
 
-    def hear(self, trace: LiveTrace, module: nn.Module, signature: tuple[Hashable, ...]) -> None:
+    def record(self, trace: LiveTrace, module: nn.Module, signature: tuple[Hashable, ...]) -> None:
         """A call of a module that owns some of them is about to be traced."""
 
     def see_call(self) -> None:
@@ -198,7 +198,7 @@ class CallObserver:
             return
         signature = _signature_of(module, inputs)
         known, grown = calls.traces.get(module), calls.parameters.get(module, signature[-1]) != signature[-1]
-        if known is not None and (grown or not all(listener.has_heard(known) for listener, _ in concerned)):
+        if known is not None and (grown or not all(listener.has_recorded(known) for listener, _ in concerned)):
             del calls.traces[module]  # whoever is new waits for what runs from now on
             calls.history.pop(module, None)
         calls.goes_on = torch.is_grad_enabled() and not all(complete for _, complete in concerned)
@@ -213,7 +213,7 @@ class CallObserver:
         calls.traces[module], calls.traced, calls.count = trace, True, trace.count
         calls.parameters[module] = signature[-1]
         for listener, _ in concerned:
-            listener.hear(trace, module, signature)
+            listener.record(trace, module, signature)
         trace.begin(module, inputs, substitutes(called))
         calls.exits = _plain_kernels(module, trace)
         trace.enter()

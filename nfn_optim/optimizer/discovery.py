@@ -104,11 +104,11 @@ class Discovery:
         self._recalled[id(module)] = weakref.ref(module), known[1]
         return True
 
-    def has_heard(self, trace: LiveTrace) -> bool:
-        """Whether it has heard of a trace before."""
+    def has_recorded(self, trace: LiveTrace) -> bool:
+        """Whether it has recorded a call in a trace before."""
         return id(trace) in self._traces
 
-    def hear(self, trace: LiveTrace, module: nn.Module, signature: tuple[Hashable, ...]) -> None:
+    def record(self, trace: LiveTrace, module: nn.Module, signature: tuple[Hashable, ...]) -> None:
         """A call is about to be traced; what was traced before the module had other parameters is void."""
         for key, (_, signatures) in list(self._traces.items()):
             if signatures.get(id(module), signature)[-1] != signature[-1]:

@@ -22,9 +22,7 @@ from nfn_optim.engine.moments import MOMENTS
 from nfn_optim.engine.sharding import is_sharded, local
 from nfn_optim.optimizer.state import ParamState, entries_of, init_state
 from nfn_optim.rule import UpdateRule
-
-OWN = (*MOMENTS, "step")
-"""Entries of the rule that loops over a state meet."""
+from nfn_optim.rule.members import WHOLE
 
 
 class EditedStates:
@@ -117,18 +115,18 @@ def fit_state(
     """
     fresh, given = entries_of(init_state(rule, param, state_dtype, form)), {**hidden, **entries_of(found)}
     fitting = {key: _converted(key, given[key], target) for key, target in fresh.items() if key in given}
-    misfits = [key for key in OWN if key in fresh and fitting.get(key) is None]
+    misfits = [key for key in WHOLE if key in fresh and fitting.get(key) is None]
     if misfits and misfits[0] in MOMENTS[:2]:
         fitting = {}
     foreign = {key: value for key, value in given.items() if key not in fresh}
     state = ParamState({**fresh, **foreign, **{key: x for key, x in fitting.items() if x is not None}})
     state.of_rule, state.form = tuple(fresh), _form(state, param, form)
-    return state, misfits if any(key in found for key in OWN) else []
+    return state, misfits if any(key in found for key in WHOLE) else []
 
 
 def _form(state: Mapping[str, Any], param: Tensor, form: Form | None) -> Hashable:
     """What changes when a state is edited, or its parameter gets another shape, device or form; cheap to compare."""
-    entries = [state.get(key) for key in OWN]
+    entries = [state.get(key) for key in WHOLE]
     return (
         param.shape,
         param.device,

@@ -97,15 +97,16 @@ class Members:
         """The members by name, views of tensors `(*batch, *shape)` or of their local parts."""
         members: dict[str, Tensor] = {}
         for name, names in self.names.items():
-            values = [tensors[name]]
-            if (form := self.forms.get(name)) is not None:
-                shard = None if shards is None else shards.by_name.get(name)
-                if shard is None:
-                    values = form.members_of(tensors[name], batch_dims)
-                else:
-                    values = [local for local, _ in form.local_members_of(tensors[name], shard)]
-            members |= zip(names, values, strict=True)
+            members |= zip(names, self._views(name, tensors[name], batch_dims, shards), strict=True)
         return members
+
+    def _views(self, name: str, tensor: Tensor, batch_dims: int, shards: Shards | None) -> list[Tensor]:
+        """Views of the members of one tensor, or of their local parts."""
+        if (form := self.forms.get(name)) is None:
+            return [tensor]
+        if (shard := None if shards is None else shards.by_name.get(name)) is None:
+            return form.members_of(tensor, batch_dims)
+        return [local for local, _ in form.local_members_of(tensor, shard)]
 
     def join(self, members: Mapping[str, Tensor], batch_dims: int = 0) -> dict[str, Tensor]:
         """The inverse of `split`, for whole tensors."""
@@ -137,11 +138,6 @@ class Members:
         self, state: State, shapes_of: EntryShapes, batch_dims: int = 0, shards: Shards | None = None
     ) -> State:
         """The state of the members, views of that of the tensors."""
-        moments = {
-            key: self.split({name: state[name][key] for name in self.names if key in state[name]}, batch_dims, shards)
-            for key in MOMENTS
-            if all(key in state[name] for name in self.names)
-        }
         members: State = {}
         for name, names in self.names.items():
             if name not in self.forms:
@@ -149,9 +145,10 @@ class Members:
                 continue
             shapes = [shapes_of(tuple(self.symmetry.shape_of(n))) for n in names]
             entries = _unpack({k: x for k, x in state[name].items() if k not in WHOLE}, shapes)
-            for n, of_member in zip(names, entries, strict=True):
-                own = {key: by_name[n] for key, by_name in moments.items()}
-                members[n] = {**own, "step": state[name]["step"], **of_member}
+            keys = [key for key in MOMENTS if key in state[name]]
+            moments = zip(*(self._views(name, state[name][key], batch_dims, shards) for key in keys), strict=True)
+            for n, own, of_member in zip(names, moments, entries, strict=True):
+                members[n] = {**dict(zip(keys, own, strict=True)), "step": state[name]["step"], **of_member}
         return members
 
     def join_state(self, members: State, batch_dims: int = 0) -> State:

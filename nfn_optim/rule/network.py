@@ -218,13 +218,14 @@ def _rms_bound(
         `(*batch, F)`, NaN where a statistic or a coefficient is.
     """
     rms = means[..., :FEATURES].sqrt() * units
-    c = WeightFeatures(*(rms * row_coeffs).abs().unbind(-1))
-    learned, x = c.weight + c.momentum, rms[..., 0]
+    coeffs = WeightFeatures(*row_coeffs.unbind(-1))
+    parts = WeightFeatures(*(rms * row_coeffs).abs().unbind(-1))
+    learned, x = parts.weight + parts.momentum, rms[..., 0]
     if mixes:
-        x = x * (1 - row_coeffs[..., 2]).abs() + c.slow + c.gradient
+        x = x * (1 - coeffs.gradient).abs() + parts.slow + parts.gradient
     else:
-        learned = learned + c.slow + c.gradient
-    return (direction.rms_bound(x, is_matrix) * (1 + row_coeffs[..., 0])).abs() + learned
+        learned = learned + parts.slow + parts.gradient
+    return (direction.rms_bound(x, is_matrix) * (1 + coeffs.adam)).abs() + learned
 
 
 def _pack(direction: Direction, mixes: bool, coeffs: WeightFeatures, units: WeightFeatures, enabled: Tensor) -> Tensor:
