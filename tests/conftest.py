@@ -10,6 +10,7 @@ import torchvision_ops
 import zoo
 
 from nfn_optim.engine import inductor
+from nfn_optim.optimizer.call_observer import OBSERVER
 
 torchvision_ops.declare()
 # They have no doctests, and looking for some would import all of them.
@@ -32,3 +33,11 @@ def empty_cache() -> Iterator[None]:
     inductor.clear()
     yield
     inductor.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_observer_of_another_test() -> Iterator[None]:
+    """An optimizer that a failed test keeps alive no longer waits for a forward pass."""
+    yield
+    for listener in list(OBSERVER._listeners):
+        OBSERVER.discard(listener)
