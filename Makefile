@@ -6,11 +6,12 @@ INSTALLED := .venv/installed
 INSTALLED_DOCS := .venv/installed-docs
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-fast check docs bench clean
+.PHONY: help demo test test-all test-fast check docs bench clean
 
 help:
 	@echo "make demo        train real networks with AdamW and NFNOptimizer side by side"
-	@echo "make test        run all tests"
+	@echo "make test        run the tests; of slow ones that are repeated over many networks, a fixed sample"
+	@echo "make test-all    run all tests"
 	@echo "make test-fast   run the fast ones"
 	@echo "make check       ruff and mypy --strict"
 	@echo "make docs        build the documentation (build/docs/index.html)"
@@ -30,6 +31,9 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/replace_adam.py
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q --sample
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 test-fast: $(INSTALLED)

@@ -62,7 +62,7 @@ def test_what_is_recorded_is_the_step(rule: str, name: str, recorded: list[int])
         assert torch.equal(eager, graph)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("horizon_known", [False, True])
 def test_numbers_change_without_another_graph(horizon_known: bool, recorded: list[int]) -> None:
     """Two groups, rates that a schedule moves from zero, weight decay and theta; a step at rate 0 is none."""
@@ -108,7 +108,7 @@ def test_a_rate_may_be_a_tensor(recorded: list[int]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(found[0], others, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kinds_of_steps_are_bounded(recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients for other parameters at every step: the first kinds are compiled, all steps are right."""
     monkeypatch.setattr(compiled_step, "MAX_GRAPHS", 3)
@@ -161,7 +161,7 @@ def test_watching_does_not_change_how_steps_are_run(recorded: list[int]) -> None
     assert len(gains[0][0]) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_copies_and_files_carry_no_graphs(recorded: list[int], tmp_path: Path) -> None:
     """An optimizer with graphs can be copied and pickled, and the copy goes on in the same way."""
     model = mlp()

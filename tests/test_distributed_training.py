@@ -96,7 +96,7 @@ def kill_a_rank(run: subprocess.Popen[str], out: Path) -> None:
     os.kill(children(run.pid)[-1], signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks through /proc")
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_rank_that_dies(tmp_path: Path, single_process_run: Path, restarts: int) -> None:

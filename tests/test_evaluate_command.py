@@ -56,7 +56,7 @@ def stop(typed: list[str], signum: int, cache: Path, runs: int) -> subprocess.Co
     return subprocess.CompletedProcess(typed, process.returncode, stderr=stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_stopped_command_resumes_and_reports(tmp_path: Path) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
     words = [*WORDS, "--cache", str(cache), "--out", str(out), "--data", str(tmp_path)]

@@ -485,7 +485,7 @@ def test_labels_are_unique(rules: tuple[str, ...], labels: list[str]) -> None:
     assert labels_of(rules) == dict(zip(labels, rules, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_published_protocol_is_compared_with_published_results(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ def replace_adam() -> ModuleType:
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_replace_adam_writes_what_it_says(tmp_path: Path) -> None:
     command = [sys.executable, "examples/replace_adam.py", "--steps", "3", "--seeds", "2", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -96,7 +96,7 @@ def test_watch_in_tensorboard_writes_charts(tmp_path: Path) -> None:
     assert events.Scalars("optimizer.final/accuracy")[0].value > 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_meta_train_your_own_writes_a_rule(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "examples/meta_train_your_own.py", "--iterations", "2", "--seeds", "1", "--steps", "3"]

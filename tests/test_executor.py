@@ -122,7 +122,7 @@ def train(name: str, dtype: torch.dtype, rank: int, *, compiled: bool = False, d
     return torch.cat([p.detach().float().flatten() for p in model.parameters()])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @compiler
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("empty_cache")

@@ -143,7 +143,7 @@ def test_a_step_never_synchronises(total_steps: int | None) -> None:
         optimizer.skipped_steps  # noqa: B018 - it waits
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_step_left_to_the_device(far: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether to step is one of the numbers that a graph is given."""
     far(True)

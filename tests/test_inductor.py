@@ -117,7 +117,7 @@ assert inductor.graph_count() == 1 and not inductor.has_failed()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_process_leaves_nothing_that_breaks_the_next_one(tmp_path: Path) -> None:
     """The linker writes libraries of inductor's cache in place."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -172,7 +172,7 @@ def test_renamed_neurons_take_their_noise_along() -> None:
         assert all(torch.equal(moved[f"{n} {key}"], x) for n, x in expected.items())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @compiler
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("empty_cache")
