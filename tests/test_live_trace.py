@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from live import live
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfn_optim.optimizer.discovery import Discovery
-from nfn_optim.symmetry import Symmetry, certify, symmetry_of
+from nfn_optim.symmetry import certify, symmetry_of
 
 MODES: dict[str, tuple[bool, Callable[[], Any]]] = {
     "training": (True, contextlib.nullcontext),
@@ -21,16 +22,6 @@ MODES: dict[str, tuple[bool, Callable[[], Any]]] = {
     "no gradients": (False, torch.no_grad),
     "autocast": (True, lambda: torch.autocast("cpu", torch.bfloat16)),
 }
-
-
-def live(module: nn.Module, *inputs: Any) -> Symmetry:
-    """The symmetry of the parameters of a module, from a call of it."""
-    discovery = Discovery(lambda: list(module.parameters()), recalls=False)
-    module(*inputs)
-    found = discovery.found(dict(module.named_parameters()))
-    discovery.close()
-    assert found is not None
-    return found.symmetry
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -218,7 +218,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
                 unify(old, new)
         self._named[name] = weakref.ref(tensor), dims
         if not self.is_known(tensor):
-            self.give(tensor, dims, until_used=before is None)
+            self.give(tensor, dims, is_weight=True, until_used=before is None)
 
     # --------------------------------------------------------------------------------------------------- single tensors
 

@@ -140,7 +140,7 @@ def _trace(
         for tensor in tensors:
             dims = fresh(tuple(tensor.shape))
             for known in (tensor, fakes[id(tensor)]):  # an op may meet the real one, if it bypasses us
-                tracer.give(known, dims, until_used=True)
+                tracer.give(known, dims, is_weight=True, until_used=True)
         named = [*module.named_parameters(), *module.named_buffers()]
         fake_inputs, fake_kwargs = tree_map(faked, (inputs, kwargs))
         for tensor in find_tensors((fake_inputs, fake_kwargs)):
