@@ -237,11 +237,11 @@ class Experts(nn.Module):
 
 
 class ExpertsByNumber(Experts):
-    """The same experts, taken one by one."""
+    """A weighted sum of experts, which are taken one by one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        experts = zip(self.up, self.bias, self.down, strict=True)
-        return torch.stack([(x @ up + bias).relu() @ down for up, bias, down in experts]).mean(0)
+        experts = enumerate(zip(self.up, self.bias, self.down, strict=True), start=1)
+        return sum((i * ((x @ up + bias).relu() @ down) for i, (up, bias, down) in experts), torch.zeros(()))
 
 
 def _normal(*shape: int) -> Callable[[], tuple[Tensor]]:
