@@ -105,7 +105,7 @@ def _follow_layer(trace: LiveTrace, func: Any, args: Sequence[Any], result: Sequ
     states = [_entries(trace, state, count) for state in tensors_in(given)]
     every = [trace.lookup(p) for p in params]
     size = len(every) // count
-    features, finals = dims[-1], []
+    features, finals = dims[-1], list[tuple[Dim, Dim]]()
     for first in range(0, count, directions):
         ends = [
             _step(
