@@ -38,9 +38,9 @@ def measured(data: Path, cache: Path, seeds: int, workers: int) -> dict[str, Any
     contenders = (*split.baselines(thorough=False), *contenders_of("default", "default", thorough=False))
     names = dict(zip((contender.name for contender in contenders), NAMES, strict=True))
     rows = json.loads((RESULTS / "test.json").read_text())["rows"]
-    known = {(r["task"], r["optimizer"]): r["setting"] for r in rows if r["optimizer"] == split.reference.name}
+    selected = {(r["task"], r["optimizer"]): r["setting"] for r in rows if r["optimizer"] == split.reference.name}
     tasks = [task for task in split.tasks if task.name in TASKS]
-    results = Study(tasks, contenders, seeds, data, cache, known=known).run(workers)
+    results = Study(tasks, contenders, seeds, data, cache, selected=selected).run(workers)
     panels: dict[str, dict[str, Any]] = {name: {} for name in TASKS}
     for result in results:
         means = np.array([running_mean(run.losses) for run in result.runs])  # (seeds, steps)

@@ -18,8 +18,9 @@ from scalar_recorder import ScalarRecorder
 from torch import Tensor, nn
 from trained_net import backward, net, same, snapshot, through_file, train
 
-from nfn_optim import NFNOptimizer, watch
+from nfn_optim import NFNOptimizer, pretrained, watch
 from nfn_optim.optimizer.state import HIDDEN, ParamState, entries_of
+from nfn_optim.rule.members import WHOLE
 
 RANKED = random_rule(rank=2)
 SHAPES = {"rows": (6, 3), "vector": (6,), "wide": (6, 4, 5), "one column": (6, 1)}
@@ -187,6 +188,12 @@ def test_a_loop_meets_entries_of_the_shape_of_the_parameter_only() -> None:
         assert not HIDDEN & set(state)
         assert state["step"].dim() == 0
         assert entries_of(state).keys() == optimizer.rule.init({"p": p})["p"].keys()
+
+
+def test_hidden_entries_are_those_that_rules_do_not_keep_whole() -> None:
+    param = {"p": torch.zeros(6, 3)}
+    entries = {key for rule in (RANKED, pretrained.load()) for key in rule.init(param)["p"]}
+    assert entries.difference(WHOLE) == HIDDEN
 
 
 # ------------------------------------------------------------------------------------------------ Adam's entries edited

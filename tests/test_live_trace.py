@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from live import live
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfn_optim.optimizer.discovery import Discovery
-from nfn_optim.symmetry import Symmetry, certify, symmetry_of
+from nfn_optim.symmetry import certify, symmetry_of
 
 MODES: dict[str, tuple[bool, Callable[[], Any]]] = {
     "training": (True, contextlib.nullcontext),
@@ -21,16 +22,6 @@ MODES: dict[str, tuple[bool, Callable[[], Any]]] = {
     "no gradients": (False, torch.no_grad),
     "autocast": (True, lambda: torch.autocast("cpu", torch.bfloat16)),
 }
-
-
-def live(module: nn.Module, *inputs: Any) -> Symmetry:
-    """The symmetry of the parameters of a module, from a call of it."""
-    discovery = Discovery(lambda: list(module.parameters()), recalls=False)
-    module(*inputs)
-    found = discovery.found(dict(module.named_parameters()))
-    discovery.close()
-    assert found is not None
-    return found.symmetry
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -193,3 +184,70 @@ def test_what_processes_exchange_is_fixed() -> None:
             assert not live(Hidden(gather), torch.randn(4, 3)).free
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between two linear ones, which reads its outputs or its final state."""
+
+    def __init__(self, layer: nn.RNNBase, final: bool, given: bool) -> None:
+        super().__init__()
+        count, ways = layer.num_layers * (1 + layer.bidirectional), 1 if final else 1 + layer.bidirectional
+        self.first, self.layer, self.final, self.given = nn.Linear(3, 5), layer, final, given
+        self.last = nn.Linear(ways * (layer.proj_size or 4), 2)
+        self.h, self.c = (
+            nn.Parameter(torch.randn(count, 1, layer.proj_size or 4)),
+            nn.Parameter(torch.randn(count, 1, 4)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[0 if self.layer.batch_first else 1]
+        h, c = self.h.repeat(1, size, 1), self.c.repeat(1, size, 1)
+        state = ((h, c) if isinstance(self.layer, nn.LSTM) else h) if self.given else None
+        outputs, finals = self.layer(self.first(x), state)
+        final: Tensor = finals[0] if isinstance(finals, tuple) else finals
+        return self.last(final[-1] if self.final else outputs)  # type: ignore[no-any-return]
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"bias": False, "batch_first": True},
+    {"num_layers": 3, "bidirectional": True},
+    {"proj_size": 3, "num_layers": 2, "bidirectional": True},
+)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # of torch, which has no fused kernel for them
+def test_recurrent_layers_are_what_their_ops_are(
+    kind: type[nn.RNNBase], options: dict[str, Any], final: bool, given: bool
+) -> None:
+    if "proj_size" in options and kind is not nn.LSTM:
+        pytest.skip("only an LSTM has projections")
+    torch.manual_seed(0)
+    module, x = Recurrent(kind(5, 4, **options), final, given), torch.randn(6, 7, 3)
+    symmetry = live(module, x)
+    assert symmetry.canonical() == symmetry_of(module, x).restrict(dict(module.named_parameters())).canonical()
+    assert certify(module, symmetry, x).ok
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells_are_what_their_ops_are(kind: type[nn.RNNCellBase]) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.cell, self.last = nn.Linear(3, 5), kind(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state: Any = None
+            for step in self.first(x):
+                state = self.cell(step, state)
+            output: Tensor = self.last(state[0] if isinstance(state, tuple) else state)
+            return output
+
+    module, x = Loop(), torch.randn(4, 2, 3)
+    symmetry = live(module, x)
+    assert symmetry.canonical() == symmetry_of(module, x).canonical()
+    assert certify(module, symmetry, x).ok

@@ -37,6 +37,16 @@ class Stacked(nn.Module):
         return torch.einsum("ebh,eoh->bo", hidden.tanh() * chosen[:, None, None], self.down)
 
 
+class ByNumber(Stacked):
+    """They are taken one by one, if they have tokens."""
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        output = x.new_zeros(len(x), 4)
+        for e in chosen.nonzero():
+            output += (x @ self.up[e.item()].T + self.bias[e.item()]).tanh() @ self.down[e.item()].T
+        return output
+
+
 class Single(nn.Module):
     """One expert of them."""
 
@@ -75,17 +85,18 @@ def train(model: nn.Module, optimizer: NFNOptimizer, steps: int = STEPS, unused:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("name", "unused", "compiled"),
+    ("kind", "name", "unused", "compiled"),
     [
-        *((name, unused, False) for name in RULES for unused in (None, 1)),
-        pytest.param("shipped", 1, True, marks=[compiler, pytest.mark.slow]),
+        *((Stacked, name, unused, False) for name in RULES for unused in (None, 1)),
+        *((ByNumber, name, None, False) for name in RULES),
+        pytest.param(Stacked, "shipped", 1, True, marks=[compiler, pytest.mark.slow]),
     ],
 )
 def test_experts_in_one_tensor_train_like_experts_in_tensors_of_their_own(
-    name: str, unused: int | None, compiled: bool
+    kind: type[Stacked], name: str, unused: int | None, compiled: bool
 ) -> None:
     """And one that never has a token keeps every bit."""
-    stacked = Stacked().double()
+    stacked = kind().double()
     start = {n: p.detach().clone() for n, p in stacked.named_parameters()}
     separate = Separate(stacked)
     for model in (stacked, separate):

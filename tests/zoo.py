@@ -236,6 +236,14 @@ class Experts(nn.Module):
         return torch.bmm(hidden.relu(), self.down).mean(0)
 
 
+class ExpertsByNumber(Experts):
+    """A weighted sum of experts, which are taken one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts = enumerate(zip(self.up, self.bias, self.down, strict=True), start=1)
+        return sum((i * ((x @ up + bias).relu() @ down) for i, (up, bias, down) in experts), torch.zeros(()))
+
+
 def _normal(*shape: int) -> Callable[[], tuple[Tensor]]:
     """Inputs: one tensor of standard normal entries."""
     return lambda: (torch.randn(*shape, generator=torch.Generator().manual_seed(1)),)
@@ -690,6 +698,14 @@ ZOO = (
         _normal(4, 4),
         {"up": "x in h", "bias": "x one h", "down": "x h out"},
         ("in", "out", "one"),
+        nested={"h": ("x",)},
+    ),
+    Network(
+        "experts_by_number",
+        ExpertsByNumber,
+        _normal(4, 4),
+        {"up": "x in h", "bias": "x one h", "down": "x h out"},
+        ("in", "out", "one", "x"),
         nested={"h": ("x",)},
     ),
     Network(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nfn_optim.symmetry.module import unwrap_with_prefix
+
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of wrappers that take the same arguments.
@@ -14,16 +16,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     Those are `torch.compile`, DistributedDataParallel and DataParallel; and functional modules of `higher`, which have
     it in the closure of their forward.
     """
-    while True:
-        kind = type(module)
-        inner = getattr(module, "module" if communicates(module) else "_orig_mod", None)
-        if isinstance(inner, nn.Module):
-            module = inner
-        elif hasattr(kind, "direct_submodule_call"):
-            forward = getattr(kind, "boxed_forward", kind.forward)
-            module = inspect.getclosurevars(forward).nonlocals["module"]
-        else:
-            return module
+    inner, _ = unwrap_with_prefix(module)
+    kind = type(inner)
+    if not hasattr(kind, "direct_submodule_call"):
+        return inner
+    return unwrap(inspect.getclosurevars(getattr(kind, "boxed_forward", kind.forward)).nonlocals["module"])
 
 
 def communicates(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nfn_optim.symmetry.expression import axes_of, products_of
-from nfn_optim.symmetry.module import find_tensors, restored, tensors_of, training_output, unwrap
+from nfn_optim.symmetry.module import find_tensors, restored, tensors_of, training_output, unwrap_with_prefix
 from nfn_optim.symmetry.symmetry import Symmetry
 
 MAX_TRIALS = 400
@@ -125,7 +125,7 @@ class _Trial:
     def __init__(
         self, module: nn.Module, symmetry: Symmetry, call: tuple[Any, Any], dtype: torch.dtype | None, seed: int
     ) -> None:
-        inner, prefix = unwrap(module)
+        inner, prefix = unwrap_with_prefix(module)
         self.network = copy.deepcopy(inner).eval()
         self.in_float64, self.seed = dtype is not None, seed
         if dtype is not None:

@@ -41,9 +41,10 @@ class Entry:
         filled: `[FILLED]`, shared with its views, if all its entries are equal, `[UNWRITTEN]` if they have no values
             yet, `[0]` if it was so once; None if it was never so.
         fix_on_use: Axes to fix once the tensor is used.
+        is_weight: Whether it is a parameter or a buffer, or was made of a single one.
     """
 
-    __slots__ = ("compute", "dims", "filled", "fix_on_use")
+    __slots__ = ("compute", "dims", "filled", "fix_on_use", "is_weight")
 
     def __init__(self, dims: Dims | None = None) -> None:
         """See the class."""
@@ -51,6 +52,7 @@ class Entry:
         self.compute: Callable[[], Dims] | None = None
         self.filled: list[int] | None = None
         self.fix_on_use: Dim | None = None
+        self.is_weight = False
 
 
 class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -89,15 +91,17 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = tuple(tuple(map(id, dim)) for dim in axes)
         return self._dims.setdefault(key, (dims, [axis for dim in axes for axis in dim]))[0]
 
-    def give(self, tensor: Tensor, dims: Dims, until_used: bool = False) -> None:
+    def give(self, tensor: Tensor, dims: Dims, is_weight: bool = False, until_used: bool = False) -> None:
         """Give a tensor its dimensions.
 
         Args:
             tensor: A parameter, buffer or input.
             dims: Its dimensions.
+            is_weight: Whether it is a parameter or a buffer.
             until_used: Whether to record that no op has used them.
         """
         self._entries[tensor] = entry = Entry(dims)
+        entry.is_weight = is_weight
         self._storages.add(tensor, entry)
         if until_used:
             self._unused[id(dims)] = dims
@@ -271,6 +275,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.follows:
             self.follow(inputs, call.outs)
         self.count += 1
+        call.is_weight = len(inputs) == 1 and self._entry_of(inputs[0]).is_weight
         valued = [t for t in call.tensors if not any(self._entry_of(t).filled or ())]
         not_returned = _written_not_returned(call, func, plan) if plan.writes else []
         lookup = self._track_filled(plan, inputs, (*call.outs, *not_returned))
@@ -287,7 +292,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._report(plan.full_name, valued)
             self._assign(call.outs, opaque(call))
         for out in call.outs:
-            self._entry_of(out)
+            self._entry_of(out).is_weight |= call.is_weight
             self.record(out)
         self.remember(key, inputs, call.outs)
 

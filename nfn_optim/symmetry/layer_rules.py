@@ -23,10 +23,10 @@ def matmul(call: OpCall) -> Sequence[Dims]:
         names = ["self", *names]
     left, right = (call.dims(name) for name in names)
     column = right[-2:-1] if len(right) > 1 else right
-    unify(left[-1], column[0])
     batch = tuple(left[: max(len(left) - 2, 0)])
-    for a, b in zip(batch, right[:-2], strict=True):
+    for a, b in zip(batch, right[:-2], strict=True):  # first, as other axes may differ between parts of these
         unify(a, b)
+    unify(left[-1], column[0])
     product = (*batch, *left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
     call.add_index_space((*product, left[-1]))
     if "self" in call.args and "self" not in names:

@@ -28,9 +28,9 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nfn_optim.symmetry.axes import IN, OUT, Dims, fresh, shape_of
-from nfn_optim.symmetry.dispatch import UNWRITTEN, AxisTracer, Entry, tensors_in
+from nfn_optim.symmetry.dispatch import FILLED, UNWRITTEN, AxisTracer, Entry, tensors_in
 from nfn_optim.symmetry.mode_stack import is_symbolic, push_below, remove
-from nfn_optim.symmetry.module import is_divided, is_fsdp1, tensors_of_output, without_transform, without_values
+from nfn_optim.symmetry.module import is_dtensor_type, is_fsdp1, tensors_of_output, without_transform, without_values
 from nfn_optim.symmetry.naming import symmetry_from
 from nfn_optim.symmetry.op_call import OpCall
 from nfn_optim.symmetry.op_plan import OpPlan
@@ -79,10 +79,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
     # ------------------------------------------------------------------------------------------------------- the stack
 
     def enter(self) -> None:
-        """Follow the ops of this thread from now on.
-
-        The mode goes below those of the user, so that theirs may end before or after it.
-        """
+        """Follow the ops of this thread from now on, below the user's modes, which may end before or after it."""
         self.watching = not self.failure
         push_below(self)
 
@@ -206,7 +203,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         self._registered[tensor] = names if name in names else [*names, name]
         if before is not None and before[0]() is tensor and shape_of(before[1]) == tuple(tensor.shape):
             return
-        if before is not None and (before[0]() is tensor or is_divided(type(before[0]()))):
+        if before is not None and (before[0]() is tensor or is_dtensor_type(type(before[0]()))):
             self._entries.pop(tensor)  # the same one in another shape, or gathered from shards
         elif before is not None and not self.is_known(tensor) and (alias := self._storages.find(tensor)[0]) is not None:
             self._entries[tensor] = alias
@@ -218,7 +215,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
                 unify(old, new)
         self._named[name] = weakref.ref(tensor), dims
         if not self.is_known(tensor):
-            self.give(tensor, dims, until_used=before is None)
+            self.give(tensor, dims, is_weight=True, until_used=before is None)
 
     # --------------------------------------------------------------------------------------------------- single tensors
 
@@ -316,7 +313,7 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
         """Run an op and follow it, unless it is none of the forward pass."""
         if not self.watching:
             return func(*args, **(kwargs or {}))
-        if self.inside and any(map(is_divided, types)):
+        if self.inside and any(map(is_dtensor_type, types)):
             self.fail(DIVIDED)
             return func(*args, **(kwargs or {}))
         if not self.inside:
@@ -375,6 +372,10 @@ class LiveTrace(AxisTracer):  # type: ignore[no-untyped-call]
             meta_args, meta_kwargs = tree_map_only(Tensor, on_meta, (tuple(args), dict(kwargs or {})))
         with torch.no_grad(), self:
             return tensors_in(function(*meta_args, **meta_kwargs))
+
+    def is_filled(self, tensor: Tensor) -> bool:
+        """Whether all entries are equal, so that an op may see the tensor with new axes."""
+        return (self._entry_of(tensor).filled or [0])[0] == FILLED
 
     def share(self, tensor: Tensor, other: Tensor) -> None:
         """Let a tensor have the dimensions of another."""

@@ -32,13 +32,13 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return tensors | buffers
 
 
-def unwrap(module: nn.Module) -> tuple[nn.Module, str]:
+def unwrap_with_prefix(module: nn.Module) -> tuple[nn.Module, str]:
     """The module inside wrappers that do not change its function, and the prefix that they add to names."""
     if "_orig_mod" in module._modules:
-        inner, prefix = unwrap(module.get_submodule("_orig_mod"))
+        inner, prefix = unwrap_with_prefix(module.get_submodule("_orig_mod"))
         return inner, f"_orig_mod.{prefix}"
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner, prefix = unwrap(module.module)
+        inner, prefix = unwrap_with_prefix(module.module)
         return inner, f"module.{prefix}"
     return module, ""
 
@@ -49,8 +49,8 @@ def is_fsdp1(module: nn.Module) -> bool:
     return package is not None and any(isinstance(m, package.FullyShardedDataParallel) for m in module.modules())
 
 
-def is_divided(kind: type) -> bool:
-    """Whether tensors of a type are divided among processes, with the shape of the whole."""
+def is_dtensor_type(kind: type) -> bool:
+    """Whether tensors of a type are DTensors, which are divided among processes and have the shape of the whole."""
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and issubclass(kind, package.DTensor)
 

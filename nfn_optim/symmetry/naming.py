@@ -14,7 +14,6 @@ References:
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -28,10 +27,9 @@ from nfn_optim.symmetry.axes import (
     Dims,
     atoms_of,
     localise,
-    long_atoms_of,
     owner_of,
-    size_of,
 )
+from nfn_optim.symmetry.axis_expression import expression_of, inexpressible
 from nfn_optim.symmetry.expression import (
     Expression,
     Sum,
@@ -40,8 +38,8 @@ from nfn_optim.symmetry.expression import (
     length_of,
     product_of,
     rename_axes,
-    sum_of,
 )
+from nfn_optim.symmetry.stacks import Stacks, find_stacks
 from nfn_optim.symmetry.symmetry import Symmetry
 from nfn_optim.symmetry.unification import collapse
 
@@ -55,34 +53,44 @@ def symmetry_from(tensors: Mapping[str, Dims], index_spaces: Sequence[Dims]) -> 
         tensors: Name -> dimensions of the tensors that the symmetry describes.
         index_spaces: The index spaces of all ops.
     """
-    while _collapse_any([*tensors.values(), *index_spaces], tensors.values()):
-        pass
     leaves: dict[str, Axis] = {}
-    expressions = {name: tuple(_expression_of(dim, leaves) for dim in dims) for name, dims in tensors.items()}
-    carried = list(leaves)
-    spaces = [tuple(_expression_of(dim, leaves) for dim in dims) for dims in _localised(index_spaces)]
+    stacks = _without_invalid(tensors, index_spaces, leaves)
+    expressions = {
+        name: stacks.expressions.get(name) or tuple(expression_of(dim, leaves) for dim in dims)
+        for name, dims in tensors.items()
+    }
+    carried = list(dict.fromkeys(leaf for dims in expressions.values() for dim in dims for leaf in axes_of(dim)))
+    spaces = [
+        space
+        for dims in _localised(index_spaces)
+        for space in stacks.spaces_of(tuple(expression_of(dim, leaves) for dim in dims))
+    ]
     used = {leaf for dims in spaces for expression in dims for leaf in axes_of(expression)}
     for leaf in carried:  # an axis that no op uses for this batch may be meaningful for another batch
         leaves[leaf].fixed |= leaf not in used
     free = [leaf for leaf in carried if not leaves[leaf].fixed and leaves[leaf].size > 1]
-    spaces += [tuple(_expression_of(dim, leaves) for dim in dims) for dims in _localised(tensors.values())]
+    rest = _localised(dims for name, dims in tensors.items() if name not in stacks.expressions)
+    spaces += [*stacks.expressions.values(), *(tuple(expression_of(dim, leaves) for dim in dims) for dims in rest)]
     return _with_readable_names(expressions, leaves, _nesting_of(free, spaces))
 
 
 # ----------------------------------------------------------------------------------------------------------- collapsing
 
 
-def _collapse_any(spaces: Iterable[Dims], tensors: Iterable[Dims]) -> bool:
-    """Collapse the axes that cannot differ between the parts of their owner; returns whether there were any."""
-    invalid: list[Axis] = []
-    for dims in spaces:
-        _add_ambiguous(atoms_of(*dims), Counter(), invalid)
-    for dims in tensors:
-        for dim in dims:
-            invalid += _inexpressible(dim)
-    for atom in invalid:
-        collapse(atom)
-    return bool(invalid)
+def _without_invalid(tensors: Mapping[str, Dims], index_spaces: Sequence[Dims], leaves: dict[str, Axis]) -> Stacks:
+    """Collapse the axes that cannot differ between the parts of their owner; returns the stacks that are left."""
+    while True:
+        invalid: list[Axis] = []
+        for dims in (*tensors.values(), *index_spaces):
+            _add_ambiguous(atoms_of(*dims), Counter(), invalid)
+        if not invalid:
+            stacks = find_stacks(tensors, index_spaces, leaves)
+            rest = (dims for name, dims in tensors.items() if name not in stacks.expressions)
+            invalid = stacks.invalid or [axis for dims in rest for dim in dims for axis in inexpressible(dim)]
+        if not invalid:
+            return stacks
+        for atom in invalid:
+            collapse(atom)
 
 
 def _add_ambiguous(atoms: Dim, outer: Counter[Axis], invalid: list[Axis]) -> None:
@@ -93,22 +101,6 @@ def _add_ambiguous(atoms: Dim, outer: Counter[Axis], invalid: list[Axis]) -> Non
             invalid.append(atom)
         for part in atom.parts or ():
             _add_ambiguous(atoms_of(part), counts, invalid)
-
-
-def _inexpressible(dim: Dim) -> list[Axis]:
-    """The axes that differ between the parts of an axis that does not precede them in the dimension.
-
-    An expression cannot relate the parts of one dimension to the parts of another.
-    """
-    atoms = atoms_of(dim)
-    return [
-        axis
-        for index, atom in enumerate(atoms)
-        for axis in (
-            *([atom] if atom.per_part is not None and owner_of(atom) not in atoms[:index] else ()),
-            *(inner for part in atom.parts or () for inner in _inexpressible(part)),
-        )
-    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- nesting
@@ -172,62 +164,6 @@ def _companions_of(
             plain = Counter(other for other in others if isinstance(other, str))
             inner = Counter(axis for other in others if not isinstance(other, str) for axis in axes_of(other))
             yield from _companions_of(factor, always + plain, in_some_parts + inner)
-
-
-# ---------------------------------------------------------------------------------------------------------- expressions
-
-
-def _expression_of(dim: Dim, leaves: dict[str, Axis]) -> Expression:
-    """A dimension as an expression in provisional axis names, which are added to `leaves`: name -> axis."""
-
-    def leaf(axis: Axis) -> str:
-        leaves.setdefault(str(id(axis)), axis)
-        return str(id(axis))
-
-    long = long_atoms_of(dim)
-    if not long:
-        atoms = atoms_of(dim)
-        return leaf(atoms[0] if atoms else Axis(1, fixed=True))
-    factors: list[Expression] = []
-    for index, atom in enumerate(long):
-        if atom.parts is None:
-            factors.append(leaf(atom))
-            continue
-        rest = long[index + 1 :]
-        dependent = any(owner_of(other) is atom for other in rest)
-        factors.append(_sum_of_parts(atom, _parts_of((atom, *rest) if dependent else (atom,)), leaves))
-        if dependent:
-            break
-    return product_of(factors)
-
-
-def _parts_of(dim: Dim) -> list[Dim]:
-    """The parts that a dimension is a concatenation of; the dimension itself if it is none."""
-    head, *rest = long_atoms_of(dim) or (Axis(1),)
-    if head.parts is None or (rest and all(owner_of(other) is not head for other in rest)):
-        return [dim]
-    return [
-        piece
-        for index, part in enumerate(head.parts)
-        for piece in _parts_of(part + localise(tuple(rest), [(head, index)]))
-    ]
-
-
-def _sum_of_parts(whole: Axis, parts: Sequence[Dim], leaves: dict[str, Axis]) -> Expression:
-    """The sum of parts; a run of single entries becomes one fixed axis, equal parts a product with a fixed axis."""
-
-    def fixed_axis(size: int, position: int) -> str:
-        name = f"{id(whole)}+{position}"
-        leaves.setdefault(name, Axis(size, fixed=True, role=whole.role))
-        return name
-
-    terms: list[Expression] = []
-    for single, group in itertools.groupby(parts, lambda part: size_of(part) == 1):
-        run = list(group)
-        terms += [fixed_axis(len(run), len(terms))] if single else [_expression_of(part, leaves) for part in run]
-    if len(terms) > 1 and all(term == terms[0] for term in terms):
-        return product_of([fixed_axis(len(terms), len(terms)), terms[0]])
-    return sum_of(terms)
 
 
 # ---------------------------------------------------------------------------------------------------------------- names

@@ -31,6 +31,7 @@ class OpCall:
         lookup: Tensor -> its dimensions.
         fix_on_use: Fixes dimensions once a tensor is used: indices into an axis give its order a meaning.
         add_index_space: Records the index space of the op, where it is more than an input's or an output's.
+        is_weight: Whether its only tensor is a parameter or a buffer, or was made of a single one.
     """
 
     overload: str
@@ -40,6 +41,7 @@ class OpCall:
     lookup: Callable[[Tensor], Dims] = _unknown
     fix_on_use: Callable[[Tensor, Sequence[Dim]], None] = _unknown
     add_index_space: Callable[[Dims], None] = _unknown
+    is_weight: bool = False
 
     def dims(self, name: str) -> Dims:
         """The dimensions of a tensor argument; `()` for a scalar."""
@@ -78,16 +80,18 @@ Rule: TypeAlias = Callable[[OpCall], Sequence[Result]]
 def broadcast(inputs: Sequence[Dims], shape: Sequence[int]) -> Dims:
     """Unify dimensions as broadcasting aligns them; dimensions of size 1 fit any size.
 
+    The first ones come first, as the others may differ between their parts.
+
     Raises:
         ValueError: No input has the size of the output along some dimension.
     """
     merged: list[Dim] = []
-    for back, size in enumerate(reversed(shape), start=1):
+    for back, size in zip(range(len(shape), 0, -1), shape, strict=True):
         aligned = [dims[-back] for dims in inputs if len(dims) >= back and size_of(dims[-back]) == size]
         if not aligned:
             raise ValueError(f"no input has size {size} along dimension {-back}")
         aligned.sort(key=len, reverse=True)  # a dimension of size 1 keeps its axis, if it has one
         for other in aligned[1:]:
             unify(aligned[0], other)
-        merged.insert(0, aligned[0])
+        merged.append(aligned[0])
     return tuple(merged)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from nfn_optim.symmetry.axes import Dims, Slice, fresh, shape_of, size_of
+from nfn_optim.symmetry.axes import Dims, Slice, fresh, long_atoms_of, shape_of, size_of
 from nfn_optim.symmetry.op_call import OpCall, Result, broadcast
 from nfn_optim.symmetry.reshaping import split_dim, stack_dims, view_as
-from nfn_optim.symmetry.unification import concat_dims, fix, slice_dim, unify
+from nfn_optim.symmetry.unification import concat_dims, differ_by_part, divide_further, fix, slice_dim, unify
 
 MAX_PARTS = 128
 """Parts per dimension; a dimension that is split into more is fixed."""
@@ -65,6 +65,8 @@ def slicing(call: OpCall) -> Sequence[Result]:
     length, new_length = size_of(dims[d]), call.shape()[d]
     start = min(max(start + length if start < 0 else start, 0), length) if (start := call.args["start"]) else 0
     if step == 1 and new_length:
+        if new_length == 1:
+            _take_apart(call, d)
         return [lambda: _sliced(dims, d, slice_dim(dims[d], start, start + new_length), new_length)]
     if new_length and length % step == 0 and start < step:
         slow, fast = fresh([length // step])[0], fresh([step])[0]
@@ -118,6 +120,7 @@ def select(call: OpCall) -> Sequence[Result]:
     """One entry of a dimension (`select`), or each of them (`unbind`)."""
     dims, d = call.first, call.dim_indices("dim")[0]
     length = size_of(dims[d])
+    _take_apart(call, d)
     if "index" in call.args:
         i = call.args["index"] % length
         piece = functools.cache(lambda: slice_dim(dims[d], i, i + 1) if length <= MAX_PARTS else None)
@@ -125,6 +128,16 @@ def select(call: OpCall) -> Sequence[Result]:
     pieces = split_dim(dims[d], [1] * length) if length <= MAX_PARTS else None
     entries = [_sliced(dims, d, pieces[i] if pieces else None, 1) for i in range(length)]
     return [_without_dim(entry, d) for entry in entries]
+
+
+def _take_apart(call: OpCall, d: int) -> None:
+    """Let the other dimensions of a weight differ between the entries of dimension d, until an op shows otherwise."""
+    atoms = long_atoms_of(call.first[d])
+    if call.is_weight and len(atoms) == 1 and atoms[0].per_part is None and not atoms[0].fixed:
+        for other in long_atoms_of(*_without_dim(call.first, d)):
+            if not other.fixed:
+                differ_by_part(atoms[0], other)
+        divide_further(atoms[0], MAX_PARTS)
 
 
 def _without_dim(dims: Dims, d: int) -> Dims:
@@ -135,6 +148,8 @@ def split(call: OpCall) -> Sequence[Dims]:
     """Consecutive slices of a dimension (`split`, `chunk`)."""
     dims, d = call.first, call.dim_indices("dim")[0]
     sizes = [call.shape(out)[d] for out in range(len(call.outs))]
+    if set(sizes) == {1}:
+        _take_apart(call, d)
     pieces = split_dim(dims[d], sizes) if len(sizes) <= MAX_PARTS and all(sizes) else None
     return [_sliced(dims, d, pieces[i] if pieces else None, size) for i, size in enumerate(sizes)]
 

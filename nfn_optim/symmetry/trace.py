@@ -45,7 +45,7 @@ from nfn_optim.symmetry.module import (
     restored,
     tensors_of,
     tensors_of_output,
-    unwrap,
+    unwrap_with_prefix,
 )
 from nfn_optim.symmetry.naming import symmetry_from
 from nfn_optim.symmetry.storage_table import storage_of
@@ -77,7 +77,7 @@ def symmetry_of(module: nn.Module, *inputs: Any, **kwargs: Any) -> Symmetry:
         ValueError: A lazy parameter has no shape yet.
     """
     tensors = tensors_of(module)
-    inner, _ = unwrap(module)
+    inner, _ = unwrap_with_prefix(module)
     try:
         if is_fsdp1(inner):
             raise RuntimeError("FSDP1 flattens parameters; FSDP2, fully_shard, keeps their shapes")
@@ -140,7 +140,7 @@ def _trace(
         for tensor in tensors:
             dims = fresh(tuple(tensor.shape))
             for known in (tensor, fakes[id(tensor)]):  # an op may meet the real one, if it bypasses us
-                tracer.give(known, dims, until_used=True)
+                tracer.give(known, dims, is_weight=True, until_used=True)
         named = [*module.named_parameters(), *module.named_buffers()]
         fake_inputs, fake_kwargs = tree_map(faked, (inputs, kwargs))
         for tensor in find_tensors((fake_inputs, fake_kwargs)):

@@ -266,3 +266,27 @@ def _instantiate(axis: Axis, owner: Axis) -> bool:
             if fast.per_part is not None and owner_of(fast) is owner:
                 instance.fast_axes.append(fast.per_part.instances[index])
     return True
+
+
+def differ_by_part(axis: Axis, fast: Axis) -> None:
+    """Let an axis be different in each part of another one, now and once it is divided further."""
+    axis, fast = root_of(axis), root_of(fast)
+    if axis is fast or any(root_of(other) is axis for other in fast.fast_axes):
+        return
+    if axis.parts is None:
+        if all(root_of(other) is not fast for other in axis.fast_axes):
+            axis.fast_axes.append(fast)
+    elif (fast.per_part is not None or _instantiate(fast, axis)) and owner_of(fast) is axis:
+        assert fast.per_part is not None
+        for part, instance in zip(axis.parts, fast.per_part.instances, strict=True):
+            for atom in long_atoms_of(part):
+                differ_by_part(atom, instance)
+
+
+def divide_further(axis: Axis, max_size: int, depth: int = 0) -> None:
+    """Divide what is left of an axis that loses one entry after the other, so that parts lie in few others."""
+    for atom in long_atoms_of(*(root_of(axis).parts or ())):
+        if atom.parts is not None:
+            divide_further(atom, max_size, depth + 1)
+        elif depth and atom.factors is None and not atom.fixed and atom.size <= max_size:
+            partition(atom, [1] * atom.size)
