@@ -1,9 +1,9 @@
-"""Ablations of the shipped rule, on development tasks.
+"""Ablations of the rule `default_1`, on development tasks.
 
     python benchmarks/ablations.py --data FOLDER
 
 No rule is retrained: each variant removes a part from theta or from the configuration and keeps the rest, but for
-`before meta-training`, the rule that the recipe starts from. Writes `ablations.md` and `.json` to
+`before meta-training`, the rule that the recipe starts from. Writes `ablations_default_1.md` and `.json` to
 `benchmarks/results`; a minute per variant and seed on two cores.
 """
 
@@ -104,7 +104,7 @@ def main(
     workers: int = 2,
     folders: Annotated[Folders, tyro.conf.arg(name="")] = FOLDERS,
 ) -> None:
-    """Evaluate variants of the shipped rule.
+    """Evaluate variants of the rule.
 
     Args:
         variants: Names of variants.
@@ -112,7 +112,7 @@ def main(
         workers: Processes, one thread each.
         folders: Folders of the data, the cache and the full report.
     """
-    rule, paths = pretrained.load(), []
+    rule, paths = pretrained.load("default_1"), []
     for name in variants:
         path = folders.out / name / "theta.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +120,8 @@ def main(
         paths.append(str(path))
     evaluate("development", rule=tuple(paths), seeds=seeds, workers=workers, folders=folders)
     content = json.loads((folders.out / "development.json").read_text())
-    (RESULTS / "ablations.md").write_text(page(content["summary"]))
-    (RESULTS / "ablations.json").write_text(json.dumps(content["summary"], indent=1) + "\n")
+    (RESULTS / "ablations_default_1.md").write_text(page(content["summary"]))
+    (RESULTS / "ablations_default_1.json").write_text(json.dumps(content["summary"], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/curves.py --data FOLDER
 
-AdamW at its defaults, AdamW with the settings that `benchmarks/results/test.json` chose for each task, and NFNOptimizer
-as it ships, with and without `total_steps`. The tasks are of four kinds; the SIREN is the one on which NFNOptimizer
+AdamW at its defaults, AdamW with the settings that `benchmarks/results/test_default_1.json` chose for each task, and
+NFNOptimizer as it ships, with and without `total_steps`. The tasks are of four kinds; the SIREN is the one on which NFNOptimizer
 loses either way. Writes `curves.json` (running means of the training loss, `POINTS` of each) and `curves.png` into
 `benchmarks/results`; with `--draw` only the picture, from the file.
 """
@@ -37,7 +37,7 @@ def measured(data: Path, cache: Path, seeds: int, workers: int) -> dict[str, Any
     split = SPLITS["test"]
     contenders = (*split.baselines(thorough=False), *contenders_of("default", "default", thorough=False))
     names = dict(zip((contender.name for contender in contenders), NAMES, strict=True))
-    rows = json.loads((RESULTS / "test.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "test_default_1.json").read_text())["rows"]
     selected = {(r["task"], r["optimizer"]): r["setting"] for r in rows if r["optimizer"] == split.reference.name}
     tasks = [task for task in split.tasks if task.name in TASKS]
     results = Study(tasks, contenders, seeds, data, cache, selected=selected).run(workers)

@@ -27,7 +27,7 @@ def main() -> None:
     """Read the events; write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--name", default="default")
+    parser.add_argument("--name", default="default_1")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     events = EventAccumulator(str(args.run), size_guidance={"scalars": 0})

@@ -43,8 +43,8 @@ html_theme_options = {"navigation_with_keys": True}
 ELSEWHERE = {  # pages of the repository that are included here under another name
     "../CONTRIBUTING.md": "contributing.md",
     "../CHANGELOG.md": "changelog.md",
-    "../nfn_optim/pretrained/default.md": "card.md",
-    "../nfn_optim/pretrained/base.md": "card_base.md",
+    "../nfn_optim/pretrained/base.md": "card.md",
+    "../nfn_optim/pretrained/default_1.md": "card_default_1.md",
 }
 OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)")
 SECTION = re.compile(r"[A-Z]\w+( \w+)?:$")

@@ -69,8 +69,8 @@ def digits() -> Config:
     )
 
 
-def default() -> Config:
-    """The shipped rule: step sizes, on families of wide tasks, by backpropagation through whole runs; from `PLAIN`.
+def default_1() -> Config:
+    """The rule `default_1`: step sizes, on families of wide tasks, by backpropagation through whole runs; from `PLAIN`.
 
     Some fifty parameters are trained: the linear map from features to the gain, the step-size adaptation, and the
     biases of the coefficients. Whole runs have no short-horizon bias, and with sensible step sizes from the start their
@@ -110,7 +110,7 @@ def network() -> Config:
     All outputs start at zero, so it starts as the rule `base`: what it learns is what messages and features add.
     """
     return replace(
-        default(),
+        default_1(),
         rule=replace(BASE, hidden=8, rounds=2),
         trainable=("",),
         iterations=1000,
@@ -127,7 +127,7 @@ def network() -> Config:
 def broad() -> Config:
     """All parameters of a larger rule, on all families of tasks, through whole inner runs; an experiment.
 
-    Start it from a rule with sensible step sizes (`--initial default`): then the gradient of a whole run is not
+    Start it from a rule with sensible step sizes (`--initial default_1`): then the gradient of a whole run is not
     chaotic, and unlike that of a window not biased towards short-term progress. So far it has made validation worse.
     """
     return Config(
@@ -234,5 +234,5 @@ def smoke() -> Config:
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    recipe.__name__: recipe for recipe in (default, network, digits, broad, smoke)
+    recipe.__name__: recipe for recipe in (default_1, network, digits, broad, smoke)
 }

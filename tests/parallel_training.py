@@ -130,6 +130,33 @@ def fused() -> Outcome:
     return outcome(model, optimizer, train(model, optimizer))
 
 
+def trained_gate() -> Gate:
+    """A network whose weights look as if they had been trained."""
+    model = Gate(6)
+    with torch.no_grad():
+        for p in (model.up.weight, model.down.weight):
+            p.add_(torch.outer(torch.linspace(-1, 1, p.shape[0]), torch.linspace(1, 2, p.shape[1]).cos()))
+    return model
+
+
+def first_step_sizes(model: nn.Module) -> list[float]:
+    """The logarithms of step sizes of all matrices and vectors after the first step."""
+    optimizer = NFNOptimizer(model)
+    images, classes = batches(1)[0]
+    F.cross_entropy(model(images), classes).backward()
+    optimizer.step()
+    return [x for p in model.parameters() for x in optimizer.state[p]["log_step_size"].flatten().tolist()]
+
+
+def fully_sharded_and_trained_before() -> list[float]:
+    """FSDP2 of that network."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = trained_gate()
+    fully_shard(model)
+    return first_step_sizes(model)
+
+
 def mixed_precision() -> Outcome:
     """FSDP2 that computes in bfloat16: parameters and state are float32, inputs of the modules are not."""
     from torch.distributed.fsdp import MixedPrecisionPolicy

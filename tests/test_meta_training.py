@@ -83,7 +83,7 @@ def test_an_interrupted_run_finishes_its_iteration_and_resumes(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "unknown", "--out", "{}/new"), "one of ['broad', 'default', 'digits', 'network', 'smoke']"),
+        (("train", "unknown", "--out", "{}/new"), "one of ['broad', 'default_1', 'digits', 'network', 'smoke']"),
         (("resume", "{}"), "expected a checkpoint"),
     ],
 )

@@ -129,7 +129,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", pretrained.names()[1:])
+@pytest.mark.parametrize("name", pretrained.names()[2:])
 def test_shipped_rules_load_and_their_cards_name_them(name: str) -> None:
     rule = pretrained.load(name)
     assert rule.learned
@@ -144,10 +144,17 @@ def test_base_is_the_rule_of_its_recipe() -> None:
     assert pretrained.digest(pretrained.load("base")) == pretrained.digest(UpdateRule(BASE))
 
 
+def test_the_default_is_one_of_the_shipped_rules() -> None:
+    assert pretrained.names()[:2] == ("adamw", "default")
+    assert pretrained.DEFAULT in pretrained.names()[2:]
+    assert pretrained.digest(pretrained.load("default")) == pretrained.digest(pretrained.load(pretrained.DEFAULT))
+    assert pretrained.card("default") == pretrained.card() == pretrained.card(pretrained.DEFAULT)
+
+
 def test_a_file_of_format_1_is_converted() -> None:
-    """The shipped rule as it was written before names changed; 82 of its 137 numbers had no effect and are dropped."""
+    """The rule `default_1` before names changed; 82 of its 137 numbers had no effect and are dropped."""
     old = pretrained.load(Path(__file__).parent / "data" / "rule_format_1.safetensors")
-    assert pretrained.digest(old) == pretrained.digest(pretrained.load("default"))
+    assert pretrained.digest(old) == pretrained.digest(pretrained.load("default_1"))
     assert sum(p.numel() for p in old.parameters()) == 55
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, UpdateRule
 from nfn_optim.engine.moments import BETA_SLOW
 from nfn_optim.engine.weight_features import CLIP, STATISTICS, Statistics
-from nfn_optim.rule.step_size import ADAPT_AGE, MAX_LOG_STEP_SIZE, PRIOR_ENTRIES, adapt, gradient_cosine
+from nfn_optim.rule.step_size import ADAPT_AGE, MAX_LOG_STEP_SIZE, PRIOR_ENTRIES, adapt, gradient_cosine, shared_start
 
 SYMMETRY = Symmetry.separate({"w": (30, 20), "b": (5,)})
 
@@ -75,13 +75,21 @@ def test_steps_grow_where_gradients_agree_and_shrink_where_they_oscillate() -> N
 def test_updates_are_multiplied_by_it() -> None:
     """With a logarithm of g the steps of AdamW are exp(g) times as long."""
     rule, params, grads = adapting(), draw(0), draw(1)
-    state = rule.init(params)
-    plain, _ = rule(params, grads, state, SYMMETRY, lr=0.01)
+    _, state = rule(params, grads, rule.init(params), SYMMETRY, lr=0.01)
+    plain, before = rule(params, grads, state, SYMMETRY, lr=0.01)
     state["w"]["log_step_size"] += 0.7
     longer, after = rule(params, grads, state, SYMMETRY, lr=0.01)
     torch.testing.assert_close(longer["w"], math.exp(0.7) * plain["w"])
     torch.testing.assert_close(longer["b"], plain["b"])
-    assert after["w"]["log_step_size"].item() == pytest.approx(0.7)  # nothing changes at the first step
+    assert after["w"]["log_step_size"].item() == pytest.approx(before["w"]["log_step_size"].item() + 0.7)
+
+
+def test_at_the_first_step_vectors_and_narrow_matrices_follow_the_others() -> None:
+    steps, sides = torch.tensor([1.0, 1.0, 1.0, 7.0]), torch.tensor([96.0, 32.0, 0.0, 96.0])
+    shared = shared_start(torch.tensor([-2.0, 0.0, 0.0, 1.0]), steps, sides)
+    common = -2 * 0.75 / (0.75 + 0.5)  # what takes its seventh step does not count
+    torch.testing.assert_close(shared, torch.tensor([-1.5 + 0.25 * common, 0.5 * common, common, 1.0]))
+    assert shared_start(torch.zeros(1), torch.ones(1), torch.zeros(1)) == 0
 
 
 def test_it_is_bounded() -> None:

@@ -103,7 +103,7 @@ def test_it_holds_the_packages_with_their_data_and_nothing_else(wheel: Path) -> 
     here = {path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
     assert names == {path.as_posix() for path in here if "__pycache__" not in path.parts}
     data = {"nfn_optim/py.typed", "meta_train/py.typed"}
-    assert names >= data | {f"nfn_optim/pretrained/default.{suffix}" for suffix in ("safetensors", "md")}
+    assert names >= data | {f"nfn_optim/pretrained/base.{suffix}" for suffix in ("safetensors", "md")}
     assert f"{info}/licenses/LICENSE" in ZipFile(wheel).namelist()
 
 

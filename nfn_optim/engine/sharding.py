@@ -144,6 +144,14 @@ def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     return part
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor on every process that has a part of it; a plain tensor unchanged."""
+    if not is_sharded(tensor):
+        return tensor
+    contribution = shard_of(tensor).pad_to_whole(local(tensor.detach()), 0, tensor.dim())
+    return _reduced(contribution, tensor.device_mesh, dist.ReduceOp.SUM)
+
+
 def all_processes(condition: bool, tensors: Iterable[Tensor]) -> bool:
     """Whether a condition holds on every process that has a part of one of these tensors."""
     for mesh in dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t)):

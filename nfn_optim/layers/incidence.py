@@ -23,6 +23,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Incidence:
             `segment_of_row`: number of the tensor times `max_ndim`, plus the dimension.
             `gathered`: position of every row in the order tensor 0, tensor 1, ... . `leading`: the row that every
             leading row is (N for that of a scalar), with `tensor_of_leading`. `neighbours`: tensors that share an axis,
-            see `_neighbours`. `matrix`: tensors of two dimensions or more. `order`: `(T, ORDERS)`, whether a tensor has
+            see `_neighbours`. `matrix`: tensors of two dimensions or more. `sides`: the
+            shorter side of each of them as `(shape[0], rest)`, else 0. `order`: `(T, ORDERS)`, whether a tensor has
             at most one dimension, two, or more.
     """
 
@@ -133,6 +135,7 @@ class Incidence:
             "row_weight": row_weight[:, None],
             "neighbours": _neighbours(symmetry, shapes),
             "matrix": torch.tensor([float(len(shape) > 1) for shape in shapes]),
+            "sides": torch.tensor([float(min(s[0], math.prod(s[1:]))) if len(s) > 1 else 0.0 for s in shapes]),
             "ndims": torch.tensor(self.ndims, dtype=torch.float32),
             "order": F.one_hot(torch.tensor(self.ndims, dtype=torch.int64).clamp(1, 3) - 1, self.ORDERS).float(),
         }

@@ -22,13 +22,15 @@ from torch import Tensor
 from nfn_optim.pretrained import format_1
 from nfn_optim.rule import RuleConfig, UpdateRule
 
+DEFAULT = "base"
+"""What the name `"default"` stands for."""
 FORMAT = "nfn_optim.rule.2"
 _FOLDER = Path(__file__).parent
 
 
 def names() -> tuple[str, ...]:
-    """The rules inside the package; `"adamw"`, which has no learned part, needs no file."""
-    return ("adamw", *sorted(path.stem for path in _FOLDER.glob("*.safetensors")))
+    """The rules inside the package; `"adamw"` needs no file, and `"default"` is another name of one of the others."""
+    return ("adamw", "default", *sorted(path.stem for path in _FOLDER.glob("*.safetensors")))
 
 
 def card(name: str = "default") -> str:
@@ -37,7 +39,7 @@ def card(name: str = "default") -> str:
     Raises:
         ValueError: There is no such rule.
     """
-    path = _FOLDER / f"{name}.md"
+    path = _shipped(name, "md")
     if not path.is_file():
         raise ValueError(f"expected the name of a shipped rule, one of {names()[1:]}, found {name!r}")
     return path.read_text(encoding="utf-8")
@@ -86,7 +88,7 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
     """
     if name_or_path == "adamw":
         return UpdateRule.adamw().eval()
-    path = _FOLDER / f"{name_or_path}.safetensors"
+    path = _shipped(os.fspath(name_or_path), "safetensors")
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
@@ -125,6 +127,11 @@ def load(name_or_path: str | os.PathLike[str] = "default") -> UpdateRule:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _not_a_rule(path, error) from error
     return rule.requires_grad_(False).eval()
+
+
+def _shipped(name: str, suffix: str) -> Path:
+    """The file of a shipped rule, if there is one of that name."""
+    return _FOLDER / f"{DEFAULT if name == 'default' else name}.{suffix}"
 
 
 def _build(config: RuleConfig, theta: Mapping[str, Tensor]) -> UpdateRule:

@@ -35,7 +35,7 @@ from nfn_optim.rule.direction import Direction
 from nfn_optim.rule.hyperparameters import horizon_of
 from nfn_optim.rule.pooled import Pooled
 from nfn_optim.rule.step import Step
-from nfn_optim.rule.step_size import MAX_LOG_GAIN, adapt, gain_of, gradient_cosine, max_column_gain
+from nfn_optim.rule.step_size import MAX_LOG_GAIN, adapt, gain_of, gradient_cosine, max_column_gain, shared_start
 
 SCALE_UNIT = 0.05  # s0, the root mean square of a typical weight matrix at initialisation
 FALLBACK_RMS = 50.0  # bound on the root mean square of a direction (Adam's has about 1), above which Adam's is taken
@@ -100,6 +100,7 @@ class CoefficientNetwork(nn.Module):
         before = torch.stack([step.state[name]["log_step_size"] for name in step.names], -1)
         cosine = gradient_cosine(Statistics.unpack(pooled.tensors), step.steps, pooled.entries)
         power = self.adapt_rate.unsqueeze(-1) * cosine - self.adapt_decay.unsqueeze(-1)
+        before = shared_start(before, step.steps, step.incidence.at(before)["sides"])
         return adapt(before, power, step.steps, self.config.refresh_every)
 
     def _messages(self, executor: Executor, rows: Tensor, tensors: Tensor, pooled: Pooled) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from nfn_optim.layers import Incidence
 ADAPT_AGE = 30.0  # steps before the cosine begins to count
 MAX_LOG_STEP_SIZE = 3.0  # either way: a factor of 20
 PRIOR_ENTRIES = 100.0  # weight of the network's cosine beside a tensor's own, in entries
+PRIOR_SIDE = 32.0  # weight of the network's start beside a matrix's own, in singular values
 COSINE_EPS = 1e-12  # of products of mean squares of gradients, in units of their root mean square
 MAX_LOG_GAIN = 3.0  # of each learned factor
 
@@ -56,6 +57,22 @@ def gradient_cosine(means: Statistics, steps: Tensor, entries: Tensor) -> Tensor
     trust = entries / (entries + PRIOR_ENTRIES)
     common = (own * trust).sum(-1, keepdim=True) / trust.sum(-1, keepdim=True).clamp(min=1 / PRIOR_ENTRIES)
     return trust * own + (1 - trust) * common
+
+
+def shared_start(log_step_size: Tensor, steps: Tensor, sides: Tensor) -> Tensor:
+    """G at the first step: of what tells little about itself, that of the tensors that start with it.
+
+    Whether a matrix was trained before shows in its spectrum (`nfn_optim.rule.pretrained_weights`), the better the
+    larger its shorter side is. A vector has no spectrum, and follows the others.
+
+    Args:
+        log_step_size: G of every tensor by itself, `(*batch, T)`.
+        steps: Steps taken, this one included, `(*batch, T)`.
+        sides: The shorter side of every matrix, 0 of a vector; `(T,)`.
+    """
+    trust = torch.where(steps <= 1, sides / (sides + PRIOR_SIDE), 0.0)
+    common = (log_step_size * trust).sum(-1, keepdim=True) / trust.sum(-1, keepdim=True).clamp(min=1 / PRIOR_SIDE)
+    return torch.where(steps <= 1, trust * log_step_size + (1 - trust) * common, log_step_size)
 
 
 def adapt(log_step_size: Tensor, power: Tensor, steps: Tensor, interval: int) -> Tensor:

@@ -48,6 +48,7 @@ from nfn_optim.rule.hyperparameters import Hyper, by_tensor, horizon_of, is_zero
 from nfn_optim.rule.members import Members, members_of, pack
 from nfn_optim.rule.network import CoefficientNetwork
 from nfn_optim.rule.pooled import Pooled
+from nfn_optim.rule.pretrained_weights import initial_log_step_size
 from nfn_optim.rule.schedule import cooldown_factor, inverse_time_factor
 from nfn_optim.rule.step import Hyperparameters, Step, incidence_of
 from nfn_optim.symmetry import Symmetry
@@ -131,7 +132,8 @@ class UpdateRule(nn.Module):
             members = form.members_of(p, counter.dim())
             return pack([self._init_entries(member, counter) for member in members], counter.dim())
         entries = {"fallbacks": torch.zeros_like(counter)}
-        entries |= {"log_step_size": torch.zeros_like(counter)} if self.config.adapt_rate else {}
+        if self.config.adapt_rate:
+            entries["log_step_size"] = initial_log_step_size(p, counter.dim()).to(counter)
         entries |= Coefficients.adam(p.shape, self.direction.terms, counter).to_state()
         return entries | self.direction.init_state(p, counter.dim())
 

@@ -94,6 +94,13 @@ def test_fully_sharded_with_a_tensor_that_holds_two(ranks: Ranks) -> None:
     check(outcomes, [p.detach() for p in model.parameters()])
 
 
+def test_sharded_weights_that_were_trained_before_are_recognised(ranks: Ranks) -> None:
+    expected = parallel_training.first_step_sizes(parallel_training.trained_gate())
+    assert max(expected) < -1
+    for found in ranks.run(parallel_training.fully_sharded_and_trained_before):
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_rank_without_any_part(ranks: Ranks) -> None:
     check(ranks.run(parallel_training.fully_sharded, 1), alone(1))
 
