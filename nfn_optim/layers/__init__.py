@@ -35,6 +35,7 @@ from nfn_optim.layers.attention import WeightAttention
 from nfn_optim.layers.branches import Head, Parallel
 from nfn_optim.layers.canonical import canonical_scales, canonical_signs, function_change
 from nfn_optim.layers.deepsets import DeepSets, Pointwise
+from nfn_optim.layers.editor import Editor
 from nfn_optim.layers.encoding import FourierValues, LearnedEncoding, PositionEncoding, SinusoidalValues
 from nfn_optim.layers.entrywise import ChannelDropout, Entrywise, Residual
 from nfn_optim.layers.incidence import ROLES, Incidence
@@ -57,6 +58,7 @@ __all__ = [
     "ChannelNorm",
     "CrossAttention",
     "DeepSets",
+    "Editor",
     "Entrywise",
     "FourierValues",
     "Head",

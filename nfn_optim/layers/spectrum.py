@@ -61,7 +61,9 @@ class Spectrum(nn.Module):
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Compute. Name -> `(N, *shape, 1)` to `(N, out_features)`."""
         matrices = [features[name].flatten(2) for name in self._names]  # (N, rows, columns and taps)
-        products = {(name,): features[name].flatten(3).sum(-1) for name in self._names}  # (N, rows, columns)
+        products: dict[tuple[str, ...], Tensor] = {}  # (N, rows, columns)
+        for name in self._names:
+            products[name,] = features[name].flatten(3).sum(-1)
         for chain in self.products:  # shorter ones come first
             products[chain] = products[chain[-1:]] @ products[chain[:-1]]
             matrices.append(products[chain])

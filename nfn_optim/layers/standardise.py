@@ -70,14 +70,17 @@ class Standardise(nn.Module):
                     f"last, found shape {tuple(x.shape)}, all finite: {bool(x.isfinite().all())}"
                 )
             mean.copy_(x.mean(over, keepdim=True)[0])
-            self.get_buffer(f"{module_key(name)} deviation").copy_(x.std(over, keepdim=True, correction=0)[0])
+            self.deviation(name).copy_(x.std(over, keepdim=True, correction=0)[0])
         return self
+
+    def deviation(self, name: str) -> Tensor:
+        """The standard deviations of a tensor, `(1 or positions, ..., channels)`."""
+        return self.get_buffer(f"{module_key(name)} deviation")
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Standardise. Name -> `(*batch, *shape, channels)`, in and out."""
         out = {}
         for name in self._pooled:
             mean = self.get_buffer(f"{module_key(name)} mean")
-            deviation = self.get_buffer(f"{module_key(name)} deviation")
-            out[name] = ((features[name] - mean) / (deviation + self._eps)).clamp(-self.clip, self.clip)
+            out[name] = ((features[name] - mean) / (self.deviation(name) + self._eps)).clamp(-self.clip, self.clip)
         return out

@@ -14,9 +14,10 @@ kendall_tau, interval               scores, and bootstrap intervals over network
 from nfn_optim.populations.classifiers import ClassifierZoo, classifiers
 from nfn_optim.populations.fitting import Fit, FitSettings, apply, fit
 from nfn_optim.populations.images import Images, load_images
-from nfn_optim.populations.intervals import interval, kendall_tau
+from nfn_optim.populations.intervals import bootstrap_weights, interval, kendall_tau, weighted_mean
 from nfn_optim.populations.outputs import outputs
 from nfn_optim.populations.population import Population, check_disjoint
+from nfn_optim.populations.report import Report
 from nfn_optim.populations.sirens import Siren, SirenZoo, fit_images, positions, render, sirens
 from nfn_optim.populations.storage import generate, load, save
 from nfn_optim.populations.training import StepSettings, stacked, train_together
@@ -27,10 +28,12 @@ __all__ = [
     "FitSettings",
     "Images",
     "Population",
+    "Report",
     "Siren",
     "SirenZoo",
     "StepSettings",
     "apply",
+    "bootstrap_weights",
     "check_disjoint",
     "classifiers",
     "fit",
@@ -47,4 +50,5 @@ __all__ = [
     "sirens",
     "stacked",
     "train_together",
+    "weighted_mean",
 ]

@@ -131,6 +131,7 @@ def classifiers(zoo: ClassifierZoo, images: Images, folder: str | Path) -> Popul
     """
     symmetry = zoo.symmetry(images)
     definition = {**zoo.__dict__, "name": f"{zoo.network} {images.name}", "held_out": images.held_out, "version": 1}
+    del definition["runs"]  # more runs are more groups of the same population
     groups = math.ceil(zoo.runs / GROUP)
     population = generate(folder, definition, groups, lambda group: _group(zoo, images, symmetry, group))
     return population.select(population.runs < zoo.runs)

@@ -89,7 +89,7 @@ def fit(
                 continue
             inputs = random_orbit(features, train.symmetry, generator) if settings.permute else features
             optimizer.zero_grad()
-            loss(model(inputs), rows_of(train, index)).mean().backward()
+            loss(model(inputs), rows_of(train, index)).mean().backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
             schedule.step()
@@ -109,7 +109,8 @@ def apply(model: nn.Module, population: Population, batch: int = 256) -> Any:
     model.eval()
     features = population.features()
     parts = [
-        model({name: x[index] for name, x in features.items()}) for index in torch.arange(len(population)).split(batch)
+        model({name: x[index] for name, x in features.items()})
+        for index in torch.split(torch.arange(len(population)), batch)
     ]
     if isinstance(parts[0], Mapping):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -125,7 +126,7 @@ def rows_of(population: Population, index: Tensor) -> dict[str, Tensor]:
 def _mean_loss(model: nn.Module, population: Population, loss: Loss) -> float:
     model.eval()
     features, total = population.features(), 0.0
-    for index in torch.arange(len(population)).split(256):
+    for index in torch.split(torch.arange(len(population)), 256):
         out = model({name: x[index] for name, x in features.items()})
         total += float(loss(out, rows_of(population, index)).sum())
     return total / len(population)

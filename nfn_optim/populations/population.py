@@ -113,7 +113,7 @@ class Population:
         """
         if sum(fractions) > 1 + 1e-9:
             raise ValueError(f"expected fractions with a sum of at most 1, found {list(fractions)}")
-        names = self.runs.unique()
+        names = torch.unique(self.runs)
         order = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
         ends = [round(x * len(names)) for x in itertools.accumulate(fractions)]
         parts = [self.select(torch.isin(self.runs, order[start:end])) for start, end in itertools.pairwise([0, *ends])]
@@ -121,17 +121,24 @@ class Population:
             raise ValueError(f"expected runs in every part, found none in {empty}: {len(names)} runs, {fractions}")
         return parts
 
+    def with_features(self, features: Mapping[str, Tensor]) -> Population:
+        """The same networks with other weights, name -> `(N, *shape, 1)`: canonical ones, or edited ones."""
+        return replace(self, params={name: features[name].detach().squeeze(-1) for name in self.params})
+
+    def with_columns(self, **columns: Tensor) -> Population:
+        """The same networks, with more known about each; `(N, ...)`."""
+        return replace(self, columns={**self.columns, **columns})
+
     def permuted(self, generator: torch.Generator | None = None) -> Population:
         """The same functions with hidden neurons in random order, another one for every network."""
-        params = {name: x.squeeze(-1) for name, x in random_orbit(self.features(), self.symmetry, generator).items()}
-        return replace(self, params=params)
+        return self.with_features(random_orbit(self.features(), self.symmetry, generator))
 
     def batches(
         self, size: int, generator: torch.Generator | None = None
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Features of `size` networks at a time and their indices, each network once, in random order."""
         features = self.features()
-        for index in torch.randperm(len(self), generator=generator).split(size):
+        for index in torch.split(torch.randperm(len(self), generator=generator), size):
             yield {name: x[index] for name, x in features.items()}, index
 
     @staticmethod
@@ -165,7 +172,7 @@ def check_disjoint(*parts: Population) -> None:
         ValueError: It is; the error names the runs.
     """
     for (m, first), (n, second) in itertools.combinations(enumerate(parts), 2):
-        shared = first.runs[torch.isin(first.runs, second.runs)].unique().tolist()
+        shared = torch.unique(first.runs[torch.isin(first.runs, second.runs)]).tolist()
         if shared:
             raise ValueError(
                 f"expected every run in one part only, parts {m} and {n} share {len(shared)} runs, {shared[:5]}, ...; "

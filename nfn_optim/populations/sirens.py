@@ -111,7 +111,8 @@ def positions(side: int, offset: float = 0.0) -> Tensor:
 def render(module: nn.Module, params: Mapping[str, Tensor], side: int, offset: float = 0.0) -> Tensor:
     """The images that SIRENs represent, `(N, side, side)`, about 0 to 1; differentiable."""
     points = positions(side, offset).to(next(iter(params.values())).device)
-    return (outputs(module, params, points, chunk=None)[..., 0].unflatten(1, (side, side)) + 1) / 2
+    values = outputs(module, params, points, chunk=None)  # (N, side * side, 1)
+    return (values.reshape(-1, side, side) + 1) / 2
 
 
 def fit_images(

@@ -45,7 +45,7 @@ def save(population: Population, path: str | os.PathLike[str], dtype: torch.dtyp
             raise ValueError(f"expected values that {dtype} can hold, {name} overflows; save it in float32")
     tensors |= {f"columns/{name}": x.detach().cpu() for name, x in population.columns.items()}
     tensors["runs"] = population.runs.cpu()
-    tensors = {name: x.contiguous() for name, x in tensors.items()}
+    tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}  # no shared memory
     text = json.dumps(
         {
             "symmetry": population.symmetry.to_dict(),
@@ -139,5 +139,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name]
         sha256.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        sha256.update(x.contiguous().flatten().view(torch.uint8).numpy())
+        sha256.update(x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha256.hexdigest()
