@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def network(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
+PAGE = Path(__file__).parent.parent / "docs" / "populations.md"
 SYMMETRY = symmetry_of(network(), torch.zeros(2, 4))
 
 
@@ -339,10 +341,22 @@ def test_images_come_from_packages_and_folders(tmp_path: Path) -> None:
 
 def test_reports_are_the_same_everywhere(tmp_path: Path) -> None:
     made = Report("Errors", ["method", "MSE"], [["ours", "1.0"], ["theirs", "2.0"]], ["a note"], {"mse": [1.0, 2.0]})
-    made.write(tmp_path / "out", {"quick": True})
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["mse"] == [1.0, 2.0]
-    text = (tmp_path / "out" / "table.md").read_text()
+    made.write(tmp_path / "out", "errors", {"quick": True})
+    assert json.loads((tmp_path / "out" / "errors.json").read_text())["mse"] == [1.0, 2.0]
+    text = (tmp_path / "out" / "errors.md").read_text()
     assert "| theirs | 2.0 |" in text
     assert "- a note" in text
     assert "theirs  2.0" in str(made)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "table.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["errors.json", "errors.md"]
+
+
+@pytest.mark.slow
+def test_the_tutorial_reaches_boosted_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 300 networks, as `docs/populations.md` says."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(code, scope)
+    assert 280 < len(scope["train"]) <= 300
+    assert scope["tau"] >= scope["baseline"] > 0.5

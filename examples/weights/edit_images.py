@@ -54,6 +54,7 @@ from nfn_optim.populations import (
     weighted_mean,
 )
 
+NAME = "weights_editing"
 SEEDS = 3
 SIDE = 28
 PIXELS = 196
@@ -231,7 +232,9 @@ class Experiment:
             torch.manual_seed(seed)
             self.model, loss = build(train), Rendered(self.module, seed)
             rate = self.given.rate if canonical else 1e-3
-            settings = FitSettings(self.given.epochs, learning_rate=rate, weight_decay=1e-3, seed=seed, permute=permute)
+            settings = FitSettings(
+                self.given.epochs, batch=16, learning_rate=rate, weight_decay=1e-3, seed=seed, permute=permute
+            )
             fit(self.model, train, validation, loss, settings)
             with torch.no_grad():
                 outcome.add(loss.images(apply(self.model, test), loss.points), self.target)
@@ -345,7 +348,7 @@ def draw(experiment: Experiment, outcomes: dict[str, Outcome], edit: str, path: 
 def arguments() -> argparse.Namespace:
     """Of the command, filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a thousand images that packages carry")
+    parser.add_argument("--quick", action="store_true", help="800 images that a package carries")
     parser.add_argument("--edit", choices=list(EDITS), default="dilate", help="what the editors learn")
     parser.add_argument("--images", default="mnist5k", help="mnist5k, or a file NAME.npz in --data")
     parser.add_argument("--data", type=Path, default=None, help="folder of NAME.npz")
@@ -359,7 +362,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--populations", type=Path, default=Path("runs/populations"), help="where SIRENs are kept")
     parser.add_argument("--out", type=Path, default=Path("runs/editing"), help="output folder")
     given = parser.parse_args()
-    quick = {"count": 1000, "held_out": 200, "fit_steps": 500, "epochs": 8, "channels": 16}
+    quick = {"count": 800, "held_out": 200, "fit_steps": 500, "epochs": 8, "channels": 16}
     full = {"count": 4000, "held_out": 1000, "fit_steps": 1000, "epochs": 40, "channels": 64}
     for name, value in (quick if given.quick else full).items():
         if getattr(given, name) is None:
@@ -423,10 +426,10 @@ def main() -> None:
         f"{time.monotonic() - start:.0f} s, {fitted:.0f} s of them for the SIRENs",
     ]
     given.out.mkdir(parents=True, exist_ok=True)
-    draw(experiment, outcomes, given.edit, given.out / f"{given.edit}.png")
-    made.write(given.out, vars(given))
+    draw(experiment, outcomes, given.edit, given.out / f"{NAME}_{given.edit}.png")
+    made.write(given.out, NAME, vars(given))
     print(made)
-    print(f"wrote {given.out}/results.json, table.md, {given.edit}.png")
+    print(f"wrote {given.out}/{NAME}.json, .md, _{given.edit}.png")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from nfn_optim.populations import (
     outputs,
 )
 
+NAME = "weights_generalization"
 SEEDS = 3
 CHANCE = 0.15
 """Accuracy below which a network has learned nothing."""
@@ -61,6 +62,7 @@ PROBES = 256
 """Unlabelled training images that networks are run on."""
 
 BASELINES = ("statistics, boosting", "nfn's recipe (HNP)")
+COLOURS = [f"C{n}" for n in range(6)]
 OURS = "Predictor and boosting"
 WITH_FUNCTION = ("probes, boosting", "probes, forest")
 OURS_WITH_FUNCTION = "probes with consensus, and weights"
@@ -335,19 +337,19 @@ def draw(experiment: Experiment, results: dict[int, dict[str, list[Tensor]]], ma
         [n for n in results[sizes[-1]] if "probes" in n],
     )
     for axis, names, head in zip(axes, tracks, ("weights only", "weights and function"), strict=True):
-        for name in names:
+        for number, name in enumerate(names):
             taus = made.data["tau"][name]
             known = [n for n in sizes if taus[n]]
             ours = name in (OURS, OURS_WITH_FUNCTION)
-            axis.plot(
-                known, [sum(taus[n]) / len(taus[n]) for n in known], marker="o", lw=3 if ours else 1.2, label=name
-            )
+            means, style = [sum(taus[n]) / len(taus[n]) for n in known], "o-" if number < len(COLOURS) else "s--"
+            colour = COLOURS[number % len(COLOURS)]
+            axis.plot(known, means, style, color=colour, lw=3 if ours else 1.2, label=name)
         axis.set(title=head, xscale="log", xlabel="training networks", ylabel="Kendall's tau on networks of other runs")
         axis.set_xticks(sizes, [str(n) for n in sizes])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.savefig(out / "tau.png", dpi=110)
+    figure.savefig(out / f"{NAME}_tau.png", dpi=110)
     names = ("statistics, boosting", "nfn's recipe (HNP)", OURS, "probes, forest", OURS_WITH_FUNCTION)
     names = [n for n in names if n in results[sizes[-1]]]
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), constrained_layout=True, sharey=True)
@@ -357,8 +359,8 @@ def draw(experiment: Experiment, results: dict[int, dict[str, list[Tensor]]], ma
         axis.plot([0, 1], [0, 1], color="black", lw=0.8)
         axis.set(title=f"{name}\ntau {tau:.3f}", xlabel="true accuracy")
         axis.title.set_fontsize(9)
-    axes[0].set_ylabel("predicted accuracy")
-    figure.savefig(out / "scatter.png", dpi=110)
+    axes[0].set_ylabel("predicted accuracy (dark: ReLU, bright: tanh)")
+    figure.savefig(out / f"{NAME}_scatter.png", dpi=110)
 
 
 def main() -> None:
@@ -397,9 +399,9 @@ def main() -> None:
     made.notes.append(f"{time.monotonic() - start:.0f} s, {trained:.0f} s of them for the population")
     given.out.mkdir(parents=True, exist_ok=True)
     draw(experiment, results, made, given.out)
-    made.write(given.out, vars(given))
+    made.write(given.out, NAME, vars(given))
     print(made)
-    print(f"wrote {given.out}/results.json, table.md, tau.png, scatter.png")
+    print(f"wrote {given.out}/{NAME}.json, .md, _tau.png, _scatter.png")
 
 
 if __name__ == "__main__":

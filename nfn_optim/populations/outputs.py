@@ -44,4 +44,4 @@ def outputs(module: nn.Module, params: Mapping[str, Tensor], inputs: Tensor, *, 
 
 
 def _chunks(params: Mapping[str, Tensor], chunk: int | None) -> list[tuple[Tensor, ...]]:
-    return [x.split(chunk or max(len(x), 1)) for x in params.values()]
+    return [torch.split(x, chunk or max(len(x), 1)) for x in params.values()]

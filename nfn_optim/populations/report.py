@@ -43,17 +43,18 @@ class Report:
         lines = ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in cells]
         return "\n".join([self.title, "", *lines, "", *self.notes])
 
-    def write(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Write `results.json` and `table.md`, each at once or not at all.
+    def write(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        """Write `NAME.json` and `NAME.md`, each at once or not at all.
 
         Args:
             folder: Made if it is missing.
+            name: Of the files.
             settings: The arguments of the command.
         """
         folder.mkdir(parents=True, exist_ok=True)
         stated = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
         found = {"title": self.title, "settings": {k: str(v) for k, v in settings.items()}, **stated, **self.data}
-        for name, text in (("results.json", json.dumps(found, indent=1) + "\n"), ("table.md", self.markdown())):
-            partial = folder / f".{name}.{os.getpid()}.partial"
+        for file, text in ((f"{name}.json", json.dumps(found, indent=1) + "\n"), (f"{name}.md", self.markdown())):
+            partial = folder / f".{file}.{os.getpid()}.partial"
             partial.write_text(text, encoding="utf-8")
-            os.replace(partial, folder / name)
+            os.replace(partial, folder / file)

@@ -45,10 +45,9 @@ class Siren(nn.Module):
         super().__init__()
         self.frequency = frequency
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        with torch.no_grad():
-            for n, layer in enumerate(self.layers):
-                bound = 1 / sizes[n] if n == 0 else math.sqrt(6 / sizes[n]) / frequency
-                layer.weight.uniform_(-bound, bound)
+        for n, layer in enumerate(self.layers):
+            bound = 1 / sizes[n] if n == 0 else math.sqrt(6 / sizes[n]) / frequency
+            nn.init.uniform_(layer.get_parameter("weight"), -bound, bound)
 
     @property
     def half_period(self) -> float:
