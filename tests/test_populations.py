@@ -107,6 +107,7 @@ def test_files_hold_everything(tmp_path: Path) -> None:
         save(whole, tmp_path / "deep" / "p.safetensors", dtype)
         read = load(tmp_path / "deep" / "p.safetensors")
         assert_close(read.features(), whole.features(), tolerance)
+        assert read.params["0.bias"].dtype == torch.float32
         assert (read.symmetry, dict(read.about)) == (whole.symmetry, {"name": "test"})
         assert torch.equal(read.runs, whole.runs)
         assert torch.equal(read.columns["accuracy"], whole.columns["accuracy"])

@@ -247,7 +247,7 @@ def predictions(experiment: Experiment, count: int, seed: int) -> dict[str, Tens
         "nfn's recipe (HNP)": e.network(
             lambda p: stack_of(NFLinear, p, False, 1000),
             train,
-            settings_for(len(train), 2 * steps, seed, batch=8, learning_rate=1e-3, weight_decay=0.0),
+            settings_for(len(train), steps, seed, learning_rate=1e-3, weight_decay=0.0),
         ),
     }
     weights = torch.cat([e.statistics, e.spectra], 1)
@@ -371,6 +371,7 @@ def main() -> None:
     parser.add_argument("--images", default="mnist5k", help="digits, mnist5k, or a file NAME.npz in --data")
     parser.add_argument("--data", type=Path, default=None, help="folder of NAME.npz")
     parser.add_argument("--runs", type=int, default=None, help="training runs of the population")
+    parser.add_argument("--zoo-steps", type=int, default=None, help="steps of every training run")
     parser.add_argument("--sizes", type=int, nargs="+", default=None, help="numbers of training networks")
     parser.add_argument("--steps", type=int, default=None, help="steps of every network over weights")
     parser.add_argument("--populations", type=Path, default=Path("runs/populations"), help="where networks are kept")
@@ -378,11 +379,11 @@ def main() -> None:
     given = parser.parse_args()
     start = time.monotonic()
     runs = given.runs or (800 if given.quick else 3500)
-    sizes = given.sizes or ([100, 300, 1000] if given.quick else [100, 300, 1000, 3000])
-    steps = given.steps or (200 if given.quick else 1500)
+    sizes = given.sizes or ([300, 1000] if given.quick else [100, 300, 1000, 3000])
+    steps = given.steps or (120 if given.quick else 1500)
     side = 8 if given.zoo == "mlp" else 14
     images = load_images(given.images, given.data).averaged(side).standardised()
-    hidden, train_steps = (16, 300) if given.quick else (32, 750)
+    hidden, train_steps = (16, given.zoo_steps or 300) if given.quick else (32, given.zoo_steps or 750)
     shape = (side * side, hidden, hidden, 10) if given.zoo == "mlp" else (16, 10)
     zoo = ClassifierZoo(given.zoo, shape, runs, train_steps, snapshots=3)
     population = classifiers(zoo, images, given.populations)

@@ -86,11 +86,8 @@ class Population:
         return len(self.runs)
 
     def features(self) -> dict[str, Tensor]:
-        """The weights as features with one channel, name -> `(N, *shape, 1)`, float32 if stored in float16."""
-        return {
-            name: (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).unsqueeze(-1)
-            for name, x in self.params.items()
-        }
+        """The weights as features with one channel, name -> `(N, *shape, 1)`."""
+        return {name: x.unsqueeze(-1) for name, x in self.params.items()}
 
     def select(self, index: Tensor) -> Population:
         """Some of the networks; `index` is boolean `(N,)`, or integers."""

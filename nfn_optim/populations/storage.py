@@ -63,7 +63,7 @@ def save(population: Population, path: str | os.PathLike[str], dtype: torch.dtyp
 
 
 def load(path: str | os.PathLike[str]) -> Population:
-    """Read a population.
+    """Read a population; parameters that are stored in float16 become float32.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -85,7 +85,7 @@ def load(path: str | os.PathLike[str]) -> Population:
     params, columns = stated["order"]
     return Population(
         Symmetry.from_dict(stated["symmetry"]),
-        {name: tensors[f"params/{name}"] for name in params},
+        {name: _widened(tensors[f"params/{name}"]) for name in params},
         {name: tensors[f"columns/{name}"] for name in columns},
         tensors["runs"],
         stated["about"],
@@ -131,6 +131,10 @@ def _with_progress(groups: Iterable[int], name: str) -> Iterable[int]:
         return groups
     bar: Iterable[int] = tqdm(groups, desc=name, unit="group", leave=False)
     return bar
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
