@@ -58,6 +58,9 @@ SEEDS = 3
 CHANCE = 0.15
 """Accuracy below which a network has learned nothing."""
 
+HEAD_STEPS = 1200
+"""Of a perceptron on vectors: they are cheap, and fewer are too few."""
+
 PROBES = 256
 """Unlabelled training images that networks are run on."""
 
@@ -166,7 +169,7 @@ class Experiment:
     """
 
     def __init__(self, population: Population, module: nn.Module, images: Images, steps: int) -> None:
-        self.population, self.steps = population, steps
+        self.population, self.steps = population, steps  # of networks over weights
         self.train, self.validation, self.test = population.split([0.6, 0.1, 0.3], seed=0)
         symmetry, features = population.symmetry, population.features()
         self.statistics = Statistics(symmetry, 1)(features)
@@ -212,9 +215,9 @@ class Experiment:
         torch.manual_seed(settings.seed)
         head = Head(features.shape[1], 1)
         optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, HEAD_STEPS)
         generator = torch.Generator().manual_seed(settings.seed)
-        for _ in range(self.steps):
+        for _ in range(HEAD_STEPS):
             rows = train[torch.randint(len(train), (settings.batch,), generator=generator)]
             target = self.population.columns["accuracy"][rows]
             optimizer.zero_grad()
