@@ -6,10 +6,11 @@ INSTALLED := .venv/installed
 INSTALLED_DOCS := .venv/installed-docs
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-all test-fast check docs bench clean
+.PHONY: help demo weights test test-all test-fast check docs bench clean
 
 help:
 	@echo "make demo        train real networks with AdamW and NFNOptimizer side by side"
+	@echo "make weights     predict generalization and edit images from the weights of networks, quickly"
 	@echo "make test        run the tests; of slow ones that are repeated over many networks, a fixed sample"
 	@echo "make test-all    run all tests"
 	@echo "make test-fast   run the fast ones"
@@ -29,6 +30,10 @@ $(INSTALLED_DOCS): $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/replace_adam.py
+
+weights: $(INSTALLED)
+	$(BIN)/python examples/weights/predict_generalization.py --quick
+	$(BIN)/python examples/weights/edit_images.py --quick
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q --sample

@@ -3,9 +3,9 @@
     python benchmarks/curves.py --data FOLDER
 
 AdamW at its defaults, AdamW with the settings that `benchmarks/results/test_default_1.json` chose for each task, and
-NFNOptimizer as it ships, with and without `total_steps`. The tasks are of four kinds; the SIREN is the one on which NFNOptimizer
-loses either way. Writes `curves.json` (running means of the training loss, `POINTS` of each) and `curves.png` into
-`benchmarks/results`; with `--draw` only the picture, from the file.
+NFNOptimizer as it ships, with and without `total_steps`. The tasks are of four kinds; the SIREN is the one on which
+NFNOptimizer loses either way. Writes `curves.json` (running means of the training loss, `POINTS` of each) and
+`curves.png` into `benchmarks/results`; with `--draw` only the picture, from the file.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("exhaustive"):
             item.add_marker(pytest.mark.slow)
-        if hasattr(item, "callspec") and item.get_closest_marker("slow"):
+        elif hasattr(item, "callspec") and item.get_closest_marker("slow"):
             cases[item.nodeid.partition("[")[0]].append(item)
     if config.getoption("--sample"):
         left_out = {item for test, of_test in cases.items() for item in set(of_test) - set(sampled(test, of_test))}

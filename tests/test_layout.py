@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"symmetry", "engine"},
     {"layers"},
-    {"rule"},
+    {"rule", "populations"},
     {"pretrained"},
     {"optimizer"},
     {"monitor"},

@@ -15,7 +15,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-ELSEWHERE = {"docs/integrations.md": "tests/integrations/test_page.py"}
+ELSEWHERE = {
+    "docs/integrations.md": "tests/integrations/test_page.py",
+    "docs/populations.md": "tests/test_populations.py",
+}
 """Pages whose code needs more than a network, and the test that runs it."""
 
 CODE = re.compile(r"```python\n(.*?)```(?:\n```\n(.*?)```)?", re.DOTALL)

@@ -32,16 +32,23 @@ References:
 """
 
 from nfn_optim.layers.attention import WeightAttention
+from nfn_optim.layers.branches import Head, Parallel
+from nfn_optim.layers.canonical import canonical_scales, canonical_signs, function_change
 from nfn_optim.layers.deepsets import DeepSets, Pointwise
+from nfn_optim.layers.editor import Editor
 from nfn_optim.layers.encoding import FourierValues, LearnedEncoding, PositionEncoding, SinusoidalValues
 from nfn_optim.layers.entrywise import ChannelDropout, Entrywise, Residual
 from nfn_optim.layers.incidence import ROLES, Incidence
 from nfn_optim.layers.invariant import InvariantPool
-from nfn_optim.layers.io_axes import ends_of, free_ends
+from nfn_optim.layers.io_axes import ends_of, free_ends, free_taps, taps_of
 from nfn_optim.layers.latent import CrossAttention, LatentDecoder, LatentEncoder
 from nfn_optim.layers.linear import NFLinear
 from nfn_optim.layers.message_passing import MessagePassing
 from nfn_optim.layers.norm import ChannelNorm, Scale, TensorNorm
+from nfn_optim.layers.orbit import random_orbit
+from nfn_optim.layers.predictor import Predictor
+from nfn_optim.layers.spectrum import Spectrum
+from nfn_optim.layers.standardise import Standardise
 from nfn_optim.layers.statistics import Statistics
 from nfn_optim.layers.weights import state_dicts_of, weight_features
 
@@ -51,8 +58,10 @@ __all__ = [
     "ChannelNorm",
     "CrossAttention",
     "DeepSets",
+    "Editor",
     "Entrywise",
     "FourierValues",
+    "Head",
     "Incidence",
     "InvariantPool",
     "LatentDecoder",
@@ -60,16 +69,26 @@ __all__ = [
     "LearnedEncoding",
     "MessagePassing",
     "NFLinear",
+    "Parallel",
     "Pointwise",
     "PositionEncoding",
+    "Predictor",
     "Residual",
     "Scale",
     "SinusoidalValues",
+    "Spectrum",
+    "Standardise",
     "Statistics",
     "TensorNorm",
     "WeightAttention",
+    "canonical_scales",
+    "canonical_signs",
     "ends_of",
     "free_ends",
+    "free_taps",
+    "function_change",
+    "random_orbit",
     "state_dicts_of",
+    "taps_of",
     "weight_features",
 ]

@@ -82,6 +82,8 @@ class PositionEncoding(nn.Module):
         axes: The fixed axes to encode; default all.
         bands: Number of frequencies.
         max_frequency: Frequencies run from 1 to `max_frequency / 2`, in half cycles per unit; positions from -1 to 1.
+        scale: Root mean square length of the encoding vector of a tensor, over its positions. By default 1, as much as
+            one standardised channel (`Standardise`): longer ones drown values.
         tensors: Whether to encode the index of the tensor.
 
     Attributes:
@@ -98,6 +100,7 @@ class PositionEncoding(nn.Module):
         *,
         bands: int = 6,
         max_frequency: float = 10.0,
+        scale: float = 1.0,
         tensors: bool = True,
     ) -> None:
         super().__init__()
@@ -107,14 +110,19 @@ class PositionEncoding(nn.Module):
         indices = torch.linspace(-1.0, 1.0, len(symmetry.dims))
         codes = sinusoids(indices, bands, max_frequency) * float(tensors)
         for name, code in zip(symmetry.dims, codes, strict=True):
-            self.register_buffer(f"{module_key(name)} tensor", code, persistent=False)
+            tables = []
             for d, expression in enumerate(symmetry.expressions_of(name)):
                 table = torch.zeros(symmetry.shape_of(name)[d], self.extra_channels)
                 for o in symmetry.occurrences_of(expression):
                     if o.axis in encoded:
                         positions = torch.linspace(-1.0, 1.0, symmetry.sizes[o.axis])
                         table[o.rows] += sinusoids(positions, bands, max_frequency)[o.entries]
-                self.register_buffer(f"{module_key(name)} {d}", table, persistent=False)
+                tables.append(table)
+            length = _mean_square_length(code, tables) ** 0.5
+            factor = scale / length if length else 0.0
+            self.register_buffer(f"{module_key(name)} tensor", code * factor, persistent=False)
+            for d, table in enumerate(tables):
+                self.register_buffer(f"{module_key(name)} {d}", table * factor, persistent=False)
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Append. Name -> `(*batch, *shape, C)` to name -> `(*batch, *shape, C + 2 * bands + 1)`."""
@@ -172,6 +180,14 @@ class LearnedEncoding(nn.Module):
                 x = x + table.reshape(-1, *(1,) * (ndim - 1 - d), table.shape[-1])
             out[name] = x
         return out
+
+
+def _mean_square_length(constant: Tensor, tables: list[Tensor]) -> float:
+    """Mean over all positions of the squared length of `constant + tables[0][i] + tables[1][j] + ...`."""
+    tables = [table for table in tables if len(table)]
+    mean = constant + sum((table.mean(0) for table in tables), torch.zeros_like(constant))
+    spread = sum(float(table.var(0, correction=0).sum()) for table in tables)
+    return float(mean.square().sum()) + spread
 
 
 def _fixed_axes(symmetry: Symmetry, axes: Iterable[str] | None) -> tuple[str, ...]:

@@ -4,6 +4,9 @@
     NP     inputs and outputs are permuted, too: fewer coefficients and less     NFLinear(free_ends(symmetry), ...)
            expressive, unless their positions are encoded in the features
 
+Kernel taps are fixed axes, too, and have coefficients for every pair of positions: 81 times as many for 3 x 3 kernels.
+`free_taps` shares them; an encoding of positions tells taps apart again.
+
 References:
     Permutation Equivariant Neural Functionals (Zhou et al., 2023), Sec. 2.2, arXiv:2302.14040
 """
@@ -26,14 +29,7 @@ def ends_of(symmetry: Symmetry) -> tuple[str, ...]:
         >>> ends_of(Symmetry.parse("w  h in ky\nfree  h=3\nfixed  in=2 ky=3"))
         ('in',)
     """
-    roles: dict[str, set[str]] = {axis: set() for axis in symmetry.sizes}
-    for name, dims in symmetry.dims.items():
-        for d, expression in enumerate(symmetry.expressions_of(name)):
-            if isinstance(expression, str):
-                roles[expression].add(role_of(d, len(dims)))
-            else:
-                for axis in axes_of(expression):
-                    roles[axis].add("factor")
+    roles = _roles_of(symmetry)
     ends, others = {"row", "column"}, {"tap", "factor"}
     return tuple(a for a in symmetry.sizes if a in symmetry.fixed and roles[a] & ends and not roles[a] & others)
 
@@ -52,3 +48,31 @@ def free_ends(symmetry: Symmetry, ends: Iterable[str] | None = None) -> Symmetry
     if unknown := freed - symmetry.fixed:
         raise ValueError(f"expected fixed axes, some of {sorted(symmetry.fixed)}, found {sorted(unknown)}")
     return Symmetry(symmetry.dims, symmetry.sizes, symmetry.fixed - freed, symmetry.nested)
+
+
+def taps_of(symmetry: Symmetry) -> tuple[str, ...]:
+    r"""The kernel taps: fixed axes that are nothing but the third or a later dimension of kernels.
+
+    Example:
+        >>> taps_of(Symmetry.parse("w  h in ky\nfree  h=3\nfixed  in=2 ky=3"))
+        ('ky',)
+    """
+    return tuple(a for a, roles in _roles_of(symmetry).items() if a in symmetry.fixed and roles == {"tap"})
+
+
+def free_taps(symmetry: Symmetry) -> Symmetry:
+    """The symmetry in which kernel taps may be permuted, too: far fewer coefficients for convolutions."""
+    return free_ends(symmetry, taps_of(symmetry))
+
+
+def _roles_of(symmetry: Symmetry) -> dict[str, set[str]]:
+    """What an axis is in the tensors that have it: roles of `incidence`, or "factor" within a product or sum."""
+    roles: dict[str, set[str]] = {axis: set() for axis in symmetry.sizes}
+    for name, dims in symmetry.dims.items():
+        for d, expression in enumerate(symmetry.expressions_of(name)):
+            if isinstance(expression, str):
+                roles[expression].add(role_of(d, len(dims)))
+            else:
+                for axis in axes_of(expression):
+                    roles[axis].add("factor")
+    return roles

@@ -21,7 +21,8 @@ def weight_features(
     """The weights of networks of one architecture, as features with one channel.
 
     Args:
-        models: Modules or state dicts; a single one is a batch of one.
+        models: Modules or state dicts; a single one is a batch of one. With a symmetry also one dict of stacked
+            tensors `(models, *shape)`, as `torch.func.stack_module_state` and `vmap` give it.
         symmetry: Selects the tensors and checks their shapes; default all parameters of the first model.
 
     Returns:
@@ -30,6 +31,8 @@ def weight_features(
     Raises:
         ValueError: There is no model, or one lacks a tensor or has one of another shape.
     """
+    if symmetry is not None and isinstance(models, Mapping) and _is_stacked(models, symmetry):
+        return {name: models[name].unsqueeze(-1) for name in symmetry.dims}
     is_single = isinstance(models, nn.Module | Mapping)
     batch: list[nn.Module | Mapping[str, Tensor]] = [models] if is_single else list(models)  # type: ignore[list-item, arg-type]
     if not batch:
@@ -64,6 +67,15 @@ def state_dicts_of(features: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         raise ValueError(f"expected one channel, found {wide}; the last layer needs one output channel")
     by_model = zip(*(x.squeeze(-1).unbind(0) for x in features.values()), strict=True)
     return [dict(zip(features, tensors, strict=True)) for tensors in by_model]
+
+
+def _is_stacked(tensors: Mapping[str, Tensor], symmetry: Symmetry) -> bool:
+    """Whether every tensor has one more dimension than the symmetry says, of one size, before the others."""
+    if any(name not in tensors for name in symmetry.dims):
+        return False
+    shapes = {name: tuple(tensors[name].shape) for name in symmetry.dims}
+    stacked = all(shape[1:] == symmetry.shape_of(name) and shape for name, shape in shapes.items())
+    return stacked and len({shape[0] for shape in shapes.values()}) == 1
 
 
 def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
