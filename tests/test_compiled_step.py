@@ -195,7 +195,7 @@ def test_large_networks_are_not_compiled_whole(recorded: list[int]) -> None:
 # ------------------------------------------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @compiler
 @pytest.mark.timeout(900)
 def test_compiled_training_is_training() -> None:

@@ -68,7 +68,7 @@ def test_tensorboard_shows_the_runs_of_the_demo_at_once(replace_adam: ModuleType
     assert (tmp_path / "notes.txt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_differentiate_through_training_tells_labels_apart(tmp_path: Path) -> None:
     """In the direction, from few windows."""
     command = [sys.executable, "examples/differentiate_through_training.py", "--windows", "20", "--seeds", "1"]

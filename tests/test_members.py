@@ -179,7 +179,7 @@ def test_fused_projections_train_like_three(name: str) -> None:
     assert max(moved) < 0.2  # (in, out): rows and columns have changed roles
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @compiler
 @pytest.mark.timeout(900)
 def test_columns_of_a_tensor_in_compiled_passes(monkeypatch: pytest.MonkeyPatch) -> None:

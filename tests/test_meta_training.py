@@ -205,7 +205,7 @@ def test_flags_are_the_fields_of_a_configuration() -> None:
     assert {f.name for f in fields(Config)} - flags == {"rule", "distribution", "validation"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_meta_training_improves_unseen_members(tmp_path: Path) -> None:
     """After sixty iterations on tiny networks the exported rule beats AdamW, the initial rule, on held-out tasks."""
     learned = trainer.train(replace(smoke(), validation=None), tmp_path, {})

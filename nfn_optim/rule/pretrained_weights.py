@@ -17,9 +17,11 @@ References:
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from nfn_optim.engine.sharding import whole
 
@@ -63,7 +65,8 @@ def spectral_ratio(matrices: Tensor) -> Tensor:
     rms = x.square().mean((-2, -1), keepdim=True).sqrt()
     x = torch.where(rms > 0, x / rms, 0.0)
     probes = torch.stack([x.pow(k).sum(-2) for k in range(1, PROBES + 1)], -1)
-    for _ in range(ITERATIONS):
-        probes = x.mT @ (x @ torch.linalg.qr(probes).Q)
-    largest = torch.linalg.matrix_norm(x @ torch.linalg.qr(probes).Q, 2)
+    with torch.autocast(x.device.type, enabled=False) if is_autocast_available(x.device.type) else nullcontext():
+        for _ in range(ITERATIONS):
+            probes = x.mT @ (x @ torch.linalg.qr(probes).Q)
+        largest = torch.linalg.matrix_norm(x @ torch.linalg.qr(probes).Q, 2)
     return torch.nan_to_num(largest / (math.sqrt(rows) + math.sqrt(rest)))

@@ -66,8 +66,7 @@ def test_fully_sharded(ranks: Ranks, hidden: int) -> None:
     sent = [
         1,  # whether all gradients are finite
         ROW_CHANNELS * (rows + 4),  # sums over rows and tensors
-        (hidden + 10) * (hidden + 1),  # rows in subspaces of `hidden` dimensions, and their energies
-        64 * hidden,  # the next subspace of the first matrix; that of the second one is the whole space
+        hidden * (64 + 1) + 10 * (hidden + 1),  # rows of at most 128 columns, and energies
     ]
     for outcome in outcomes:
         assert outcome["sent"] == sent
@@ -102,7 +101,7 @@ def test_sharded_weights_that_were_trained_before_are_recognised(ranks: Ranks) -
 
 
 def test_a_rank_without_any_part(ranks: Ranks) -> None:
-    check(ranks.run(parallel_training.fully_sharded, 1), alone(1))
+    check(ranks.run(parallel_training.fully_sharded, 1), alone(1), digits=1e-2)
 
 
 def test_fully_sharded_in_mixed_precision(ranks: Ranks) -> None:
