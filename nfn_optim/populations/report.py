@@ -49,11 +49,16 @@ class Report:
         Args:
             folder: Made if it is missing.
             name: Of the files.
-            settings: The arguments of the command.
+            settings: The arguments of the command; folders are left out.
         """
         folder.mkdir(parents=True, exist_ok=True)
         stated = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
-        found = {"title": self.title, "settings": {k: str(v) for k, v in settings.items()}, **stated, **self.data}
+        found = {
+            "title": self.title,
+            "settings": {k: str(v) for k, v in settings.items() if not isinstance(v, Path)},
+            **stated,
+            **self.data,
+        }
         for file, text in ((f"{name}.json", json.dumps(found, indent=1) + "\n"), (f"{name}.md", self.markdown())):
             partial = folder / f".{file}.{os.getpid()}.partial"
             partial.write_text(text, encoding="utf-8")
