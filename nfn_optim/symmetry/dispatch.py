@@ -85,7 +85,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled while the mode is on, and the wrapper would double the cost of an op
 
-    def _interned(self, dims: Dims) -> Dims:
+    def interned(self, dims: Dims) -> Dims:
         """The first object with these dimensions, so that equal ones are recognised by identity."""
         axes = [[root_of(axis) for axis in dim] for dim in dims]
         key = tuple(tuple(map(id, dim)) for dim in axes)
@@ -149,7 +149,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _resolved(self, entry: Entry) -> Dims | None:
         """The dimensions of an entry, computed now if they were deferred."""
         if entry.compute is not None:
-            entry.dims, entry.compute = self._interned(entry.compute()), None
+            entry.dims, entry.compute = self.interned(entry.compute()), None
             self.index_spaces.append(entry.dims)
         return entry.dims
 
@@ -370,7 +370,7 @@ class AxisTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             entry = self._entry_of(out)
             if entry.dims is None:
-                entry.dims = self._interned(dims)
+                entry.dims = self.interned(dims)
                 continue
             if shape_of(entry.dims) != shape_of(dims):
                 raise RuntimeError("an op changes the shape of a tensor in place")

@@ -75,7 +75,7 @@ def _follow_cell(trace: LiveTrace, func: Any, args: Sequence[Any], result: Any) 
     params = [trace.lookup(p) for p in tensors_in(args[2:])]
     axes = _step(trace, CELLS[func], (batch, features), states, params)
     for out, axis in zip(outs, axes, strict=False):
-        trace.give(out, (batch, axis))
+        trace.give(out, trace.interned((batch, axis)))  # so that the calls of later time steps are repetitions
     trace.remember(key, inputs, outs)
 
 
