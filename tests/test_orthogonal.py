@@ -32,7 +32,7 @@ def direction_of(x: Tensor, basis: Tensor) -> tuple[Tensor, OrthogonalFactors]:
     """D, and its factors."""
     projection = projected(x, basis)
     (factors,) = orthogonal_factors([projection])
-    return (projection.projected @ factors.correction @ basis.mT + factors.tail_gain * x) / SIZE, factors
+    return (factors.correct(projection.projected) @ basis.mT + factors.tail_gain * x) / SIZE, factors
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6), (1, 5), (5, 1)])

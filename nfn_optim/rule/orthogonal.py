@@ -7,7 +7,8 @@ With X the mixed direction (`nfn_optim.rule.direction`), `(rows, rest)`, U the b
     D = sqrt(max(rows, rest)) (P U^T + (X - Z U^T) / tau)
 
 Inside of the subspace all singular values of D are equal; outside, where tau is the root mean square of those of X,
-they keep their proportions. In a matrix of at most k columns D is orthogonal. The root mean square of D is about 1, and
+they keep their proportions. In a matrix of at most k columns D is orthogonal; if it has fewer rows than columns,
+P = (Z Z^T)^(-1/2) Z, which is the same. The root mean square of D is about 1, and
 that of a row at most MAX_ROW_RMS: a longer row is shortened. Rows and columns without gradients do not count
 (`nfn_optim.rule.pooled`).
 Computed from Z, O(neurons k) numbers, D costs 4 k operations per weight, and 2 k more where the basis moves, instead of
@@ -42,6 +43,7 @@ COLUMNS = "active_columns"
 SIZE = 0.5  # root mean square of the orthogonal direction in the update, about that of Adam's when gradients agree
 MAX_ROW_RMS = 2.5  # of a row of D
 MIN_TAIL = 0.1  # what is outside of the subspace is amplified at most ten times as much as what is inside
+MIN_PADDED = 32  # smaller Gram matrices are padded to one size; above, those of up to twice the size
 MIN_RMS = 1e-4  # an X of smaller root mean square is not amplified: it counts as zero
 
 
@@ -53,11 +55,17 @@ class OrthogonalFactors:
         root: P = Z root, up to a factor; `(*batch, k, k)`.
         correction: `(*batch, k, k)`.
         tail_gain: `(*batch,)`.
+        of_rows: Whether P = root Z and SIZE D = correction Z instead, both `(*batch, rows, rows)`.
     """
 
     root: Tensor
     correction: Tensor
     tail_gain: Tensor
+    of_rows: bool
+
+    def correct(self, projected: Tensor) -> Tensor:
+        """Z correction, or correction Z: `(*batch, rows, k)`."""
+        return self.correction @ projected if self.of_rows else projected @ self.correction
 
 
 class OrthogonalDirection(Direction):
@@ -139,7 +147,8 @@ class OrthogonalStep(StepDirection):
         if index not in self.factors:  # vectors
             return mixed(torch.cat([x, others], -1)), None
         factors, projection = self.factors[index], self.projections[index]
-        left, tail_gain = projection.local_projected @ factors.correction, factors.tail_gain[..., None]
+        left = self.subspaces.local_rows(index, factors.correct(projection.projected))
+        tail_gain = factors.tail_gain[..., None]
         tail = projection.local_row_energy * tail_gain + 2 * (projection.local_projected * left).sum(-1)
         squares = (left.square().sum(-1) + tail_gain * tail) / projection.columns.clamp(min=1)[..., None]
         orthogonal = orthogonal * (squares / (SIZE * MAX_ROW_RMS) ** 2).clamp(min=1).rsqrt().unsqueeze(-1)
@@ -158,19 +167,32 @@ class OrthogonalStep(StepDirection):
 
 
 def orthogonal_factors(projections: Sequence[Projection], batch_dims: int = 0) -> list[OrthogonalFactors]:
-    """The orthogonal directions of some matrices, their k x k matrices in one batch.
+    """The orthogonal directions of some matrices, their Gram matrices of similar size in one batch.
 
     Args:
         projections: Of the matrices.
         batch_dims: How many leading dimensions are batch.
     """
-    if not projections:
-        return []
-    k_max = max(x.projected.shape[-1] for x in projections)
-    grams = [_pad_square(x.projected.mT @ x.projected, k_max) for x in projections]
-    grams = [gram.reshape(*gram.shape[:batch_dims], -1, k_max, k_max) for gram in grams]
+    by_size: dict[int, list[int]] = {}
+    for i, projection in enumerate(projections):
+        size = min(projection.projected.shape[-2:])
+        by_size.setdefault(max(MIN_PADDED, 1 << (size - 1).bit_length()), []).append(i)
+    factors: dict[int, OrthogonalFactors] = {}
+    for group in by_size.values():
+        together = _factors_of_group([projections[i] for i in group], batch_dims)
+        factors |= zip(group, together, strict=True)
+    return [factors[i] for i in range(len(projections))]
+
+
+def _factors_of_group(projections: Sequence[Projection], batch_dims: int) -> list[OrthogonalFactors]:
+    """`orthogonal_factors` in one batch."""
+    of_rows = [x.projected.shape[-2] < x.projected.shape[-1] for x in projections]
+    sizes = [min(x.projected.shape[-2:]) for x in projections]
+    zs = [x.projected.mT if short else x.projected for x, short in zip(projections, of_rows, strict=True)]
+    grams = [_pad_square(z.mT @ z, max(sizes)) for z in zs]
+    grams = [gram.reshape(*gram.shape[:batch_dims], -1, *gram.shape[-2:]) for gram in grams]
     lengths = [gram.shape[-3] for gram in grams]
-    gram = torch.cat(grams, -3)  # (*batch, T, k, k)
+    gram = torch.cat(grams, -3)  # (*batch, T, size, size)
     rows = [soft_count(x.row_energy) for x in projections]
     floors = [MIN_RMS**2 * (n * x.columns).clamp(min=1) for n, x in zip(rows, projections, strict=True)]
     floor = torch.cat([x.reshape(*x.shape[:batch_dims], -1) for x in floors], -1)
@@ -178,16 +200,18 @@ def orthogonal_factors(projections: Sequence[Projection], batch_dims: int = 0) -
     roots = inverse_root(gram / inside[..., None, None]) / inside.sqrt()[..., None, None]
     split = zip(torch.split(roots, lengths, -3), torch.split(inside, lengths, -1), strict=True)
     factors = []
-    for x, n, floor, (x_roots, x_inside) in zip(projections, rows, floors, split, strict=True):
-        k, batch = x.projected.shape[-1], n.shape
-        root, energy_inside = x_roots.reshape(*batch, k_max, k_max)[..., :k, :k], x_inside.reshape(batch)
+    for x, n, floor, k, short, (x_roots, x_inside) in zip(
+        projections, rows, floors, sizes, of_rows, split, strict=True
+    ):
+        batch = n.shape
+        root, energy_inside = x_roots.reshape(*batch, *gram.shape[-2:])[..., :k, :k], x_inside.reshape(batch)
         size = SIZE * torch.maximum(n, x.columns).clamp(min=1).sqrt()
         rank_outside = (torch.minimum(n, x.columns) - x.dimension).clamp(min=1)
         tail = ((x.row_energy.sum(-1) - energy_inside).clamp(min=0) / rank_outside + floor).sqrt()
         tail_gain = 1 / (tail + MIN_TAIL * (energy_inside / x.dimension.clamp(min=1)).sqrt())
         tail_gain = torch.where(x.dimension < x.shape[1] - 0.5, tail_gain, 0.0)  # where anything is outside
         correction = root - torch.diag_embed(tail_gain.unsqueeze(-1).expand(*tail_gain.shape, k))
-        factors.append(OrthogonalFactors(root, size[..., None, None] * correction, size * tail_gain))
+        factors.append(OrthogonalFactors(root, size[..., None, None] * correction, size * tail_gain, short))
     return factors
 
 
@@ -199,11 +223,12 @@ def inverse_root(gram: Tensor) -> Tensor:
     """
     a, b, c = POLYNOMIAL
     one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    root = one
-    for _ in range(ITERATIONS):
+    root = a * one + b * gram + c * (gram @ gram)
+    factor = root
+    for _ in range(ITERATIONS - 1):
+        gram = factor @ gram @ factor
         factor = a * one + b * gram + c * (gram @ gram)
         root = factor @ root
-        gram = factor @ gram @ factor
     return root
 
 

@@ -136,7 +136,7 @@ class Subspaces:
             inside = projection.projected.square().sum(-1)
             outside = (1 - inside / (projection.row_energy + SQRT_EPS)).clamp(min=0)
             polar = fill_missing(projection.projected @ roots[index], columns, means.momentum * outside)
-            image = self.executor.project_back(index, self._local_rows(index, polar), mixture.get(index))
+            image = self.executor.project_back(index, self.local_rows(index, polar), mixture.get(index))
             images[self._name(index)] = layout.unfold_basis(image)
         if self.shards is not None:
             padded = {name: [self._pad_columns(name, image)] for name, image in images.items()}
@@ -187,7 +187,7 @@ class Subspaces:
         assert self.shards is not None
         return basis[tuple(self.shards.local_slice(name, dim) for dim in range(1, basis.dim()))]
 
-    def _local_rows(self, index: int, value: Tensor) -> Tensor:
+    def local_rows(self, index: int, value: Tensor) -> Tensor:
         """The local rows of `(*batch, rows, k)`."""
         return value if self.shards is None else value[..., self.shards.local_slice(self._name(index), 0), :]
 
