@@ -62,8 +62,8 @@ NAME = "weights_classification"
 SEEDS = 3
 CLASSES = 10
 QUERIES = 64
-CHEAP = 5
-"""Times as many steps for networks without NF-layers, of which a step takes a fifth of the time or less."""
+CHEAP = 3
+"""Times as many steps for messages and queries, of which a step takes a third of the time or less."""
 
 RECIPE = "nfn's recipe (NP)"
 OURS = "messages, canonical signs, moved"
@@ -73,44 +73,41 @@ WITH_QUERIES = f"queries: {QUERIES} learned points, moved"
 class Messages(nn.Module):
     """Neurons are vectors, layer by layer; what arrives at a neuron is multiplied by the weights it came along.
 
-        h_k = f(b_k, sum_j W_kj h_j / sqrt(number of j)),   in the first layer h_k = f(b_k, W_k)
+        h_k = f(w b_k, sum_j w W_kj h_j),   in the first layer h_k = f(w b_k, w W_k),   w the frequency of the SIREN
 
     Invariant to the order of hidden neurons. With sines for f it is odd: signs of neurons make no difference, and
     running the SIREN at learned points is a special case.
 
     Args:
-        population: Perceptrons; their weights are divided by root mean squares of every tensor.
+        population: SIRENs; the last layer is divided by root mean squares, as it has no frequency.
+        frequency: Of their sines.
         sines: Whether f has sines and no biases, instead of GELU.
         channels: Length of the vectors.
     """
 
     scales: Tensor
 
-    def __init__(self, population: Population, *, sines: bool = False, channels: int = 64) -> None:
+    def __init__(self, population: Population, frequency: float, *, sines: bool = False, channels: int = 64) -> None:
         super().__init__()
         names = list(population.params)
         self.layers = list(zip(names[::2], names[1::2], strict=True))  # weight and bias
-        roots = [x.square().mean().sqrt() for x in population.params.values()]
-        self.register_buffer("scales", torch.stack(roots))
+        last = [1 / population.params[name].square().mean().sqrt() for name in names[-2:]]
+        self.register_buffer("scales", torch.tensor([frequency] * (len(names) - 2) + [float(x) for x in last]))
         self.function = torch.sin if sines else F.gelu
         self.inner = nn.ModuleList()
         for n in range(len(self.layers) - 1):
             size = population.params[names[0]].shape[-1] if n == 0 else channels
-            first = nn.Linear(size + 1, channels, bias=not sines)
-            with torch.no_grad():
-                first.weight.mul_(
-                    3.0
-                )  # values of the network differ more between positions than inputs of a perceptron
-            self.inner.append(nn.ModuleList([first, nn.Linear(channels, channels, bias=not sines)]))
+            sizes = ((size + 1, channels), (channels, channels))
+            self.inner.append(nn.ModuleList(nn.Linear(*both, bias=not sines) for both in sizes))
         self.head = Head(channels + 1, CLASSES, dropout=0.2)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Classify. Name -> `(N, *shape, 1)` to `(N, classes)`."""
-        scaled = {name: x[..., 0] / s for (name, x), s in zip(features.items(), self.scales, strict=True)}
+        scaled = {name: x[..., 0] * s for (name, x), s in zip(features.items(), self.scales, strict=True)}
         arriving = scaled[self.layers[0][0]]  # (N, neurons, inputs)
         for n, (weight, bias) in enumerate(self.layers):
             if n > 0:
-                arriving = scaled[weight] @ arriving / scaled[weight].shape[-1] ** 0.5  # (N, neurons, channels)
+                arriving = scaled[weight] @ arriving  # (N, neurons, channels)
             if n < len(self.inner):
                 arriving = torch.cat([arriving, scaled[bias].unsqueeze(-1)], -1)
                 for linear in self.inner[n]:
@@ -306,7 +303,7 @@ def outcomes_of(experiment: Experiment, channels: int) -> dict[str, Outcome]:
         build: Callable[[Population], nn.Module],
         *,
         canonical: bool = False,
-        factor: int = CHEAP,
+        factor: int = 1,
         permute: bool = False,
     ) -> None:
         outcome, begin = Outcome(), time.monotonic()
@@ -328,23 +325,24 @@ def outcomes_of(experiment: Experiment, channels: int) -> dict[str, Outcome]:
     run("flat perceptron", Flat)
     run("flat perceptron, permuted", Flat, permute=True)
     run("flat perceptron, permuted, canonical signs", Flat, permute=True, canonical=True)
-    run("Pointwise", lambda p: recipe(p, Pointwise, channels), factor=1)
-    run("DeepSets", lambda p: recipe(p, DeepSets, channels), factor=1)
-    run(RECIPE, lambda p: recipe(p, NFLinear, channels), factor=1)
-    run(f"{RECIPE}, canonical signs", lambda p: recipe(p, NFLinear, channels), factor=1, canonical=True)
+    run("Pointwise", lambda p: recipe(p, Pointwise, channels))
+    run("DeepSets", lambda p: recipe(p, DeepSets, channels))
+    run(RECIPE, lambda p: recipe(p, NFLinear, channels))
+    run(f"{RECIPE}, canonical signs", lambda p: recipe(p, NFLinear, channels), canonical=True)
     run(
         "Predictor, canonical signs",
         lambda p: Predictor(p.symmetry, CLASSES).fit(p.features()),
-        factor=1,
         canonical=True,
     )
-    run("messages, signs as they are", Messages)
-    run("messages, canonical signs", Messages, canonical=True)
-    run(OURS, moved(Messages, True), canonical=True)
-    run("messages with sines, moved", moved(lambda p: Messages(p, sines=True), True), canonical=True)
+    frequency = e.module.frequency
+    run("messages, signs as they are", lambda p: Messages(p, frequency), factor=CHEAP)
+    run("messages, canonical signs", lambda p: Messages(p, frequency), canonical=True, factor=CHEAP)
+    run(OURS, moved(lambda p: Messages(p, frequency), True), canonical=True, factor=CHEAP)
+    sines = moved(lambda p: Messages(p, frequency, sines=True), True)
+    run("messages with sines, canonical signs, moved", sines, canonical=True, factor=CHEAP)
     points = 2 * torch.rand(QUERIES, 2, generator=torch.Generator().manual_seed(0)) - 1
-    run(f"queries: {QUERIES} learned points", lambda p: Queries(e.module, points, True))
-    run(WITH_QUERIES, moved(lambda p: Queries(e.module, points, True), False))
+    run(f"queries: {QUERIES} learned points", lambda p: Queries(e.module, points, True), factor=CHEAP)
+    run(WITH_QUERIES, moved(lambda p: Queries(e.module, points, True), False), factor=CHEAP)
     return found
 
 
@@ -406,7 +404,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=None, help="images for testing")
     parser.add_argument("--views", type=int, default=10, help="SIRENs of every image")
     parser.add_argument("--fit-steps", type=int, default=None, help="steps of every SIREN")
-    parser.add_argument("--steps", type=int, default=None, help=f"of classifiers of NF-layers; others {CHEAP} times")
+    parser.add_argument("--steps", type=int, default=None, help=f"of classifiers; messages and queries {CHEAP} times")
     parser.add_argument("--channels", type=int, default=None, help="of NF-layers")
     parser.add_argument("--populations", type=Path, default=Path("runs/populations"), help="where SIRENs are kept")
     parser.add_argument("--out", type=Path, default=Path("runs/classification"), help="output folder")
@@ -438,9 +436,9 @@ def main() -> None:
     made.notes += [
         f"canonical signs change no pixel by more than {experiment.certificate:.0e} of the largest",
         f"{given.count} images to train and choose epochs on, {given.held_out} others to test; fitted to "
-        f"{population.columns['psnr'].median():.1f} dB (median) in {given.fit_steps} steps; {given.steps} steps for "
-        f"networks of NF-layers with {given.channels} channels, {CHEAP * given.steps} for others; mean of {SEEDS} "
-        f"seeds, intervals over images",
+        f"{population.columns['psnr'].median():.1f} dB (median) in {given.fit_steps} steps; NF-layers of "
+        f"{given.channels} channels; {given.steps} steps, {CHEAP * given.steps} for messages and queries; mean of "
+        f"{SEEDS} seeds, intervals over images",
         f"{time.monotonic() - start:.0f} s, {fitted:.0f} s of them for the SIRENs",
     ]
     given.out.mkdir(parents=True, exist_ok=True)
