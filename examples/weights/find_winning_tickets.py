@@ -125,11 +125,12 @@ class Trainer:
         network: Architecture.
         images: What it classifies.
         steps: Of every training.
+        rate: Learning rate of Adam.
         batch: Images of a step.
     """
 
-    def __init__(self, network: nn.Module, images: Images, steps: int, batch: int = 64) -> None:
-        self.network, self.images, self.steps, self.batch = network, images, steps, batch
+    def __init__(self, network: nn.Module, images: Images, steps: int, rate: float, batch: int = 64) -> None:
+        self.network, self.images, self.steps, self.rate, self.batch = network, images, steps, rate, batch
         self.names = [name for name, p in network.named_parameters() if p.dim() > 1]
         self.x, self.y = images.images[:ONE_BATCH], images.classes[:ONE_BATCH]
 
@@ -145,7 +146,7 @@ class Trainer:
                 x, y = self.images.images[index], self.images.classes[index]
                 yield (x.expand(count, *x.shape), *inputs), y.expand(count, -1)
 
-        settings, last = StepSettings.same(count, 1e-3), dict[str, Tensor]()
+        settings, last = StepSettings.same(count, self.rate), dict[str, Tensor]()
         start = {f"network.{name}": x for name, x in params.items()}
         for last in train_together(module, start, batches(), F.cross_entropy, settings):  # noqa: B007 - the last is kept
             pass
@@ -280,6 +281,7 @@ class Experiment:
             "sizes": zoo.sizes,
             "steps": trainer.steps,
             "batch": trainer.batch,
+            "rate": trainer.rate,
             "sparsity": given.sparsity,
             "rounds": ROUNDS,
             "version": 1,
@@ -445,13 +447,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=None, help="networks to learn masks from")
     parser.add_argument("--held-out", type=int, default=None, help="networks to test")
     parser.add_argument("--steps", type=int, default=None, help="of every training of a network")
+    parser.add_argument("--rate", type=float, default=None, help="learning rate of every training, with Adam")
     parser.add_argument("--epochs", type=int, default=None, help="of every predictor")
     parser.add_argument("--channels", type=int, default=None, help="of every predictor")
     parser.add_argument("--populations", type=Path, default=Path("runs/populations"), help="where pairs are kept")
     parser.add_argument("--out", type=Path, default=Path("runs/tickets"), help="output folder")
     given = parser.parse_args()
-    quick = {"side": 14, "width": 32, "pairs": 60, "held_out": 20, "steps": 300, "epochs": 10, "channels": 8}
-    full = {"side": 14, "width": 64, "pairs": 400, "held_out": 50, "steps": 1000, "epochs": 50, "channels": 16}
+    quick = {"side": 14, "width": 32, "pairs": 80, "held_out": 20, "steps": 300, "rate": 3e-3}
+    full = {"side": 14, "width": 64, "pairs": 400, "held_out": 50, "steps": 1000, "rate": 1e-3}
+    quick |= {"epochs": 15, "channels": 8}
+    full |= {"epochs": 50, "channels": 16}
     for name, value in (quick if given.quick else full).items():
         if getattr(given, name) is None:
             setattr(given, name, value)
@@ -467,7 +472,7 @@ def main() -> None:
     images = images.averaged(given.side).standardised()
     sizes = (given.side**2, given.width, given.width, 10)
     zoo = ClassifierZoo("mlp", sizes, runs=1, steps=1)
-    trainer = Trainer(zoo.module(), images, given.steps)
+    trainer = Trainer(zoo.module(), images, given.steps, given.rate)
     experiment = Experiment(trainer, given, zoo)
     pruned = time.monotonic() - start
     print(f"{given.pairs + given.held_out} networks pruned after {pruned:.0f} s", flush=True)
@@ -476,8 +481,9 @@ def main() -> None:
     made = report(experiment, outcomes, title)
     made.notes += [
         f"{given.pairs} networks to learn from and choose epochs on, {given.held_out} others to test, {given.steps} "
-        f"steps of {trainer.batch} images each with Adam; predictors of {given.channels} channels, {given.epochs} "
-        f"epochs; {SEEDS} seeds of predictors and random masks, intervals over test networks; s: to make the masks",
+        f"steps of {trainer.batch} images each with Adam at {trainer.rate:g}; predictors of {given.channels} channels, "
+        f"{given.epochs} epochs; {SEEDS} seeds of predictors and random masks, intervals over test networks; s: time "
+        f"of making the masks",
         f"{time.monotonic() - start:.0f} s, {pruned:.0f} s of them for pruning",
     ]
     given.out.mkdir(parents=True, exist_ok=True)
