@@ -65,6 +65,9 @@ QUERIES = 64
 CHEAP = 5
 """Times as many steps for messages and queries, of which a step takes about a fifth of the time."""
 
+HIDDEN = 256
+"""Neurons in each layer of the head of nfn's recipe; 1,000 in the paper."""
+
 RECIPE = "nfn's recipe (NP)"
 OURS = "messages, canonical signs, moved"
 WITH_QUERIES = f"queries: {QUERIES} learned points, moved"
@@ -197,8 +200,10 @@ def recipe(population: Population, layer: Callable[..., nn.Module], channels: in
     for n, m in itertools.pairwise([2 * channels + encode.extra_channels, channels, channels, channels]):
         layers += [layer(symmetry, n, m), Entrywise(nn.ReLU())]
     pool = InvariantPool(symmetry, channels)
-    head = [nn.Linear(pool.out_features, 1000), nn.ReLU(), nn.Dropout(), nn.Linear(1000, 1000), nn.ReLU(), nn.Dropout()]
-    return nn.Sequential(*layers, pool, *head, nn.Linear(1000, CLASSES))
+    head: list[nn.Module] = []
+    for n, m in ((pool.out_features, HIDDEN), (HIDDEN, HIDDEN)):
+        head += [nn.Linear(n, m), nn.ReLU(), nn.Dropout()]
+    return nn.Sequential(*layers, pool, *head, nn.Linear(HIDDEN, CLASSES))
 
 
 def loss_of(out: Tensor, columns: dict[str, Tensor]) -> Tensor:

@@ -453,7 +453,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--populations", type=Path, default=Path("runs/populations"), help="where pairs are kept")
     parser.add_argument("--out", type=Path, default=Path("runs/tickets"), help="output folder")
     given = parser.parse_args()
-    quick = {"side": 14, "width": 32, "pairs": 80, "held_out": 20, "steps": 300, "rate": 3e-3}
+    quick = {"side": 14, "width": 32, "pairs": 60, "held_out": 20, "steps": 200, "rate": 3e-3}
     full = {"side": 14, "width": 64, "pairs": 400, "held_out": 50, "steps": 1000, "rate": 1e-3}
     quick |= {"epochs": 15, "channels": 8}
     full |= {"epochs": 50, "channels": 16}
