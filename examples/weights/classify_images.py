@@ -68,6 +68,9 @@ CHEAP = 5
 HIDDEN = 256
 """Neurons in each layer of the head of nfn's recipe; 1,000 in the paper."""
 
+COLOURS = mpl.colormaps["tab20"].colors
+"""One for each method."""
+
 RECIPE = "nfn's recipe (NP)"
 OURS = "messages, canonical signs, moved"
 WITH_QUERIES = f"queries: {QUERIES} learned points, moved"
@@ -388,7 +391,7 @@ def draw(experiment: Experiment, outcomes: dict[str, Outcome], path: Path) -> No
             accuracy = [float(outcome.right(training, n, e.classes).mean()) for n in counts]
             style = "s--" if name.startswith("queries") else "o-"
             width = 3 if name == OURS else 1.2
-            axis.plot(counts, accuracy, style, color=f"C{number % 10}", lw=width, label=name)
+            axis.plot(counts, accuracy, style, color=COLOURS[number], lw=width, label=name)
         axis.axhline(1 / CLASSES, color="black", lw=0.8)
         axis.set(title=f"trained on {training} view{'s' * (training > 1)} of every image", xticks=counts)
         axis.set_xlabel("test views whose answers are averaged")
@@ -442,7 +445,8 @@ def main() -> None:
         f"canonical signs change no pixel by more than {experiment.certificate:.0e} of the largest",
         f"{given.count} images to train and choose epochs on, {given.held_out} others to test; fitted to "
         f"{population.columns['psnr'].median():.1f} dB (median) in {given.fit_steps} steps; NF-layers of "
-        f"{given.channels} channels; {given.steps} steps, {CHEAP * given.steps} for messages and queries; mean of "
+        f"{given.channels} channels; {given.steps} steps, {CHEAP * given.steps} for messages and queries, but at "
+        f"least two passes; mean of "
         f"{SEEDS} seeds, intervals over images",
         f"{time.monotonic() - start:.0f} s, {fitted:.0f} s of them for the SIRENs",
     ]
