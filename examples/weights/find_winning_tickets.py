@@ -67,6 +67,9 @@ ROUNDS = 5
 ONE_BATCH = 256
 """Images of the one gradient that SNIP, GraSP and predictors may see."""
 
+START = 0.1
+"""Factor of what a predictor adds to magnitude or SNIP, before training."""
+
 TEMPERATURE = 200.0
 """Logits are divided by it for GraSP, as published."""
 
@@ -234,8 +237,16 @@ class Gradient(nn.Module):
         }
 
 
-def predictor(population: Population, inputs: nn.Module, layer: Callable[..., nn.Module], channels: int) -> nn.Module:
-    """Scores of weights: standardised values and their absolutes, learned positions, three layers.
+class Magnitude(nn.Module):
+    """Weights, and the logarithm of their magnitude, as two channels."""
+
+    def forward(self, features: Weights) -> Weights:
+        """Name -> `(N, *shape, 1)` to `(N, *shape, 2)`."""
+        return {name: torch.cat([x, x.abs().clamp(min=1e-6).log()], -1) for name, x in features.items()}
+
+
+class Scores(nn.Module):
+    """Scores of weights that start as the last of the input channels: magnitude, or SNIP; a network learns the rest.
 
     Args:
         population: Initial weights to train on.
@@ -243,17 +254,33 @@ def predictor(population: Population, inputs: nn.Module, layer: Callable[..., nn
         layer: `NFLinear`, `DeepSets` or `Pointwise`.
         channels: Of every layer.
     """
-    symmetry, features = free_ends(population.symmetry), inputs(population.features())
-    size = next(iter(features.values())).shape[-1]
-    standardise = Standardise(symmetry, size).fit(features)
-    blocks = [
-        Residual(layer(symmetry, channels, channels), Entrywise(nn.GELU()), ChannelNorm(symmetry, channels))
-        for _ in range(2)
-    ]
-    return nn.Sequential(
-        *(inputs, standardise, Parallel(nn.Identity(), Entrywise(torch.abs)), layer(symmetry, 2 * size, channels)),
-        *(LearnedEncoding(population.symmetry, channels), Entrywise(nn.GELU()), *blocks, layer(symmetry, channels, 1)),
-    )
+
+    def __init__(
+        self, population: Population, inputs: nn.Module, layer: Callable[..., nn.Module], channels: int
+    ) -> None:
+        super().__init__()
+        symmetry, features = free_ends(population.symmetry), inputs(population.features())
+        size = next(iter(features.values())).shape[-1]
+        self.inputs, self.standardise = inputs, Standardise(symmetry, size).fit(features)
+        self.factors = nn.Parameter(torch.ones(len(symmetry.dims)))
+        blocks = [
+            Residual(layer(symmetry, channels, channels), Entrywise(nn.GELU()), ChannelNorm(symmetry, channels))
+            for _ in range(2)
+        ]
+        self.body = nn.Sequential(
+            *(Parallel(nn.Identity(), Entrywise(torch.abs)), layer(symmetry, 2 * size, channels)),
+            *(LearnedEncoding(population.symmetry, channels), Entrywise(nn.GELU()), *blocks),
+            layer(symmetry, channels, 1),
+        )
+
+    def forward(self, features: Weights) -> Weights:
+        """Name -> `(N, *shape, 1)`, in and out."""
+        values = self.standardise(self.inputs(features))
+        learned = self.body(values)
+        return {
+            name: factor * x[..., -1:] + START * learned[name]
+            for (name, x), factor in zip(values.items(), self.factors, strict=True)
+        }
 
 
 @dataclass
@@ -322,9 +349,9 @@ class Experiment:
 
     def predicted(self, layer: Callable[..., nn.Module], with_gradient: bool, seed: int) -> Weights:
         """Train a predictor of masks; its masks of the test networks, with the layer densities of training."""
-        inputs = Gradient(self.trainer) if with_gradient else nn.Identity()
+        inputs = Gradient(self.trainer) if with_gradient else Magnitude()
         torch.manual_seed(seed)
-        model = predictor(self.train, inputs, layer, self.given.channels)
+        model = Scores(self.train, inputs, layer, self.given.channels)
         settings = FitSettings(self.given.epochs, batch=8, learning_rate=5e-3, seed=seed)
         fit(model, self.train, self.validation, self.loss, settings)
         scores = apply(model, self.test, batch=8)
@@ -455,7 +482,7 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     quick = {"side": 14, "width": 32, "pairs": 60, "held_out": 20, "steps": 200, "rate": 3e-3}
     full = {"side": 14, "width": 64, "pairs": 400, "held_out": 50, "steps": 1000, "rate": 1e-3}
-    quick |= {"epochs": 15, "channels": 8}
+    quick |= {"epochs": 8, "channels": 8}
     full |= {"epochs": 50, "channels": 16}
     for name, value in (quick if given.quick else full).items():
         if getattr(given, name) is None:
