@@ -10,7 +10,7 @@ export OMP_NUM_THREADS := 1
 
 help:
 	@echo "make demo        train real networks with AdamW and NFNOptimizer side by side"
-	@echo "make weights     predict generalization and edit images from the weights of networks, quickly"
+	@echo "make weights     predict generalization, edit and classify images, find tickets, from weights, quickly"
 	@echo "make test        run the tests; of slow ones that are repeated over many networks, a fixed sample"
 	@echo "make test-all    run all tests"
 	@echo "make test-fast   run the fast ones"
@@ -34,6 +34,8 @@ demo: $(INSTALLED)
 weights: $(INSTALLED)
 	$(BIN)/python examples/weights/predict_generalization.py --quick
 	$(BIN)/python examples/weights/edit_images.py --quick
+	$(BIN)/python examples/weights/classify_images.py --quick
+	$(BIN)/python examples/weights/find_winning_tickets.py --quick
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q --sample

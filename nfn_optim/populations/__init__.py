@@ -7,6 +7,7 @@ train_together, stacked             train many networks at once, each with its o
 fit, apply                          train a network over weights, and use it
 ClassifierZoo, classifiers          populations of small classifiers
 SirenZoo, sirens, render            populations of images as networks
+read_small_cnn_zoo, read_*_sirens   populations that others publish
 Images, load_images                 small images, from packages or a folder
 kendall_tau, interval               scores, and bootstrap intervals over networks
 """
@@ -17,6 +18,7 @@ from nfn_optim.populations.images import Images, load_images
 from nfn_optim.populations.intervals import bootstrap_weights, interval, kendall_tau, weighted_mean
 from nfn_optim.populations.outputs import outputs
 from nfn_optim.populations.population import Population, check_disjoint
+from nfn_optim.populations.published import read_dws_sirens, read_nfn_sirens, read_small_cnn_zoo
 from nfn_optim.populations.report import Report
 from nfn_optim.populations.sirens import Siren, SirenZoo, fit_images, positions, render, sirens
 from nfn_optim.populations.storage import generate, load, save
@@ -45,6 +47,9 @@ __all__ = [
     "load_images",
     "outputs",
     "positions",
+    "read_dws_sirens",
+    "read_nfn_sirens",
+    "read_small_cnn_zoo",
     "render",
     "save",
     "sirens",
