@@ -11,7 +11,6 @@ loss likewise; geometric means over tasks and seeds. Writes `weight_decay.json` 
 
 from __future__ import annotations
 
-import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from meta_train.evaluation.curve import running_mean
 from meta_train.evaluation.development import TASKS
 from meta_train.evaluation.loop import train
-from meta_train.evaluation.optimizers import Learned, Setting, adamw
+from meta_train.evaluation.optimizers import TUNED, Learned, Setting
 from meta_train.evaluation.previous_report import PreviousReport
 
 NAMES = (
@@ -38,14 +37,6 @@ NAMES = (
 )
 STRENGTHS = (0.0, 0.1, 1.0, 4.0, 16.0)
 RESULTS = Path(__file__).parent / "results"
-TUNED = "AdamW tuned"
-
-
-def tuned_adamw(text: str) -> Setting:
-    """The setting of AdamW that a report names."""
-    rate = re.search(r"lr ([\d.e-]+)", text)
-    assert rate is not None, text
-    return Setting(adamw, float(rate[1]), "cosine" in text, "warm-up" in text)
 
 
 def main(
@@ -63,12 +54,13 @@ def main(
         tasks: See above.
     """
     torch.set_num_threads(1)
-    previous = PreviousReport.read(RESULTS / "development_default_1.json", "development", (TUNED,))
+    previous = PreviousReport.read(RESULTS / "development_default_1.json", "development", (TUNED.name,))
+    grid = {str(candidate): candidate for candidate in TUNED.grid}
     rows = []
     pairs = [(task, seed) for task in TASKS if task.name in tasks for seed in range(seeds)]
     for task, seed in tqdm(pairs, unit="task"):
         settings = {
-            TUNED: tuned_adamw(previous.settings[task.name, TUNED]),
+            TUNED.name: grid[previous.settings[task.name, TUNED.name]],
             "NFNOptimizer": Setting(Learned("default"), horizon_known=True),
         }
         for label, chosen in settings.items():
@@ -79,7 +71,7 @@ def main(
     baseline = {(row["task"], row["seed"], row["optimizer"]): row for row in rows if row["weight_decay"] == 0}
     header = ["weight decay", *(f"{strength:g}" for strength in STRENGTHS[1:]), "held-out without"]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for label in (TUNED, "NFNOptimizer"):
+    for label in (TUNED.name, "NFNOptimizer"):
         cells = []
         for strength in STRENGTHS[1:]:
             chosen_rows = [row for row in rows if row["optimizer"] == label and row["weight_decay"] == strength]
