@@ -8,9 +8,8 @@ With X the mixed direction (`nfn_optim.rule.direction`), `(rows, rest)`, U the b
 
 Inside of the subspace all singular values of D are equal; outside, where tau is the root mean square of those of X,
 they keep their proportions. In a matrix of at most k columns D is orthogonal; if it has fewer rows than columns,
-P = (Z Z^T)^(-1/2) Z, which is the same. The root mean square of D is about 1, and
-that of a row at most MAX_ROW_RMS: a longer row is shortened. Rows and columns without gradients do not count
-(`nfn_optim.rule.pooled`).
+P = (Z Z^T)^(-1/2) Z, which is the same. The root mean square of D is about 1, and that of a row at most MAX_ROW_RMS: a
+longer row is shortened. Rows and columns without gradients do not count (`nfn_optim.rule.pooled`).
 Computed from Z, O(neurons k) numbers, D costs 4 k operations per weight, and 2 k more where the basis moves, instead of
 thousands. D commutes with permuting rows and columns. It is not differentiated with respect to U, on which it does not
 depend where X has no more than k singular values. Vectors follow X.
@@ -147,7 +146,10 @@ class OrthogonalStep(StepDirection):
         if index not in self.factors:  # vectors
             return mixed(torch.cat([x, others], -1)), None
         factors, projection = self.factors[index], self.projections[index]
-        left = self.subspaces.local_rows(index, factors.correct(projection.projected))
+        if factors.of_rows:  # a row of the product takes all rows of Z
+            left = self.subspaces.local_rows(index, factors.correct(projection.projected))
+        else:
+            left = factors.correct(projection.local_projected)
         tail_gain = factors.tail_gain[..., None]
         tail = projection.local_row_energy * tail_gain + 2 * (projection.local_projected * left).sum(-1)
         squares = (left.square().sum(-1) + tail_gain * tail) / projection.columns.clamp(min=1)[..., None]
