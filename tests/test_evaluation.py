@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
+from data_folder import with_random_images
 from inline import Pool
 from torch import nn
 
@@ -130,25 +130,14 @@ def test_a_source_text_has_all_dependencies_and_nothing_else(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder of random files with the shapes of the real ones."""
-    made = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-
-    def pixels(count: int, *shape: int) -> np.ndarray:
-        return generator.integers(0, 256, (count, *shape), dtype=np.uint8)
-
-    labels = {f"{part}_y": generator.integers(0, 10, count) for part, count in (("train", 300), ("test", 80))}
-    grey = {f"{part}_x{s}": pixels(n, s, s) for part, n in (("train", 300), ("test", 80)) for s in (8, 28)}
-    colour = {f"{part}_x{s}": pixels(n, s, s, 3) for part, n in (("train", 300), ("test", 80)) for s in (8, 16)}
-    np.savez(made / "fashion_mnist.npz", **grey, **labels)
-    np.savez(made / "cifar10.npz", **colour, **labels)
-    return made
+    return with_random_images(tmp_path_factory.mktemp("data"))
 
 
 EVERY_TASK = {task.name: task for split in SPLITS.values() for task in split.tasks}
 
 
 @pytest.mark.parametrize("name", EVERY_TASK)
+@pytest.mark.usefixtures("short_pretraining")
 def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
     found = []
     for _ in range(2):
@@ -156,7 +145,7 @@ def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
         training = EVERY_TASK[name].begin(folder)
         loss = training.loss(torch.Generator().manual_seed(4))
         loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in training.model.parameters()]
+        gradients = [p.grad for p in training.model.parameters() if p.requires_grad]
         assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
         assert any(bool(g.any()) for g in gradients if g is not None)
         random = torch.get_rng_state()
@@ -172,6 +161,7 @@ def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
 def test_the_number_of_tasks_is_as_documented() -> None:
     assert len(SPLITS["development"].tasks) == 23
     assert len(SPLITS["test"].tasks) == 30
+    assert len(SPLITS["real"].tasks) == 7
     assert len(EVERY_TASK) == sum(len(split.tasks) for split in SPLITS.values()), "two tasks have the same name"
     assert sorted(task.steps for task in SPLITS["test"].tasks)[-3:] == [5000, 5000, 10_000]
     for split in ("development", "test"):
@@ -230,6 +220,7 @@ def test_the_target_of_a_graph_depends_on_neighbours() -> None:
 
 def test_recipes_and_benchmarks_share_no_data() -> None:
     benchmark = {"fashion", "cifar", "load_sample_image", "autompg", "make_classification", "scipy", "sympy", "getdoc"}
+    benchmark |= {"matplotlib", "networkx"}
     recipes = {
         "mnist.npz",
         "load_digits",
