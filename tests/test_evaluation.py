@@ -26,10 +26,12 @@ from meta_train.evaluation.gpt import GPT
 from meta_train.evaluation.graphs import points
 from meta_train.evaluation.hidden import hidden_matrices
 from meta_train.evaluation.loop import scores_of, train
+from meta_train.evaluation.muon import Float32Muon
 from meta_train.evaluation.networks import CharacterTransformer, mlp
 from meta_train.evaluation.optimizers import (
     DEFAULTS,
     PRIOR_ENTRIES,
+    REAL_BASELINES,
     TUNED,
     Contender,
     Learned,
@@ -45,6 +47,7 @@ from meta_train.evaluation.rivals import (
     ademamix,
     muon,
     muon_for_all,
+    muon_in_float32,
     nadamw,
     prodigy,
     schedule_free,
@@ -271,7 +274,8 @@ def test_schedules(setting: Setting, factors: dict[int, float]) -> None:
         assert setting.factor(step, 100) == pytest.approx(factor)
 
 
-BASELINES = (adamw, sgd, muon, muon_for_all, schedule_free, nadamw, soap, ademamix, stack, soap_stack)
+MUON_MAKES = (muon, muon_for_all, muon_in_float32)
+BASELINES = (adamw, sgd, *MUON_MAKES, schedule_free, nadamw, soap, ademamix, stack, soap_stack)
 
 
 @pytest.mark.parametrize("setting", [*(Setting(make, 0.02) for make in BASELINES), Setting(prodigy, 1.0)], ids=str)
@@ -298,15 +302,32 @@ INNER = {f"blocks.0.{part}.weight" for part in ("qkv", "out", "up", "down")}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("make", "outer"), [(muon, set()), (muon_for_all, {"place", "head.weight"})])
+@pytest.mark.parametrize(
+    ("make", "outer"), [(muon, set()), (muon_for_all, {"place", "head.weight"}), (muon_in_float32, set())]
+)
 def test_muon_has_the_hidden_matrices(make: Make, outer: set[str], tied: bool) -> None:
     model = CharacterTransformer(10, 4, 8, 1, tied=tied)
     matrices, others = make(model, 1e-3, None)
-    assert isinstance(matrices, torch.optim.Muon)
+    assert isinstance(matrices, torch.optim.Muon | Float32Muon)
     names = {id(p): name for name, p in model.named_parameters()}
     held = {names[id(p)] for p in matrices.param_groups[0]["params"]}
     assert held == INNER | (outer - {"head.weight"} if tied else outer)
     assert len(others.param_groups[0]["params"]) == len(names) - len(held)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_muon_in_float32_is_muon_but_for_rounding(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    theirs = torch.optim.Muon([first], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    own = Float32Muon([second], lr=0.1)
+    own.param_groups[0]["weight_decay"] = 0.3
+    for _ in range(4):
+        first.grad = torch.randn(shape, generator=generator)
+        second.grad = first.grad.clone()
+        theirs.step()
+        own.step()
+    assert (first - second).norm() < 0.02 * (first - 1).norm()
 
 
 def test_a_square_last_matrix_is_hidden_and_so_are_convolutions() -> None:
@@ -315,7 +336,7 @@ def test_a_square_last_matrix_is_hidden_and_so_are_convolutions() -> None:
 
 
 def test_weight_decay_reaches_every_parameter_of_every_optimizer() -> None:
-    contenders = [*PRIOR_ENTRIES, TUNED, DEFAULTS, *contenders_of("default", "default", thorough=True)]
+    contenders = [*PRIOR_ENTRIES, *REAL_BASELINES, TUNED, DEFAULTS, *contenders_of("default", "default", thorough=True)]
     for setting in (contender.grid[0] for contender in contenders):
         plain, decayed = (
             [g["weight_decay"] for o in setting.optimizers(mlp(4, 4, 4, 2), 9, *wd) for g in o.param_groups]

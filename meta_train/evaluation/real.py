@@ -51,9 +51,9 @@ def gpt(_data: Path) -> Training:
 
 def dropout_mlp(data: Path) -> Training:
     """Many steps on few images, with dropout."""
-    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5)]
+    layers = [nn.Linear(784, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.5)]
     return losses.classification(
-        nn.Sequential(nn.Flatten(), *layers, nn.Linear(512, 10)), images(data, FASHION, 28), 128
+        nn.Sequential(nn.Flatten(), *layers, nn.Linear(256, 10)), images(data, FASHION, 28), 128
     )
 
 
