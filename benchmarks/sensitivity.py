@@ -4,9 +4,9 @@
 
 On development tasks. At factor 1 AdamW has the learning rate and the schedule that were tuned for the task, and
 NFNOptimizer its defaults and `total_steps`. Rates are multiplied by factors from 1/4 to 4; batches are a quarter to
-sixteen times as large, 16 to 1,024 images, with the same rate and number of steps. Losses over that of AdamW at factor
-1 with the same batches, held out and on training batches (a running mean); geometric means over tasks and seeds.
-*Seeds*: deviation of the logarithm of a loss over seeds, root mean square over tasks, at factor 1. Writes
+sixteen times as large, 16 to 1,024 images, with the same rate and number of steps. Losses over that of AdamW with
+all factors 1, held out and on training batches (a running mean); geometric means over tasks and seeds. *Seeds*:
+deviation of the logarithm of a loss over seeds, root mean square over tasks, with all factors 1. Writes
 `sensitivity.json` and `sensitivity.md` to `benchmarks/results`.
 """
 
@@ -68,20 +68,16 @@ Row = dict[str, Any]
 
 
 def mean_ratio(rows: Sequence[Row], point: tuple[str, float, float], key: str) -> float:
-    """Geometric mean of some losses over those of AdamW at factor 1 with the same task, seed and batches.
+    """Geometric mean of some losses over those of AdamW with all factors 1 on the same task and seed.
 
     Args:
         rows: All losses.
         point: Optimizer, factors of rate and batches.
         key: "train" or "held_out".
     """
-    base = {
-        (row["task"], row["seed"], row["batches"]): row[key]
-        for row in rows
-        if row["optimizer"] == TUNED.name and row["rate"] == 1
-    }
-    chosen = [row for row in rows if (row["optimizer"], row["rate"], row["batches"]) == point]
-    return statistics.geometric_mean(row[key] / base[row["task"], row["seed"], row["batches"]] for row in chosen)
+    runs = {(row["task"], row["seed"], row["optimizer"], row["rate"], row["batches"]): row[key] for row in rows}
+    chosen = {name: loss for name, loss in runs.items() if name[2:] == point}
+    return statistics.geometric_mean(loss / runs[*name[:2], TUNED.name, 1.0, 1.0] for name, loss in chosen.items())
 
 
 def deviation_of(rows: Sequence[Row], optimizer: str, key: str) -> float:
@@ -137,9 +133,7 @@ def main(
             run = train(changed, replace(own, lr=rate * own.lr), seed, data)
             scores = {"train": float(running_mean(run.losses)[-1]), "held_out": final_held_out_loss(run)}
             rows.append({"task": task.name, "optimizer": name, "rate": rate, "batches": size, "seed": seed, **scores})
-    about = (
-        f"{setting('torch')}. {len(chosen)} development tasks, {seeds} seeds. Losses over those of AdamW at factor 1."
-    )
+    about = f"{setting('torch')}. {len(chosen)} development tasks, {seeds} seeds. Loss over AdamW's, all factors 1."
     write(out, "sensitivity", f"{about}\n\n{table_of(rows, RATES, BATCHES)}", {"about": about, "rows": rows})
 
 

@@ -175,5 +175,9 @@ def test_sensitivity_is_measured_around_the_tuned_setting(
     assert len({row["held_out"] for row in rows}) == len(rows), "every point is another run"
     table = (tmp_path / "sensitivity.md").read_text().splitlines()[2:]
     assert table[0].count("|") == 2 + 5 + 3 + 1
-    assert table[2].split("|")[4].strip() == "1.000, 1.000"  # AdamW at factor 1
-    assert sensitivity.mean_ratio(rows, ("NFNOptimizer", 1.0, 4.0), "train") != 1
+    assert table[2].split("|")[4].strip() == "1.000, 1.000"  # AdamW with all factors 1
+    doubled = [{**row, "train": 2.0 if row["batches"] == 4 else 1.0} for row in rows]
+    assert sensitivity.mean_ratio(doubled, ("NFNOptimizer", 1.0, 4.0), "train") == pytest.approx(2)
+    assert sensitivity.mean_ratio(doubled, ("AdamW tuned", 4.0, 1.0), "train") == pytest.approx(1)
+    differing = [{**row, "train": math.exp(row["seed"])} for row in rows]
+    assert sensitivity.deviation_of(differing, "NFNOptimizer", "train") == pytest.approx(0.5**0.5)
