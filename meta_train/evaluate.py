@@ -27,6 +27,7 @@ import tyro
 from meta_train.evaluation import anytime, plots, report, step_time
 from meta_train.evaluation.figures import rows_of, summaries_of
 from meta_train.evaluation.optimizers import (
+    DEFAULTS,
     SCHEDULE_FREE,
     Contender,
     Make,
@@ -177,7 +178,8 @@ def _write_report(comparison: Comparison, contenders: Sequence[Contender], previ
     results = comparison.results(benchmark.tasks, contenders)
     rows = rows_of(benchmark, results, seconds_of(results, folders.data))
     summaries = summaries_of(benchmark, rows, {c.name: len(c.grid) for c in contenders})
-    main = [name for label in comparison.labels for name in (label, horizon_known_label(label))]
+    main = [contender.name for contender in benchmark.always if contender is not DEFAULTS]
+    main += [name for label in comparison.labels for name in (label, horizon_known_label(label))]
     text = report.page(benchmark, rows, summaries, main, comparison.about + previous.comparison(rows))
     folders.out.mkdir(parents=True, exist_ok=True)
     plots.curves(results, folders.out / f"{name}_curves.png")

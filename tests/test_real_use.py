@@ -161,6 +161,7 @@ def test_a_part_of_the_benchmark_is_written(
     page = capsys.readouterr().out
     assert "steps to its best held-out loss; *loss reduction*: the held-out loss after its last step over" in page
     assert "against tuned Muon, steps" in page
+    assert "| task | AdamW tuned | Muon tuned | default | default, horizon known |" in page
 
 
 @pytest.mark.slow
