@@ -19,7 +19,7 @@ from meta_train.evaluation.augmentation import augmented_classification
 from meta_train.evaluation.datasets import Examples, clusters, images
 from meta_train.evaluation.gpt import GPT
 from meta_train.evaluation.graphs import MessagePassing, node_prediction, points
-from meta_train.evaluation.networks import ResidualMLP, resnet
+from meta_train.evaluation.networks import ResidualMLP, mlp, resnet
 from meta_train.evaluation.pretraining import (
     CODES,
     CONTEXT,
@@ -67,6 +67,11 @@ def graph(_data: Path) -> Training:
     return node_prediction(MessagePassing(6, 48, 3), points(2400), 256)
 
 
+def policy(_data: Path) -> Training:
+    """Policy gradient on a grid of 7x7."""
+    return losses.policy_gradient(mlp(98, 64, 64, 4, act=nn.Tanh), 7, 64)
+
+
 # ------------------------------------------------------------------------------------------------------ fine-tuning
 
 
@@ -106,6 +111,7 @@ TASKS = (
     Task("fashion 28x28, MLP dropout .5, 10,000 steps", "MLP", dropout_mlp, 10_000, (FASHION,), weight_decay=0.01),
     Task("clusters, residual MLP", "tabular", table, 3000, packages=("scikit-learn",), weight_decay=0.01),
     Task("larger graph of points, messages", "graph", graph, 1000, weight_decay=0.01),
+    Task("gridworld 7x7, policy gradient", "policy gradient", policy, 600),
     Task("CNN of clothes, fine-tuned", "fine-tuning", fine_tuned_cnn, 800, (FASHION, CIFAR), weight_decay=0.01),
     Task("GPT of matplotlib text, adapters, bfloat16", "LoRA", adapted_gpt, 300, packages=("matplotlib", "networkx")),
 )
