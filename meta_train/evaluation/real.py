@@ -19,7 +19,7 @@ from meta_train.evaluation.augmentation import augmented_classification
 from meta_train.evaluation.datasets import Examples, clusters, images
 from meta_train.evaluation.gpt import GPT
 from meta_train.evaluation.graphs import MessagePassing, node_prediction, points
-from meta_train.evaluation.networks import ResidualMLP, mlp, resnet
+from meta_train.evaluation.networks import mlp, resnet
 from meta_train.evaluation.pretraining import (
     CODES,
     CONTEXT,
@@ -32,7 +32,7 @@ from meta_train.evaluation.pretraining import (
 from meta_train.evaluation.task import Scores, Task, Training
 
 FASHION, CIFAR = "fashion_mnist.npz", "cifar10.npz"
-FEW = 5000  # images
+FEW, MANY = 5000, 60_000  # images
 LINEAR = ("qkv", "out", "up", "down")  # layers of a transformer that have adapters
 
 
@@ -50,16 +50,17 @@ def gpt(_data: Path) -> Training:
 
 
 def dropout_mlp(data: Path) -> Training:
-    """Many steps on few images, with dropout."""
-    layers = [nn.Linear(784, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.5)]
-    return losses.classification(
-        nn.Sequential(nn.Flatten(), *layers, nn.Linear(256, 10)), images(data, FASHION, 28), 128
-    )
+    """Many steps on many images, with dropout."""
+    layers = [nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.2)]
+    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(256, 10))
+    return losses.classification(model, images(data, FASHION, 8, MANY), 128)
 
 
 def table(_data: Path) -> Training:
-    """A table with wrong labels."""
-    return losses.classification(ResidualMLP(24, 128, 3, 8), clusters(), 128)
+    """A table with wrong labels, with BatchNorm and dropout."""
+    layers = [nn.Linear(24, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(0.3)]
+    layers += [nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(0.3)]
+    return losses.classification(nn.Sequential(*layers, nn.Linear(256, 8)), clusters(), 128)
 
 
 def graph(_data: Path) -> Training:
@@ -108,8 +109,8 @@ def mixed_precision(training: Training, count: int) -> Training:
 TASKS = (
     Task("CIFAR 16x16, ResNet 1M, augmented, decay .05", "ResNet", residual_cnn, 1000, (CIFAR,), weight_decay=0.05),
     Task("numpy text, GPT 1M, decay .1", "GPT", gpt, 1500, packages=("numpy",), weight_decay=0.1),
-    Task("fashion 28x28, MLP dropout .5, 10,000 steps", "MLP", dropout_mlp, 10_000, (FASHION,), weight_decay=0.01),
-    Task("clusters, residual MLP", "tabular", table, 3000, packages=("scikit-learn",), weight_decay=0.01),
+    Task("60,000 of fashion 8x8, MLP dropout, 10,000 steps", "MLP", dropout_mlp, 10_000, (FASHION,), weight_decay=0.01),
+    Task("clusters, MLP BatchNorm, dropout", "tabular", table, 1500, packages=("scikit-learn",), weight_decay=0.01),
     Task("larger graph of points, messages", "graph", graph, 1000, weight_decay=0.01),
     Task("gridworld 7x7, policy gradient", "policy gradient", policy, 600),
     Task("CNN of clothes, fine-tuned", "fine-tuning", fine_tuned_cnn, 800, (FASHION, CIFAR), weight_decay=0.01),
