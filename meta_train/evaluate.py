@@ -27,6 +27,7 @@ import tyro
 from meta_train.evaluation import anytime, plots, report, step_time
 from meta_train.evaluation.figures import rows_of, summaries_of
 from meta_train.evaluation.optimizers import (
+    DEFAULTS,
     SCHEDULE_FREE,
     Contender,
     Make,
@@ -113,7 +114,7 @@ class Comparison:
 
     def results(self, tasks: Sequence[Task], contenders: Sequence[Contender]) -> list[Result]:
         """Train what is not cached."""
-        folders, criterion = self.folders, self.split.criterion
+        folders, criterion = self.folders, self.split.judge.criterion
         study = Study(tasks, contenders, self.seeds, folders.data, folders.cache, criterion, self.selected)
         return study.run(self.workers)
 
@@ -127,7 +128,7 @@ class Comparison:
 
 
 def evaluate(
-    split: Literal["development", "test", "published", "tiny"] = "development",
+    split: Literal["development", "test", "real", "published", "tiny"] = "development",
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     seeds: int = 3,
     extent: Annotated[Extent, tyro.conf.arg(name="")] = Extent(),
@@ -140,8 +141,9 @@ def evaluate(
     Writes SPLIT.md, SPLIT_tasks.md, SPLIT.json and two plots. An interrupted command resumes when it is run again.
 
     Args:
-        split: development: tasks for model selection; test: for the final report only; published: the protocol of the
-            literature; tiny: a smoke test of seconds, without data files.
+        split: development: tasks for model selection; test: for the final report only; real: larger networks, trained
+            as people train them, judged by held-out loss; published: the protocol of the literature; tiny: a smoke
+            test of seconds, without data files.
         rule: Name or file of a rule; may be repeated. By default, the shipped rule.
         seeds: Seeds of initial parameters and batches, per task and optimizer.
         extent: What is compared.
@@ -176,7 +178,8 @@ def _write_report(comparison: Comparison, contenders: Sequence[Contender], previ
     results = comparison.results(benchmark.tasks, contenders)
     rows = rows_of(benchmark, results, seconds_of(results, folders.data))
     summaries = summaries_of(benchmark, rows, {c.name: len(c.grid) for c in contenders})
-    main = [name for label in comparison.labels for name in (label, horizon_known_label(label))]
+    main = [contender.name for contender in benchmark.always if contender is not DEFAULTS]
+    main += [name for label in comparison.labels for name in (label, horizon_known_label(label))]
     text = report.page(benchmark, rows, summaries, main, comparison.about + previous.comparison(rows))
     folders.out.mkdir(parents=True, exist_ok=True)
     plots.curves(results, folders.out / f"{name}_curves.png")
@@ -190,7 +193,7 @@ def _list(comparison: Comparison, names: Sequence[str]) -> None:
     if missing := [name for name in names if name not in known]:
         raise ValueError(f"expected names of contenders, which are {list(known)}, found {missing}")
     for result in comparison.results(comparison.split.tasks, [known[name] for name in names]):
-        loss = report.mean_and_range([comparison.split.criterion(run) for run in result.runs])
+        loss = report.mean_and_range([comparison.split.judge.criterion(run) for run in result.runs])
         seconds = f"{statistics.median(run.seconds for run in result.runs):.1f} s a run"
         line = (result.task.name, result.contender.name, str(result.setting), f"loss {loss}", seconds)
         sys.stdout.write(" | ".join(line) + "\n")

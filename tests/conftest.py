@@ -62,6 +62,21 @@ def empty_cache() -> Iterator[None]:
     inductor.clear()
 
 
+@pytest.fixture
+def short_pretraining(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Networks that benchmarks train further have only taken two steps."""
+    from meta_train.evaluation import pretraining
+
+    kept = (pretraining.trained_on_clothes, pretraining.trained_gpt)
+    for trained in kept:
+        trained.cache_clear()
+    monkeypatch.setattr(pretraining, "CLOTHES_STEPS", 2)
+    monkeypatch.setattr(pretraining, "GPT_STEPS", 2)
+    yield
+    for trained in kept:
+        trained.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _no_observer_of_another_test() -> Iterator[None]:
     """An optimizer that a failed test keeps alive no longer waits for a forward pass."""

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
+from data_folder import with_random_images
 from inline import Pool
 from torch import nn
 
@@ -26,10 +26,12 @@ from meta_train.evaluation.gpt import GPT
 from meta_train.evaluation.graphs import points
 from meta_train.evaluation.hidden import hidden_matrices
 from meta_train.evaluation.loop import scores_of, train
+from meta_train.evaluation.muon import Float32Muon
 from meta_train.evaluation.networks import CharacterTransformer, mlp
 from meta_train.evaluation.optimizers import (
     DEFAULTS,
     PRIOR_ENTRIES,
+    REAL_BASELINES,
     TUNED,
     Contender,
     Learned,
@@ -45,6 +47,7 @@ from meta_train.evaluation.rivals import (
     ademamix,
     muon,
     muon_for_all,
+    muon_in_float32,
     nadamw,
     prodigy,
     schedule_free,
@@ -130,25 +133,14 @@ def test_a_source_text_has_all_dependencies_and_nothing_else(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder of random files with the shapes of the real ones."""
-    made = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-
-    def pixels(count: int, *shape: int) -> np.ndarray:
-        return generator.integers(0, 256, (count, *shape), dtype=np.uint8)
-
-    labels = {f"{part}_y": generator.integers(0, 10, count) for part, count in (("train", 300), ("test", 80))}
-    grey = {f"{part}_x{s}": pixels(n, s, s) for part, n in (("train", 300), ("test", 80)) for s in (8, 28)}
-    colour = {f"{part}_x{s}": pixels(n, s, s, 3) for part, n in (("train", 300), ("test", 80)) for s in (8, 16)}
-    np.savez(made / "fashion_mnist.npz", **grey, **labels)
-    np.savez(made / "cifar10.npz", **colour, **labels)
-    return made
+    return with_random_images(tmp_path_factory.mktemp("data"))
 
 
 EVERY_TASK = {task.name: task for split in SPLITS.values() for task in split.tasks}
 
 
 @pytest.mark.parametrize("name", EVERY_TASK)
+@pytest.mark.usefixtures("short_pretraining")
 def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
     found = []
     for _ in range(2):
@@ -156,7 +148,7 @@ def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
         training = EVERY_TASK[name].begin(folder)
         loss = training.loss(torch.Generator().manual_seed(4))
         loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in training.model.parameters()]
+        gradients = [p.grad for p in training.model.parameters() if p.requires_grad]
         assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
         assert any(bool(g.any()) for g in gradients if g is not None)
         random = torch.get_rng_state()
@@ -172,6 +164,7 @@ def test_a_task_is_an_ordinary_training_run(name: str, folder: Path) -> None:
 def test_the_number_of_tasks_is_as_documented() -> None:
     assert len(SPLITS["development"].tasks) == 23
     assert len(SPLITS["test"].tasks) == 30
+    assert len(SPLITS["real"].tasks) == 8
     assert len(EVERY_TASK) == sum(len(split.tasks) for split in SPLITS.values()), "two tasks have the same name"
     assert sorted(task.steps for task in SPLITS["test"].tasks)[-3:] == [5000, 5000, 10_000]
     for split in ("development", "test"):
@@ -230,6 +223,7 @@ def test_the_target_of_a_graph_depends_on_neighbours() -> None:
 
 def test_recipes_and_benchmarks_share_no_data() -> None:
     benchmark = {"fashion", "cifar", "load_sample_image", "autompg", "make_classification", "scipy", "sympy", "getdoc"}
+    benchmark |= {"matplotlib", "networkx"}
     recipes = {
         "mnist.npz",
         "load_digits",
@@ -280,7 +274,8 @@ def test_schedules(setting: Setting, factors: dict[int, float]) -> None:
         assert setting.factor(step, 100) == pytest.approx(factor)
 
 
-BASELINES = (adamw, sgd, muon, muon_for_all, schedule_free, nadamw, soap, ademamix, stack, soap_stack)
+MUON_MAKES = (muon, muon_for_all, muon_in_float32)
+BASELINES = (adamw, sgd, *MUON_MAKES, schedule_free, nadamw, soap, ademamix, stack, soap_stack)
 
 
 @pytest.mark.parametrize("setting", [*(Setting(make, 0.02) for make in BASELINES), Setting(prodigy, 1.0)], ids=str)
@@ -307,15 +302,32 @@ INNER = {f"blocks.0.{part}.weight" for part in ("qkv", "out", "up", "down")}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("make", "outer"), [(muon, set()), (muon_for_all, {"place", "head.weight"})])
+@pytest.mark.parametrize(
+    ("make", "outer"), [(muon, set()), (muon_for_all, {"place", "head.weight"}), (muon_in_float32, set())]
+)
 def test_muon_has_the_hidden_matrices(make: Make, outer: set[str], tied: bool) -> None:
     model = CharacterTransformer(10, 4, 8, 1, tied=tied)
     matrices, others = make(model, 1e-3, None)
-    assert isinstance(matrices, torch.optim.Muon)
+    assert isinstance(matrices, torch.optim.Muon | Float32Muon)
     names = {id(p): name for name, p in model.named_parameters()}
     held = {names[id(p)] for p in matrices.param_groups[0]["params"]}
     assert held == INNER | (outer - {"head.weight"} if tied else outer)
     assert len(others.param_groups[0]["params"]) == len(names) - len(held)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_muon_in_float32_is_muon_but_for_rounding(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    theirs = torch.optim.Muon([first], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    own = Float32Muon([second], lr=0.1)
+    own.param_groups[0]["weight_decay"] = 0.3
+    for _ in range(4):
+        first.grad = torch.randn(shape, generator=generator)
+        second.grad = first.grad.clone()
+        theirs.step()
+        own.step()
+    assert (first - second).norm() < 0.02 * (first - 1).norm()
 
 
 def test_a_square_last_matrix_is_hidden_and_so_are_convolutions() -> None:
@@ -324,7 +336,7 @@ def test_a_square_last_matrix_is_hidden_and_so_are_convolutions() -> None:
 
 
 def test_weight_decay_reaches_every_parameter_of_every_optimizer() -> None:
-    contenders = [*PRIOR_ENTRIES, TUNED, DEFAULTS, *contenders_of("default", "default", thorough=True)]
+    contenders = [*PRIOR_ENTRIES, *REAL_BASELINES, TUNED, DEFAULTS, *contenders_of("default", "default", thorough=True)]
     for setting in (contender.grid[0] for contender in contenders):
         plain, decayed = (
             [g["weight_decay"] for o in setting.optimizers(mlp(4, 4, 4, 2), 9, *wd) for g in o.param_groups]

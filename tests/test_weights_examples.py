@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pruning import Trainer, largest
+from pruning_criteria import TEMPERATURE, Criteria
+from siren_readers import Messages, Moved
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -98,9 +100,8 @@ def some_sirens() -> tuple[SirenZoo, Population]:
 @pytest.mark.parametrize("sines", [False, True])
 def test_messages_depend_neither_on_the_order_of_neurons_nor_with_sines_on_signs(sines: bool) -> None:
     zoo, population = some_sirens()
-    example = runpy.run_path(str(ROOT / "examples/weights/classify_images.py"))
     module = zoo.module()
-    messages = example["Messages"](population, module.frequency, sines=sines).eval()
+    messages = Messages(population, module.frequency, 10, sines=sines).eval()
     found = messages(population.features())
     assert found.std(0).mean() > 1e-4
     moved = population.permuted(torch.Generator().manual_seed(0))
@@ -119,9 +120,8 @@ class Kept(nn.Module):
 
 def test_moved_sirens_represent_moved_images() -> None:
     zoo, population = some_sirens()
-    example = runpy.run_path(str(ROOT / "examples/weights/classify_images.py"))
     module, x = zoo.module(), positions(5)
-    moved = example["Moved"](Kept(), population, module, canonical=True)
+    moved = Moved(Kept(), population, module, canonical=True)
     torch.manual_seed(3)
     features = moved(population.features())
     torch.manual_seed(3)
@@ -136,28 +136,29 @@ def test_moved_sirens_represent_moved_images() -> None:
 
 
 def test_masks_are_kept_in_training_and_scores_are_what_they_say() -> None:
-    example = runpy.run_path(str(ROOT / "examples/weights/find_winning_tickets.py"))
     zoo, images = ClassifierZoo("mlp", (64, 8, 8, 10), 1, 1), load_images("digits").standardised()
     torch.manual_seed(0)
     networks = [zoo.module() for _ in range(3)]
-    trainer, params = example["Trainer"](networks[0], images, 5, 1e-2), stacked(networks)
-    masks = example["largest"]({name: torch.rand_like(params[name]) for name in trainer.names}, 0.1)
+    trainer, params = Trainer(networks[0], images, 5, 1e-2), stacked(networks)
+    masks = largest({name: torch.rand_like(params[name]) for name in trainer.names}, 0.1)
     assert [sum(int(x[n].sum()) for x in masks.values()) for n in range(3)] == [66, 66, 66]  # of 656
     after = trainer.trained(params, masks)
     for name, mask in masks.items():
         changed = after[name] != params[name]
         assert not changed[mask == 0].any()
         assert changed[mask == 1].any()
-    pruned = trainer.pruned(params, 0.1, 2)
+    criteria, pruned = Criteria(networks[0], images), trainer.pruned(params, 0.1, 2)
     assert sum(float(x.sum()) for x in pruned.values()) == 3 * 66
-    assert sum(float(x.sum()) for x in trainer.synflow(params, 0.1).values()) == 3 * 66
+    assert sum(float(x.sum()) for x in criteria.synflow(params, 0.1).values()) == 3 * 66
 
     weights = list(networks[1].parameters())
-    loss = F.cross_entropy(networks[1](trainer.x), trainer.y)
-    snip = torch.autograd.grad(loss, weights)
-    torch.testing.assert_close(trainer.gradient(params)["layers.0.weight"][1], snip[0], rtol=1e-3, atol=1e-6)
-    cooled = F.cross_entropy(networks[1](trainer.x) / example["TEMPERATURE"], trainer.y)
+    loss = F.cross_entropy(networks[1](criteria.x), criteria.y)
+    slopes = torch.autograd.grad(loss, weights)
+    torch.testing.assert_close(criteria.gradient(params)["layers.0.weight"][1], slopes[0], rtol=1e-3, atol=1e-6)
+    snip = (weights[0] * slopes[0]).abs().detach()
+    torch.testing.assert_close(criteria.snip(params)["layers.0.weight"][1], snip, rtol=1e-3, atol=1e-6)
+    cooled = F.cross_entropy(networks[1](criteria.x) / TEMPERATURE, criteria.y)
     grads = torch.autograd.grad(cooled, weights, create_graph=True)
     squares = 0.5 * sum((g.square().sum() for g in grads), torch.zeros(()))
     expected = weights[0] * torch.autograd.grad(squares, weights)[0]  # H g is half the gradient of |g|^2
-    torch.testing.assert_close(trainer.grasp(params)["layers.0.weight"][1], expected.detach(), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(criteria.grasp(params)["layers.0.weight"][1], expected.detach(), rtol=1e-3, atol=1e-9)

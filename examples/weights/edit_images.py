@@ -12,30 +12,20 @@ of pixels from 0 to 1 (times four for pixels from -1 to 1). Every row is trained
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from baselines import Flat, recipe_layers
+from command_line import SEEDS, add_numbers, parsed, parser_of, write
+from matplotlib.figure import Figure
+from siren_split import SirenSplit
 from torch import Tensor, nn
 
-from nfn_optim.layers import (
-    Editor,
-    Entrywise,
-    FourierValues,
-    NFLinear,
-    Pointwise,
-    PositionEncoding,
-    Standardise,
-    canonical_signs,
-    free_ends,
-    function_change,
-)
+from nfn_optim.layers import Editor, NFLinear, Pointwise, canonical_signs, free_ends
 from nfn_optim.populations import (
     FitSettings,
     Population,
@@ -55,7 +45,6 @@ from nfn_optim.populations import (
 )
 
 NAME = "weights_editing"
-SEEDS = 3
 SIDE = 28
 PIXELS = 196
 """Random pixels that the loss of a step is computed on."""
@@ -127,11 +116,7 @@ class Recipe(nn.Module):
     def __init__(self, population: Population, layer: Callable[..., nn.Module], channels: int) -> None:
         super().__init__()
         symmetry = free_ends(population.symmetry)
-        encode = PositionEncoding(population.symmetry, bands=3)
-        sizes = [2 * channels + encode.extra_channels, channels, channels, channels]
-        layers: list[nn.Module] = [FourierValues(1, channels, scale=3.0), encode]
-        for n, m in itertools.pairwise(sizes):
-            layers += [layer(symmetry, n, m), Entrywise(nn.ReLU())]
+        layers = recipe_layers(population, symmetry, layer, channels, bands=3)
         self.body = nn.Sequential(*layers, layer(symmetry, channels, 1))
         self.factors = nn.ParameterDict({n.replace(".", "/"): torch.tensor(0.01) for n in symmetry.dims})
 
@@ -141,21 +126,21 @@ class Recipe(nn.Module):
         return {n: x + self.factors[n.replace(".", "/")] * changes[n] for n, x in features.items()}
 
 
-class Flat(nn.Module):
+class FlatEditor(nn.Module):
     """A perceptron from all weights in a row to their changes, which does not know about permutations."""
 
     def __init__(self, population: Population, hidden: int = 256) -> None:
         super().__init__()
-        self.standardise = Standardise(population.symmetry, 1).fit(population.features())
+        self.flat = Flat(population)
         self.shapes = {name: x.shape[1:] for name, x in population.params.items()}
-        size = sum(shape.numel() for shape in self.shapes.values())
+        size = self.flat.out_features
         self.body = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.last = nn.Linear(hidden, size)
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name -> `(N, *shape, 1)`, in and out."""
-        flat = torch.cat([x.flatten(1) for x in self.standardise(features).values()], 1)
-        changes = torch.split(self.last(self.body(flat)), [s.numel() for s in self.shapes.values()], 1)
+        found = self.last(self.body(self.flat(features)))
+        changes = torch.split(found, [s.numel() for s in self.shapes.values()], 1)
         return {
             name: features[name] + 0.01 * change.reshape(-1, *shape, 1)
             for (name, shape), change in zip(self.shapes.items(), changes, strict=True)
@@ -214,20 +199,16 @@ class Experiment:
     ) -> None:
         self.zoo, self.module, self.given = zoo, zoo.module(), given
         targets = EDITS[edit](pixels)[:, 0]
-        self.raw = population.with_columns(target=targets[population.columns["image"]])
-        signed = canonical_signs(self.raw.features(), self.raw.symmetry, half_period=self.module.half_period)
-        self.certificate = float(function_change(self.module, self.raw.features(), signed, positions(SIDE)).max())
-        self.canonical = self.raw.with_features(signed)
-        test = self.raw.columns["test"]
-        inner = self.raw.select(~test).split([0.9, 0.1], seed=0)
-        self.in_train, self.in_validation = (torch.isin(self.raw.runs, part.runs) for part in inner)
-        self.in_test = test
-        self.target = self.raw.columns["target"][test]
+        whole = population.with_columns(target=targets[population.columns["image"]])
+        self.sirens = SirenSplit(whole, self.module, SIDE)
+        self.test = whole.select(self.sirens.in_test)
+        self.target = self.test.columns["target"]
 
     def run(self, build: Callable[[Population], nn.Module], *, canonical: bool, permute: bool = False) -> Outcome:
         """Train and test an editor, for every seed."""
-        population, outcome, start = self.canonical if canonical else self.raw, Outcome(), time.monotonic()
-        train, validation, test = (population.select(x) for x in (self.in_train, self.in_validation, self.in_test))
+        split, outcome, start = self.sirens, Outcome(), time.monotonic()
+        population = split.canonical if canonical else split.raw
+        train, validation, test = (population.select(x) for x in (split.in_train, split.in_validation, split.in_test))
         for seed in range(SEEDS):
             torch.manual_seed(seed)
             self.model, loss = build(train), Rendered(self.module, seed)
@@ -245,14 +226,15 @@ class Experiment:
         """What the test SIRENs render, `(N, side * side)`."""
         loss = Rendered(self.module, 0)
         with torch.no_grad():
-            return loss.images(self.raw.select(self.in_test).features(), loss.points)
+            return loss.images(self.test.features(), loss.points)
 
     def pixel_cnn(self) -> Outcome:
         """Trained on rendered training images."""
         outcome, start, loss = Outcome(), time.monotonic(), Rendered(self.module, 0)
         with torch.no_grad():
-            seen = loss.images(self.raw.select(self.in_train).features(), loss.points).reshape(-1, 1, SIDE, SIDE)
-        target = self.raw.columns["target"][self.in_train].unsqueeze(1)
+            train = self.sirens.raw.select(self.sirens.in_train)
+            seen = loss.images(train.features(), loss.points).reshape(-1, 1, SIDE, SIDE)
+        target = train.columns["target"].unsqueeze(1)
         test = self.before().reshape(-1, 1, SIDE, SIDE)
         for seed in range(SEEDS):
             torch.manual_seed(seed)
@@ -271,7 +253,7 @@ class Experiment:
     def refitted(self, count: int) -> Outcome:
         """SIRENs fitted to the targets of some test images: the ceiling of one network of this size."""
         start, generator = time.monotonic(), torch.Generator().manual_seed(0)
-        test = self.raw.select(self.in_test).select(torch.arange(count))
+        test = self.test.select(torch.arange(count))
         outcome, loss = Outcome(), Rendered(self.module, 0)
         torch.manual_seed(0)
         params = {n: x[:, ..., None] for n, x in self._fresh(self.zoo, test.columns["target"], generator).items()}
@@ -283,7 +265,7 @@ class Experiment:
     def transfer(self, editor: Editor, pixels: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """An editor applied to SIRENs of twice the width: errors of no edit and of the editor, `(count,)` each."""
         zoo = replace(self.zoo, sizes=(2, 2 * self.zoo.sizes[1], 2 * self.zoo.sizes[2], 1))
-        test = self.raw.select(self.in_test).select(torch.arange(count))
+        test = self.test.select(torch.arange(count))
         torch.manual_seed(1)
         wide = self._fresh(zoo, pixels[test.columns["image"], 0], torch.Generator().manual_seed(1))
         population = Population(zoo.symmetry(), wide)
@@ -319,9 +301,8 @@ def report(experiment: Experiment, outcomes: dict[str, Outcome], title: str) -> 
     return made
 
 
-def draw(experiment: Experiment, outcomes: dict[str, Outcome], edit: str, path: Path) -> None:
+def draw(experiment: Experiment, outcomes: dict[str, Outcome], edit: str) -> Figure:
     """Ten test images: before, target, edited by each method, and the difference of the best editor to the target."""
-    mpl.use("Agg")
     target = experiment.target[:SHOWN].flatten(1)
     editors = {name: o for name, o in outcomes.items() if o.images is not None and name != "no edit"}
     best = min(
@@ -341,33 +322,26 @@ def draw(experiment: Experiment, outcomes: dict[str, Outcome], edit: str, path: 
     axes[-1][0].set_ylabel(f"{best},\nless target", rotation=0, ha="right", va="center", fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def arguments() -> argparse.Namespace:
     """Of the command, filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="800 images that a package carries")
+    parser = parser_of(__doc__, "800 images that a package carries", "mnist5k", "editing")
+    add_numbers(
+        parser,
+        count="SIRENs for training",
+        held_out="SIRENs for testing",
+        fit_steps="steps of every SIREN",
+        epochs="of every editor",
+        channels="of the editors",
+    )
     parser.add_argument("--edit", choices=list(EDITS), default="dilate", help="what the editors learn")
-    parser.add_argument("--images", default="mnist5k", help="mnist5k, or a file NAME.npz in --data")
-    parser.add_argument("--data", type=Path, default=None, help="folder of NAME.npz")
-    parser.add_argument("--count", type=int, default=None, help="SIRENs for training")
-    parser.add_argument("--held-out", type=int, default=None, help="SIRENs for testing")
-    parser.add_argument("--fit-steps", type=int, default=None, help="steps of every SIREN")
-    parser.add_argument("--epochs", type=int, default=None, help="of every editor")
-    parser.add_argument("--channels", type=int, default=None, help="of the editors")
     parser.add_argument("--outputs", type=int, nargs="+", default=[4], help="edited networks that are averaged")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of Editor")
-    parser.add_argument("--populations", type=Path, default=Path("runs/populations"), help="where SIRENs are kept")
-    parser.add_argument("--out", type=Path, default=Path("runs/editing"), help="output folder")
-    given = parser.parse_args()
     quick = {"count": 800, "held_out": 200, "fit_steps": 500, "epochs": 8, "channels": 16}
     full = {"count": 4000, "held_out": 1000, "fit_steps": 1000, "epochs": 40, "channels": 64}
-    for name, value in (quick if given.quick else full).items():
-        if getattr(given, name) is None:
-            setattr(given, name, value)
-    return given
+    return parsed(parser, quick=quick, full=full)
 
 
 def outcomes_of(experiment: Experiment, pixels: Tensor) -> tuple[dict[str, Outcome], tuple[Tensor, Tensor]]:
@@ -383,8 +357,8 @@ def outcomes_of(experiment: Experiment, pixels: Tensor) -> tuple[dict[str, Outco
         error = torch.stack(outcomes[name].errors).mean()
         print(f"{name}: {100 * error:.2f}e-2 after {time.monotonic() - start:.0f} s", flush=True)
 
-    run("flat perceptron", Flat)
-    run("flat perceptron, permuted", Flat, permute=True)
+    run("flat perceptron", FlatEditor)
+    run("flat perceptron, permuted", FlatEditor, permute=True)
     run("Pointwise", lambda p: Recipe(p, Pointwise, given.channels))
     run(RECIPE, lambda p: Recipe(p, NFLinear, given.channels))
     run("Editor, signs as they are", lambda p: Editor(p.symmetry, channels=given.channels).fit(p.features()))
@@ -419,17 +393,13 @@ def main() -> None:
     made.notes += [
         f"applied to SIRENs of twice the width, never seen: {100 * before:.2f}e-2 without an edit, "
         f"{100 * after:.2f}e-2 with the editor of the last seed, {100 * kept:.0f} % of its gain at its own width",
-        f"canonical signs change no pixel by more than {experiment.certificate:.0e} of the largest",
+        experiment.sirens.note,
         f"{given.count} SIRENs to train and choose epochs on, {given.held_out} of other images to test; fitted to "
         f"{population.columns['psnr'].median():.1f} dB (median); {given.epochs} epochs, {given.channels} channels, "
         f"mean of {SEEDS} seeds, intervals over images",
         f"{time.monotonic() - start:.0f} s, {fitted:.0f} s of them for the SIRENs",
     ]
-    given.out.mkdir(parents=True, exist_ok=True)
-    draw(experiment, outcomes, given.edit, given.out / f"{NAME}_{given.edit}.png")
-    made.write(given.out, NAME, vars(given))
-    print(made)
-    print(f"wrote {given.out}/{NAME}.json, .md, _{given.edit}.png")
+    write(made, NAME, given, {f"_{given.edit}": draw(experiment, outcomes, given.edit)})
 
 
 if __name__ == "__main__":

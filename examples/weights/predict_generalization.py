@@ -11,17 +11,17 @@ with the function on unlabelled images. Every row is trained in the same call, o
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from baselines import flat_perceptron
+from command_line import SEEDS, add_numbers, parsed, parser_of, write
+from matplotlib.figure import Figure
 from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
 from torch import Tensor, nn
 
@@ -54,7 +54,6 @@ from nfn_optim.populations import (
 )
 
 NAME = "weights_generalization"
-SEEDS = 3
 CHANCE = 0.15
 """Accuracy below which a network has learned nothing."""
 
@@ -69,21 +68,6 @@ COLOURS = [f"C{n}" for n in range(6)]
 OURS = "Predictor and boosting"
 WITH_FUNCTION = ("probes, boosting", "probes, forest")
 OURS_WITH_FUNCTION = "probes with consensus, and weights"
-
-
-class Flat(nn.Module):
-    """A perceptron on all weights in a row, which does not know about permutations."""
-
-    def __init__(self, population: Population) -> None:
-        super().__init__()
-        self.standardise = Standardise(population.symmetry, 1).fit(population.features())
-        size = sum(x[0].numel() for x in population.params.values())
-        self.head = Head(size, 1)
-
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """One logit for every network, `(N, 1)`."""
-        out: Tensor = self.head(torch.cat([x.flatten(1) for x in self.standardise(features).values()], 1))
-        return out
 
 
 def stack_of(layer: Callable[..., nn.Module], population: Population, standardise: bool, hidden: int) -> nn.Module:
@@ -239,12 +223,16 @@ def predictions(experiment: Experiment, count: int, seed: int) -> dict[str, Tens
     """All methods, trained on about `count` networks: name -> `(test networks,)`."""
     e, train, steps = experiment, experiment.subset(count, seed), experiment.steps
     plain = settings_for(len(train), steps, seed)
+
+    def flat(population: Population) -> nn.Module:
+        return flat_perceptron(population, 1)
+
     out = {
         "hyperparameters, forest (a leak)": e.trees("forest", e.hyperparameters, train, seed),
         "statistics, boosting": e.trees("boosting", e.statistics, train, seed),
         "statistics, forest": e.trees("forest", e.statistics, train, seed),
-        "flat perceptron": e.network(Flat, train, plain),
-        "flat perceptron, permuted": e.network(Flat, train, settings_for(len(train), steps, seed, permute=True)),
+        "flat perceptron": e.network(flat, train, plain),
+        "flat perceptron, permuted": e.network(flat, train, settings_for(len(train), steps, seed, permute=True)),
         "Pointwise": e.network(lambda p: stack_of(Pointwise, p, True, 256), train, plain),
         "DeepSets": e.network(lambda p: stack_of(DeepSets, p, True, 256), train, plain),
         "nfn's recipe (HNP)": e.network(
@@ -330,9 +318,8 @@ def report(experiment: Experiment, results: dict[int, dict[str, list[Tensor]]], 
     return made
 
 
-def draw(experiment: Experiment, results: dict[int, dict[str, list[Tensor]]], made: Report, out: Path) -> None:
-    """Tau over training size, and predicted against true accuracy."""
-    mpl.use("Agg")
+def tau_figure(results: dict[int, dict[str, list[Tensor]]], made: Report) -> Figure:
+    """Tau over training size."""
     sizes = list(results)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.6), constrained_layout=True)
     tracks = (
@@ -352,60 +339,60 @@ def draw(experiment: Experiment, results: dict[int, dict[str, list[Tensor]]], ma
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.savefig(out / f"{NAME}_tau.png", dpi=110)
+    return figure
+
+
+def scatter_figure(experiment: Experiment, found: dict[str, list[Tensor]], made: Report) -> Figure:
+    """Predicted against true accuracy, of the predictors trained on most networks."""
     names = ("statistics, boosting", "nfn's recipe (HNP)", OURS, "probes, forest", OURS_WITH_FUNCTION)
-    names = [n for n in names if n in results[sizes[-1]]]
+    names = [n for n in names if n in found]
     figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), constrained_layout=True, sharey=True)
     for axis, name in zip(axes, names, strict=True):
-        tau = sum(made.data["tau"][name][sizes[-1]]) / SEEDS
-        axis.scatter(experiment.true, results[sizes[-1]][name][0], s=5, alpha=0.5, c=experiment.test.columns["tanh"])
+        tau = sum(list(made.data["tau"][name].values())[-1]) / SEEDS
+        axis.scatter(experiment.true, found[name][0], s=5, alpha=0.5, c=experiment.test.columns["tanh"])
         axis.plot([0, 1], [0, 1], color="black", lw=0.8)
         axis.set(title=f"{name}\ntau {tau:.3f}", xlabel="true accuracy")
         axis.title.set_fontsize(9)
     axes[0].set_ylabel("predicted accuracy (dark: ReLU, bright: tanh)")
-    figure.savefig(out / f"{NAME}_scatter.png", dpi=110)
+    return figure
 
 
 def main() -> None:
     """Train the population, then the predictors, then report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small networks on images that packages carry")
+    parser = parser_of(__doc__, "small networks on images that packages carry", "mnist5k", "generalization")
+    add_numbers(
+        parser,
+        runs="training runs of the population",
+        zoo_steps="steps of every training run",
+        steps="of every network over weights",
+    )
     parser.add_argument("--zoo", choices=["mlp", "cnn"], default="mlp", help="networks whose accuracy is predicted")
-    parser.add_argument("--images", default="mnist5k", help="digits, mnist5k, or a file NAME.npz in --data")
-    parser.add_argument("--data", type=Path, default=None, help="folder of NAME.npz")
-    parser.add_argument("--runs", type=int, default=None, help="training runs of the population")
-    parser.add_argument("--zoo-steps", type=int, default=None, help="steps of every training run")
     parser.add_argument("--sizes", type=int, nargs="+", default=None, help="numbers of training networks")
-    parser.add_argument("--steps", type=int, default=None, help="steps of every network over weights")
-    parser.add_argument("--populations", type=Path, default=Path("runs/populations"), help="where networks are kept")
-    parser.add_argument("--out", type=Path, default=Path("runs/generalization"), help="output folder")
-    given = parser.parse_args()
-    start = time.monotonic()
-    runs = given.runs or (800 if given.quick else 3500)
-    sizes = given.sizes or ([300, 1000] if given.quick else [100, 300, 1000, 3000])
-    steps = given.steps or (120 if given.quick else 1500)
+    quick = {"runs": 800, "sizes": [300, 1000], "steps": 120, "zoo_steps": 300}
+    full = {"runs": 3500, "sizes": [100, 300, 1000, 3000], "steps": 1500, "zoo_steps": 750}
+    given, start = parsed(parser, quick=quick, full=full), time.monotonic()
     side = 8 if given.zoo == "mlp" else 14
     images = load_images(given.images, given.data).averaged(side).standardised()
-    hidden, train_steps = (16, given.zoo_steps or 300) if given.quick else (32, given.zoo_steps or 750)
+    hidden = 16 if given.quick else 32
     shape = (side * side, hidden, hidden, 10) if given.zoo == "mlp" else (16, 10)
-    zoo = ClassifierZoo(given.zoo, shape, runs, train_steps, snapshots=3)
+    zoo = ClassifierZoo(given.zoo, shape, given.runs, given.zoo_steps, snapshots=3)
     population = classifiers(zoo, images, given.populations)
     trained = time.monotonic() - start
     print(f"{len(population)} networks after {trained:.0f} s", flush=True)
-    experiment = Experiment(population, zoo.module(), images, steps)
+    experiment = Experiment(population, zoo.module(), images, given.steps)
     results: dict[int, dict[str, list[Tensor]]] = {}
-    for size in sizes:
+    for size in given.sizes:
         for seed in range(SEEDS):
             for name, found in predictions(experiment, size, seed).items():
                 results.setdefault(size, {}).setdefault(name, []).append(found)
         print(f"{size} training networks after {time.monotonic() - start:.0f} s", flush=True)
     made = report(experiment, results, f"Kendall's tau, {given.zoo} {'-'.join(map(str, shape))}, {images.name}")
     made.notes.append(f"{time.monotonic() - start:.0f} s, {trained:.0f} s of them for the population")
-    given.out.mkdir(parents=True, exist_ok=True)
-    draw(experiment, results, made, given.out)
-    made.write(given.out, NAME, vars(given))
-    print(made)
-    print(f"wrote {given.out}/{NAME}.json, .md, _tau.png, _scatter.png")
+    figures = {
+        "_tau": tau_figure(results, made),
+        "_scatter": scatter_figure(experiment, results[given.sizes[-1]], made),
+    }
+    write(made, NAME, given, figures)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Row:
         kind: Kind of task.
         optimizer: Name of the contender.
         setting: The selected setting.
-        loss: The criterion (`Split.criterion`): by default the running mean of the training loss after the last step.
+        loss: The criterion (`Judge.criterion`): by default the running mean of the training loss after the last step.
         held_out: Held-out loss after the last step; infinite if training broke off.
         accuracy: Held-out accuracy, 0 to 1; empty if the task has none.
         loss_reduction: The reference's `loss` over this one's; 0 if this one is infinite.
@@ -131,7 +131,7 @@ def rows_of(split: Split, results: Sequence[Result], seconds: Mapping[tuple[str,
         seconds: Per step, by name of the task and constructor of the optimizer.
     """
     by_name = {(r.task.name, r.contender.name): r for r in results}
-    losses = {names: [split.criterion(run) for run in r.runs] for names, r in by_name.items()}
+    losses = {names: [split.judge.criterion(run) for run in r.runs] for names, r in by_name.items()}
     took_part = {r.contender.name for r in results}
     rivals = {title: names for title, names in split.rivals.items() if took_part.issuperset(names)}
     rows = []
@@ -140,8 +140,10 @@ def rows_of(split: Split, results: Sequence[Result], seconds: Mapping[tuple[str,
 
         def comparison(rival: Result, runs: Sequence[Run] = runs) -> Comparison:
             pairs = list(zip(runs, rival.runs, strict=True))
-            lower = [loss_reduction(split.criterion(run), split.criterion(base)) for run, base in pairs]
-            return Comparison(rival.contender.name, [split.step_reduction(run, base) for run, base in pairs], lower)
+            lower = [loss_reduction(split.judge.criterion(run), split.judge.criterion(base)) for run, base in pairs]
+            return Comparison(
+                rival.contender.name, [split.judge.step_reduction(run, base) for run, base in pairs], lower
+            )
 
         compared = comparison(reference)
         target = held_out_target([_held_out_losses(run) for run in reference.runs])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from meta_train.evaluation.accumulation import Accumulated
 from meta_train.evaluation.cache import Run
 from meta_train.evaluation.optimizers import Setting
 from meta_train.evaluation.task import Scores, Task, Training
@@ -35,13 +37,9 @@ def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
     seconds = 0.0
     for step in range(1, task.steps + 1):
         started = time.perf_counter()
-        loss = training.loss(batches)
-        losses.append(loss.item())
+        losses.append(compute_gradients(training, optimizers, batches))
         if not math.isfinite(losses[-1]):
             break
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             optimizer.step()
         for schedule in schedules:
@@ -52,6 +50,22 @@ def train(task: Task, setting: Setting, seed: int, data: Path) -> Run:
     losses += [math.inf] * (task.steps - len(losses))
     learned = [o for o in optimizers if isinstance(o, NFNOptimizer)]
     return Run(losses, held_out, seconds, sum(o.skipped_steps for o in learned), sum(o.fallbacks for o in learned))
+
+
+def compute_gradients(
+    training: Training, optimizers: Sequence[torch.optim.Optimizer], batches: torch.Generator
+) -> float:
+    """The mean loss of the batches of a step, whose gradients are set; without some of them if it is not finite."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    total, count = 0.0, training.count if isinstance(training, Accumulated) else 1
+    for _ in range(count):
+        loss = training.loss(batches)
+        total += loss.item() / count
+        if not math.isfinite(total):
+            break
+        (loss / count if count > 1 else loss).backward()  # type: ignore[no-untyped-call]
+    return total
 
 
 @torch.no_grad()

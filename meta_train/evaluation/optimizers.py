@@ -167,6 +167,11 @@ PRIOR_ENTRIES = (
     Contender("SOAP-Muon stack tuned", grid(rivals.soap_stack, MUON_RATES, warmup=False)),
     Contender("nominal rule", (Setting(Learned("adamw")),)),
 )
+REAL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+REAL_BASELINES = tuple(  # as people use them: warm-up, then a cosine
+    Contender(name, tuple(Setting(make, factor * lr, cosine=True, warmup=True) for lr in REAL_RATES))
+    for name, make, factor in ((TUNED.name, adamw, 1), (MUONS[0].name, rivals.muon_in_float32, 3))
+)
 
 
 def horizon_known_label(label: str) -> str:

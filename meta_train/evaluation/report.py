@@ -140,13 +140,11 @@ def page(split: Split, rows: Sequence[Row], summaries: Sequence[Summary], main: 
         main: The optimizers to compare with the reference per task.
         about: A line on the versions, machine and seeds.
     """
-    target = (
-        "its best held-out loss" if split.published else "its final training loss (mean of the last 30 batches, or 3 %)"
-    )
     caption = (
-        f"{about} *Step reduction*: steps of {split.reference.name} over the steps to {target}; *loss reduction*: that "
-        f"loss over the optimizer's own; interquartile means over {len(split.tasks)} tasks of the median over seeds "
-        f"(95 % bootstrap interval over tasks and seeds). Tuned: the best setting on seed 0 of each task.\n"
+        f"{about} *Step reduction*: steps of {split.reference.name} over the steps to {split.judge.target}; *loss "
+        f"reduction*: {split.judge.loss} over the optimizer's own; interquartile means over {len(split.tasks)} tasks "
+        f"of the median over seeds (95 % bootstrap interval over tasks and seeds). Tuned: the best setting on seed 0 "
+        f"of each task.\n"
     )
     explained = (
         f"*Geometric means*: a missed target counts as {MISS}, a divergence as {MIN_LOSS_REDUCTION}; in interquartile "

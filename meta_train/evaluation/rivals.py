@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meta_train.evaluation.hidden import MATRIX, hidden_matrices
+from meta_train.evaluation.muon import Float32Muon
 from meta_train.evaluation.stack import Stack
 
 SOAP_MAX_DIMENSION = 1024  # longer dimensions have no eigenbasis; a QR decomposition of 4,096 takes seconds on a CPU
@@ -56,6 +57,14 @@ def _muon(model: nn.Module, lr: float, matrices: list[Tensor]) -> list[Optimizer
     if others := _others(model, matrices):
         made.append(torch.optim.AdamW(others, lr=lr, weight_decay=0.0, fused=True))
     return made
+
+
+def muon_in_float32(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:
+    """`muon`, with the iteration in float32."""
+    hidden = [p for p in hidden_matrices(model) if p.dim() == MATRIX and p.requires_grad]
+    others = [p for p in _others(model, hidden) if p.requires_grad]
+    made: list[Optimizer] = [Float32Muon(hidden, lr)] if hidden else []
+    return [*made, torch.optim.AdamW(others, lr=lr, weight_decay=0.0, fused=True)] if others else made
 
 
 def stack(model: nn.Module, lr: float, _horizon: int | None) -> list[Optimizer]:

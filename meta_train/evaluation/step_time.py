@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from meta_train.evaluation.loop import compute_gradients
 from meta_train.evaluation.optimizers import Setting
 from meta_train.evaluation.task import Task
 
@@ -34,10 +35,7 @@ def step_times(task: Task, settings: Sequence[Setting], data: Path) -> list[floa
         for (training, optimizers, batches), times in zip(loops, seconds, strict=True):
             started = time.perf_counter()
             for _ in range(STEPS):
-                loss = training.loss(batches)
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                compute_gradients(training, optimizers, batches)
                 for optimizer in optimizers:
                     optimizer.step()
             if turn > 0:

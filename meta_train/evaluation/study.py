@@ -7,6 +7,7 @@ everything that it depends on (`cache_key_of`).
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -66,6 +67,11 @@ def final_loss(run: Run) -> float:
 def best_held_out_loss(run: Run) -> float:
     """The lowest held-out loss; the tuning criterion of the published protocol."""
     return min((scores["loss"] for _, scores in run.held_out), default=float("inf"))
+
+
+def final_held_out_loss(run: Run) -> float:
+    """The held-out loss after the last step; infinite if training broke off."""
+    return run.held_out[-1][1]["loss"] if math.isfinite(run.losses[-1]) else float("inf")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ vectors. They are equivariant to the permutations of neurons that a `Symmetry` d
                              Pointwise        no interaction between entries
     equivariant, attention   WeightAttention  along every free axis and between tensors (NFT)
     on pooled rows           MessagePassing   one set of parameters for all architectures (the update rule's)
+    from layer to layer      Propagation      vectors of neurons, multiplied by the weights that they pass
     between layers           Entrywise, Residual, ChannelDropout, ChannelNorm, TensorNorm, Scale
     input encodings          SinusoidalValues, FourierValues   of values
                              PositionEncoding, LearnedEncoding of positions on fixed axes
@@ -47,6 +48,7 @@ from nfn_optim.layers.message_passing import MessagePassing
 from nfn_optim.layers.norm import ChannelNorm, Scale, TensorNorm
 from nfn_optim.layers.orbit import random_orbit
 from nfn_optim.layers.predictor import Predictor
+from nfn_optim.layers.propagation import Propagation
 from nfn_optim.layers.spectrum import Spectrum
 from nfn_optim.layers.standardise import Standardise
 from nfn_optim.layers.statistics import Statistics
@@ -73,6 +75,7 @@ __all__ = [
     "Pointwise",
     "PositionEncoding",
     "Predictor",
+    "Propagation",
     "Residual",
     "Scale",
     "SinusoidalValues",

@@ -120,7 +120,7 @@ class BlockPartition:
             ValueError: The tensors are not those of the symmetry, or have other channels or different batch shapes.
         """
         shapes = {name: (*tensor.shape, channels) for name, tensor in self.tensors.items()}
-        batch = _batch_shape(shapes, features)
+        batch = batch_shape_of(shapes, features)
         parts: list[Tensor] = []
         for name, tensor in self.tensors.items():
             parts += tensor.split(features[name].reshape(-1, *shapes[name]))
@@ -217,8 +217,12 @@ class _Summand:
         return (start, len(self.rows)) if self.rows == tuple(range(start, start + len(self.rows))) else None
 
 
-def _batch_shape(shapes: Mapping[str, tuple[int, ...]], features: Mapping[str, Tensor]) -> torch.Size:
-    """The leading dimensions, which all tensors have in common; `shapes` are the last ones, channels included."""
+def batch_shape_of(shapes: Mapping[str, tuple[int, ...]], features: Mapping[str, Tensor]) -> torch.Size:
+    """The leading dimensions, which all tensors have in common; `shapes` are the last ones, channels included.
+
+    Raises:
+        ValueError: The tensors are others, or have other channels or different batch shapes.
+    """
     if set(features) != set(shapes):
         missing, unknown = sorted(set(shapes) - set(features)), sorted(set(features) - set(shapes))
         raise ValueError(f"expected the tensors of the symmetry: missing {missing}, not in the symmetry {unknown}")
