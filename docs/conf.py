@@ -44,6 +44,7 @@ ELSEWHERE = {  # pages of the repository that are included here under another na
     "../CONTRIBUTING.md": "contributing.md",
     "../CHANGELOG.md": "changelog.md",
     "../nfn_optim/pretrained/base.md": "card.md",
+    "../nfn_optim/pretrained/base_1.md": "card_base_1.md",
     "../nfn_optim/pretrained/default_1.md": "card_default_1.md",
 }
 OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+\.md)\)")

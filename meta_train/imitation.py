@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nfn_optim.engine.moments import BETA1, BETA2, EPS, SQRT_EPS, State, append_dims
-from nfn_optim.rule.orthogonal import inverse_root
+from nfn_optim.rule.inverse_root import inverse_root
 
 DIRECTION_WEIGHT, SIZE_WEIGHT = 0.7, 0.3  # of the two parts of the disagreement
 

@@ -16,7 +16,8 @@ SYMMETRY = Symmetry(
 )
 FORMS = ("adam", "skip only", "orthogonal", "mixture")
 """Adam's direction; the same without hidden channels; and the orthogonal direction with step-size adaptation, of a rank
-so low that all matrices need a basis; and that with a mixture before singular values are made equal."""
+so low that all matrices need a basis; and that with a mixture and whitened momentum before singular values are made
+equal."""
 
 
 def draw(seed: int, *batch: int) -> dict[str, Tensor]:
@@ -32,5 +33,11 @@ def config_of(form: str, **config: Any) -> RuleConfig:
         "skip only": {"hidden": 0, "rounds": 0},
         "orthogonal": {"direction": "orthogonal", "rank": 2, "adapt_rate": 4.0},
     }
-    forms["mixture"] = forms["orthogonal"] | {"mixes": True, "gradient_part": 0.2, "beta1": 0.8, "beta2": 0.99}
+    forms["mixture"] = forms["orthogonal"] | {
+        "mixes": True,
+        "gradient_part": 0.2,
+        "whitening": 0.4,
+        "beta1": 0.8,
+        "beta2": 0.99,
+    }
     return RuleConfig(**config | forms[form])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfn_optim.rule.orthogonal import SIZE, OrthogonalFactors, inverse_root, orthogonal_factors
+from nfn_optim.rule.inverse_root import inverse_root
+from nfn_optim.rule.orthogonal import SIZE, OrthogonalFactors, orthogonal_factors
 from nfn_optim.rule.pooled import soft_count
 from nfn_optim.rule.subspace import Projection, basis_shape, fill_missing, orthonormal_basis
 
@@ -32,7 +33,8 @@ def direction_of(x: Tensor, basis: Tensor) -> tuple[Tensor, OrthogonalFactors]:
     """D, and its factors."""
     projection = projected(x, basis)
     (factors,) = orthogonal_factors([projection])
-    return (factors.correct(projection.projected) @ basis.mT + factors.tail_gain * x) / SIZE, factors
+    tail = 0.0 if factors.tail_gain is None else factors.tail_gain * x
+    return (factors.left(projection.equalised, projection.projected) @ basis.mT + tail) / SIZE, factors
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6), (1, 5), (5, 1)])
@@ -41,7 +43,7 @@ def test_in_the_whole_space_all_singular_values_are_equal(shape: tuple[int, int]
     d, factors = direction_of(x, torch.eye(shape[1], dtype=torch.float64))
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     inside = u.mT @ d @ vh.mT / max(soft_count(x.square().sum(1)).item(), shape[1]) ** 0.5
-    assert factors.tail_gain == 0
+    assert factors.tail_gain is None
     torch.testing.assert_close(inside, torch.diag(inside.diagonal()), rtol=0, atol=1e-6)
     assert ((inside.diagonal() > 0.6) & (inside.diagonal() < MAX_RMS)).all()
     assert d.square().mean().sqrt() < MAX_RMS
@@ -73,7 +75,7 @@ def test_matrices_of_several_sizes_do_not_disturb_each_other() -> None:
     together = orthogonal_factors([projected(x, basis) for x, basis in zip(xs, bases, strict=True)])
     for x, basis, factors in zip(xs, bases, together, strict=True):
         alone = direction_of(x, basis)[1]
-        torch.testing.assert_close(factors.correction, alone.correction)
+        torch.testing.assert_close(factors.equaliser, alone.equaliser)
         torch.testing.assert_close(factors.tail_gain, alone.tail_gain)
     assert orthogonal_factors([]) == []
 
@@ -115,7 +117,7 @@ def test_zero_stays_zero() -> None:
     for x in (torch.zeros(3, 4), 1e-12 * torch.randn(3, 4)):
         d, factors = direction_of(x, basis)
         assert d.abs().max() < 1e-4
-        assert all(value.isfinite().all() for value in (factors.root, factors.correction, factors.tail_gain))
+        assert all(value.isfinite().all() for value in (factors.root, factors.equaliser, factors.tail_gain))
 
 
 def test_the_inverse_root_of_many_at_once() -> None:

@@ -23,8 +23,8 @@ from nfn_optim.engine.inductor import run
 from nfn_optim.engine.weight_features import AdamFeature, WeightFeatures
 
 ROW_UNROLL = 2  # rows that are added up in registers before their sum is stored; divides the size of tiles
-LowRank = tuple[Tensor, Tensor]
-"""A direction of low rank as two factors, `(*batch, rows, k)` and `(*batch, k, rest)`."""
+LowRank = tuple[Tensor, Tensor | None]
+"""A direction of low rank as two factors, `(*batch, rows, k)` and `(*batch, k, rest)`; None for the identity."""
 
 Mixture = Mapping[int, Tensor]
 """By index of the block: parts of the slow direction and of the newest gradient in X, see `passes.mix`."""
@@ -38,13 +38,16 @@ class Executor(Protocol):
     def sums(self, index: int) -> tuple[Tensor, Tensor]:
         """Sums of `Statistics` over rows and over columns, see `passes.sums_of`."""
 
-    def project(self, index: int, basis: Tensor, mixture: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The direction X in a subspace: X basis, `(*batch, rows, k)`; sums of squares of X, `(*batch, rows)`.
+    def project(
+        self, index: int, basis: Tensor | None, mixture: Tensor | None, momentum: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The direction X in a subspace, X basis, `(*batch, rows, k)`; sums of squares of X, `(*batch, rows)`.
 
         Args:
             index: Of the block.
-            basis: `(*batch, rest, k)`.
+            basis: `(*batch, rest, k)`; None for the identity.
             mixture: Of which X is made, see `passes.mix`.
+            momentum: Whether a third result is the momentum in the subspace, shaped as the first; else it is None.
         """
 
     def project_back(self, index: int, left: Tensor, mixture: Tensor | None) -> Tensor:
@@ -69,9 +72,11 @@ class PureExecutor:
         """See `Executor`."""
         return passes.sums_of(_learned(self._cache[index][1]))
 
-    def project(self, index: int, basis: Tensor, mixture: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project(
+        self, index: int, basis: Tensor | None, mixture: Tensor | None, momentum: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Executor`."""
-        return _project(passes.mix(self._cache[index][1], mixture), basis)
+        return _project(self._cache[index][1], self.blocks[index].arrays[1], basis, mixture, momentum)
 
     def project_back(self, index: int, left: Tensor, mixture: Tensor | None) -> Tensor:
         """See `Executor`."""
@@ -87,7 +92,7 @@ class PureExecutor:
     ) -> tuple[Tensor, list[Tensor]]:
         """The update and the new moments of a block; arguments as of `passes.compute_update`."""
         moments, features = self._cache[index]
-        direction = None if low_rank is None else low_rank[0] @ low_rank[1]
+        direction = _whole(low_rank)
         p = self.blocks[index].arrays[0]
         return passes.compute_update(features, p, moments[1], row_coeffs, column_gain, direction), moments
 
@@ -148,17 +153,22 @@ class InPlaceExecutor:
             by_column.append(column_sums)
         return by_row[0] if len(by_row) == 1 else torch.cat(by_row), sum(by_column[1:], by_column[0])
 
-    def project(self, index: int, basis: Tensor, mixture: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project(
+        self, index: int, basis: Tensor | None, mixture: Tensor | None, momentum: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Executor`."""
+        p, g, _, constants = self.blocks[index].arrays
         if index in self._cache:
-            return _project(passes.mix(self._cache[index][1], mixture), basis)
-        p, _, _, constants = self.blocks[index].arrays
-        projected = constants.new_empty((*p.shape[:-1], basis.shape[-1]))
+            return _project(self._cache[index][1], g, basis, mixture, momentum)
+        projected = constants.new_empty((*p.shape[:-1], (p if basis is None else basis).shape[-1]))
         energy = constants.new_empty(p.shape[:-1])
-        for rows, x, squares in self._directions(index, mixture):
-            torch.matmul(x, basis, out=projected[rows])
+        of_momentum = torch.empty_like(projected) if momentum else None
+        for rows, x, squares, m in self._directions(index, mixture, momentum):
+            _into(projected[rows], x, basis)
             energy[rows] = squares
-        return projected, energy
+            if of_momentum is not None and m is not None:
+                _into(of_momentum[rows], m, basis)
+        return projected, energy, of_momentum
 
     def project_back(self, index: int, left: Tensor, mixture: Tensor | None) -> Tensor:
         """See `Executor`."""
@@ -166,7 +176,7 @@ class InPlaceExecutor:
             return passes.mix(self._cache[index][1], mixture).mT @ left
         p = self.blocks[index].arrays[0]
         result = left.new_zeros((*p.shape[:-2], p.shape[-1], left.shape[-1]))
-        for rows, x, _ in self._directions(index, mixture):
+        for rows, x, *_ in self._directions(index, mixture, False):
             result += (left[rows].mT @ x).mT  # in this order the product is faster
         return result
 
@@ -182,7 +192,7 @@ class InPlaceExecutor:
         grads_finite = self._execution.grads_finite
         if index in self._cache:
             new, features = self._cache[index]
-            direction = None if low_rank is None else low_rank[0] @ low_rank[1]
+            direction = _whole(low_rank)
             update = None
             if not frozen:
                 update = passes.compute_update(features, p, new[1], row_coeffs, column_gain, direction)
@@ -192,29 +202,32 @@ class InPlaceExecutor:
         apply_ = partial(run, passes.apply_) if compiles else passes.apply_
         holds = low_rank is not None or not compiles or not p.is_contiguous()
         tiles = [*self._tiles(p)] if holds else [slice(None)]
-        buffer = constants.new_empty(p[tiles[0]].shape if low_rank is not None else 0)  # the first is the largest
+        right = None if low_rank is None else low_rank[1]
+        buffer = constants.new_empty(0 if right is None else p[tiles[0]].shape)  # the first is the largest
         for rows in tiles:
             views = [x[rows] for x in (p, g, *moments)]
             tile = [_dense(x) for x in views] if compiles else views
             tile_p, tile_g, *tile_moments = tile
             of_rows = _rows(constants, rows), _rows(row_coeffs, rows)
-            direction = None
-            if low_rank is not None:
-                direction = torch.matmul(low_rank[0][rows], low_rank[1], out=buffer[: len(tile_p)])
+            direction = None if low_rank is None else low_rank[0][rows]
+            if direction is not None and right is not None:
+                direction = torch.matmul(direction, right, out=buffer[: len(tile_p)])
             apply_(tile_p, tile_g, tile_moments, *of_rows, column_gain, direction, frozen, grads_finite)
             for view, value in zip((views[0], *views[2:]), (tile_p, *tile_moments), strict=True):
                 if value is not view:
                     view.copy_(value)
 
-    def _directions(self, index: int, mixture: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The direction X tile by tile: which rows, X of them, and the sums of its squares by row."""
+    def _directions(
+        self, index: int, mixture: Tensor | None, momentum: bool
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """Tile by tile: which rows, and `passes.mixed_direction` of them."""
         p, g, moments, constants = self.blocks[index].arrays
         compiles = self._compiles(p)
         direction = partial(run, passes.mixed_direction) if compiles else passes.mixed_direction
         for rows in self._tiles(p):
             tile_p, tile_g, *tile_moments = (_dense(x[rows]) if compiles else x[rows] for x in (p, g, *moments))
             tile_mixture = None if mixture is None else _rows(mixture, rows)
-            yield rows, *direction(tile_p, tile_g, tile_moments, _rows(constants, rows), tile_mixture)
+            yield rows, *direction(tile_p, tile_g, tile_moments, _rows(constants, rows), tile_mixture, momentum)
 
     def _cached(self) -> list[int]:
         """Indices of the smallest blocks, whose features are cached instead of recomputed; at most `tile` weights."""
@@ -242,8 +255,26 @@ class InPlaceExecutor:
         return p.dim() == 2 and self._execution.pays(p.numel())  # noqa: PLR2004 - no stack
 
 
-def _project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    return x @ basis, x.square().sum(-1)
+def _project(
+    features: WeightFeatures | AdamFeature, g: Tensor, basis: Tensor | None, mixture: Tensor | None, momentum: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`Executor.project` of a block with these features and gradients."""
+    x, m = passes.mix(features, mixture), passes.mix_momentum(features, g, mixture) if momentum else None
+    squares = x.square().sum(-1)
+    return (x, squares, m) if basis is None else (x @ basis, squares, None if m is None else m @ basis)
+
+
+def _into(result: Tensor, x: Tensor, basis: Tensor | None) -> None:
+    """Write X basis; X where the basis is the identity."""
+    if basis is None:
+        result.copy_(x)
+    else:
+        torch.matmul(x, basis, out=result)
+
+
+def _whole(low_rank: LowRank | None) -> Tensor | None:
+    """The product of both factors."""
+    return None if low_rank is None else low_rank[0] if low_rank[1] is None else low_rank[0] @ low_rank[1]
 
 
 def _learned(features: WeightFeatures | AdamFeature) -> WeightFeatures:

@@ -74,16 +74,31 @@ def mix(features: WeightFeatures | AdamFeature, mixture: Tensor | None) -> Tenso
     return torch.addcmul(torch.lerp(features.adam, features.gradient, gradient), features.slow, slow)
 
 
+def mix_momentum(features: WeightFeatures | AdamFeature, g: Tensor, mixture: Tensor | None) -> Tensor:
+    """The momentum with the newest gradient mixed in as in X, `(*batch, rows, rest)`; arguments as of `mix`."""
+    assert isinstance(features, WeightFeatures)
+    momentum = features.momentum
+    return momentum if mixture is None else torch.lerp(momentum, g.to(momentum.dtype), mixture[..., 1:])
+
+
 def mixed_direction(
-    p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor, mixture: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    p: Tensor,
+    g: Tensor,
+    moments: Sequence[Tensor],
+    constants: Tensor,
+    mixture: Tensor | None,
+    momentum: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The direction X at this step, `(*batch, rows, rest)`, and the sums of its squares by row, `(*batch, rows)`.
 
-    Arguments as of `moments_and_features` and `mix`. Not differentiable at zero.
+    Arguments as of `moments_and_features` and `mix`; with `momentum` the third result is `mix_momentum`, else None. Not
+    differentiable at zero.
     """
-    features = moments_and_features(p, g, moments if mixture is not None else moments[:2], constants)[1]
+    needed = moments if momentum or mixture is not None else moments[:2]
+    features = moments_and_features(p, g, needed, constants)[1]
     x = mix(features, mixture)
-    return x, torch.linalg.vector_norm(x, dim=-1).square()
+    squares = torch.linalg.vector_norm(x, dim=-1).square()
+    return x, squares, mix_momentum(features, g, mixture) if momentum else None
 
 
 def compute_update(

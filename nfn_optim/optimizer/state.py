@@ -14,12 +14,13 @@ and `state_dict()` has them all, but loops over `state[p]` do not meet them.
                                          rows and its other dimensions, `(1 + (shape[0] or 1) + sum of other sizes,)`;
                                          see `nfn_optim.rule.coefficients`
     basis                                of the subspace of a matrix, `(*shape[1:], k)`
+    column_gram  whitener                of a matrix with whitening (`nfn_optim.rule.whitening`), `(k, k)`
     active_columns                       0-d, of a matrix with orthogonal directions; see `nfn_optim.rule.pooled`
 
 Of a tensor that holds several (`nfn_optim.rule.members`), the entries but for moments and `step` are those of its
 members one after the other, in one dimension. A rule without a learned part has only the first two moments and `step`.
-Coefficients and bases are whole on every process where the parameter is sharded. Everything is float32, or float64 for
-float64 parameters, whatever the precision of the parameter. Moments may be in bfloat16 instead
+Coefficients, bases and Gram matrices are whole on every process where the parameter is sharded. Everything is float32,
+or float64 for float64 parameters, whatever the precision of the parameter. Moments may be in bfloat16 instead
 (`nfn_optim.engine.stochastic_rounding`), but not those of complex parameters, since there is no complex bfloat16. Names
 are those of `torch.optim.AdamW` where it has the same thing.
 """
@@ -42,7 +43,9 @@ from nfn_optim.optimizer.real_view import real
 from nfn_optim.rule import UpdateRule
 from nfn_optim.rule.members import WHOLE
 
-HIDDEN = frozenset({"active_columns", "fallbacks", "log_step_size", "row_coeffs", "gains", "basis"})
+HIDDEN = frozenset(
+    {"active_columns", "fallbacks", "log_step_size", "row_coeffs", "gains", "basis", "column_gram", "whitener"}
+)
 """Entries that loops over a state do not meet."""
 CHECKPOINT = "torch.distributed.checkpoint.state_dict"
 """Loads those entries of a flattened state whose names iterating over `state[p]` yields."""

@@ -14,7 +14,7 @@ from nfn_optim.rule.step_size import MAX_LOG_GAIN
 
 DIRECTIONS: dict[str, Callable[[RuleConfig], Direction]] = {
     "adam": lambda config: AdamDirection(),
-    "orthogonal": lambda config: OrthogonalDirection(config.rank),
+    "orthogonal": lambda config: OrthogonalDirection(config.rank, config.whitening),
 }
 
 
@@ -40,6 +40,8 @@ class RuleConfig:
         mixes: Whether the slow direction and the newest gradient are mixed into the direction before its singular
             values are made equal; otherwise they are added to it, which is worth less.
         gradient_part: Initial part of the newest gradient in that mixture, 0 to 1; learned.
+        whitening: Initial part of the whitened momentum in orthogonal directions (`nfn_optim.rule.whitening`), 0 to 1;
+            learned. 0 leaves it out.
         refresh_every: Steps between two computations of the coefficients, which are cached in between.
         adapt_rate: Initial rate of step-size adaptation (`nfn_optim.rule.step_size`); learned. 0 leaves it out.
         adapt_decay: Initial decay of the step size; learned.
@@ -62,6 +64,7 @@ class RuleConfig:
     beta2: float = BETA2
     mixes: bool = False
     gradient_part: float = 0.0
+    whitening: float = 0.0
     refresh_every: int = 1
     adapt_rate: float = 0.0
     adapt_decay: float = 0.0
@@ -88,5 +91,7 @@ class RuleConfig:
             raise ValueError(f"expected 0 <= beta1 < 1 and 0 < beta2 < 1, found {self.beta1} and {self.beta2}")
         if not (0 <= self.gradient_part <= 1 and (self.mixes or not self.gradient_part)):
             raise ValueError(f"expected a gradient_part of 0 to 1, and above 0 only with mixes, found {self}")
+        if not (0 <= self.whitening <= 1 and (self.direction == "orthogonal" or not self.whitening)):
+            raise ValueError(f"expected a whitening of 0 to 1, and above 0 only of orthogonal directions, found {self}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"expected a cooldown of 0 to 1, found {self.cooldown}")

@@ -3,68 +3,73 @@
 With X the mixed direction (`nfn_optim.rule.direction`), `(rows, rest)`, U the basis of its subspace and Z = X U
 (`nfn_optim.rule.subspace`),
 
-    P = Z (Z^T Z)^(-1/2)
+    P = Z' (Z'^T Z')^(-1/2)                   with Z' = Z, or with whitened momentum mixed in (`whitening`)
     D = sqrt(max(rows, rest)) (P U^T + (X - Z U^T) / tau)
 
 Inside of the subspace all singular values of D are equal; outside, where tau is the root mean square of those of X,
 they keep their proportions. In a matrix of at most k columns D is orthogonal; if it has fewer rows than columns,
-P = (Z Z^T)^(-1/2) Z, which is the same. The root mean square of D is about 1, and that of a row at most MAX_ROW_RMS: a
-longer row is shortened. Rows and columns without gradients do not count (`nfn_optim.rule.pooled`).
-Computed from Z, O(neurons k) numbers, D costs 4 k operations per weight, and 2 k more where the basis moves, instead of
-thousands. D commutes with permuting rows and columns. It is not differentiated with respect to U, on which it does not
-depend where X has no more than k singular values. Vectors follow X.
+P = (Z' Z'^T)^(-1/2) Z', which is the same. The root mean square of D is about 1, and that of a row at most MAX_ROW_RMS:
+a longer row is shortened. Rows and columns without gradients do not count (`nfn_optim.rule.pooled`).
+Computed from Z, O(neurons k) numbers, D costs 4 k operations per weight, 2 k more with whitening and 2 k more where the
+basis moves, instead of thousands. D commutes with permuting rows and columns. It is not differentiated with respect to
+U, on which it does not depend where X has no more than k singular values. Vectors follow X.
 
 References:
-    Muon (Jordan et al., 2024): the polynomial for the inverse square root, and the motivation
+    Muon (Jordan et al., 2024): the motivation
     Dion: Distributed Orthonormalized Updates (Ahn et al., 2025), arXiv:2504.05295: the subspace
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfn_optim.engine.blocks import Stack
 from nfn_optim.engine.executor import Executor, LowRank, Mixture
 from nfn_optim.engine.sharding import Shards
 from nfn_optim.rule.direction import Direction, StepDirection, mixed
+from nfn_optim.rule.inverse_root import inverse_roots
 from nfn_optim.rule.pooled import Pooled, soft_count
 from nfn_optim.rule.step import Step
 from nfn_optim.rule.subspace import STATE_KEY, Projection, Subspaces, basis_shape
+from nfn_optim.rule.whitening import GRAM, WHITENER, init_whitener, next_whiteners, whiten
 
-POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # of an odd map that takes singular values of 0.003 to 1 into 0.7 to 1.2
-ITERATIONS = 5
 COLUMNS = "active_columns"
 SIZE = 0.5  # root mean square of the orthogonal direction in the update, about that of Adam's when gradients agree
 MAX_ROW_RMS = 2.5  # of a row of D
 MIN_TAIL = 0.1  # what is outside of the subspace is amplified at most ten times as much as what is inside
-MIN_PADDED = 32  # smaller Gram matrices are padded to one size; above, those of up to twice the size
 MIN_RMS = 1e-4  # an X of smaller root mean square is not amplified: it counts as zero
 
 
 @dataclass(frozen=True)
 class OrthogonalFactors:
-    """The orthogonal direction of a matrix, SIZE D = Z correction U^T + tail_gain X.
+    """The orthogonal direction of a matrix, SIZE D = left U^T + tail_gain X.
 
     Attributes:
-        root: P = Z root, up to a factor; `(*batch, k, k)`.
-        correction: `(*batch, k, k)`.
-        tail_gain: `(*batch,)`.
-        of_rows: Whether P = root Z and SIZE D = correction Z instead, both `(*batch, rows, rows)`.
+        root: P = Z' root, up to a factor; `(*batch, k, k)`.
+        equaliser: SIZE sqrt(max(rows, rest)) root.
+        tail_gain: `(*batch,)`; None where nothing is outside of the subspace.
+        of_rows: Whether P = root Z' instead, root `(*batch, rows, rows)`.
     """
 
     root: Tensor
-    correction: Tensor
-    tail_gain: Tensor
+    equaliser: Tensor
+    tail_gain: Tensor | None
     of_rows: bool
 
-    def correct(self, projected: Tensor) -> Tensor:
-        """Z correction, or correction Z: `(*batch, rows, k)`."""
-        return self.correction @ projected if self.of_rows else projected @ self.correction
+    def left(self, equalised: Tensor, projected: Tensor) -> Tensor:
+        """Of some rows, `(*batch, rows, k)`; of all, if `of_rows`.
+
+        Args:
+            equalised: Z', `(*batch, rows, k)`.
+            projected: Z, the same shape.
+        """
+        left = self.equaliser @ equalised if self.of_rows else equalised @ self.equaliser
+        return left if self.tail_gain is None else left - self.tail_gain[..., None, None] * projected
 
 
 class OrthogonalDirection(Direction):
@@ -72,17 +77,20 @@ class OrthogonalDirection(Direction):
 
     Args:
         rank: k, the largest dimension of a subspace.
+        whitening: a, initial part of the whitened momentum in Z' (`nfn_optim.rule.whitening`); learned. 0 leaves it
+            out.
     """
 
     terms: ClassVar[int] = 2
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, whitening: float = 0.0) -> None:
         super().__init__()
         self.rank = rank
         self.orthogonal_weight = nn.Parameter(torch.tensor(1.0))
+        self.whitening = nn.Parameter(torch.tensor(whitening)) if whitening else None
 
     def init_state(self, p: Tensor, batch_dims: int) -> dict[str, Tensor]:
-        """Of a matrix the number of its columns; and the basis, where one is needed: all zeros."""
+        """Of a matrix the number of its columns; the basis, where one is needed, and of whitening: all zeros."""
         batch, shape = p.shape[:batch_dims], p.shape[batch_dims:]
         if len(shape) < 2:  # noqa: PLR2004 - a matrix has two dimensions
             return {}
@@ -90,6 +98,8 @@ class OrthogonalDirection(Direction):
         state = {COLUMNS: torch.full(batch, float(shape[1:].numel()), dtype=dtype, device=p.device)}
         if (basis := basis_shape(self.rank, shape)) is not None:
             state[STATE_KEY] = torch.zeros((*batch, *basis), dtype=dtype, device=p.device)
+        if self.whitening is not None:
+            state |= init_whitener(p, batch, shape[1:].numel() if basis is None else basis[-1])
         return state
 
     def terms_of(self, coefficient: Tensor, enabled: Tensor) -> list[Tensor]:
@@ -117,9 +127,15 @@ class OrthogonalDirection(Direction):
             columns = pooled.columns()
         else:
             columns = torch.stack([state[name].get(COLUMNS, state[name]["step"]) for name in names], -1)
-        projections = subspaces.project(state, columns, mixture)
+        projections = subspaces.project(state, columns, mixture, momentum=self.whitening is not None)
+        for index, x in projections.items():
+            if self.whitening is not None and x.momentum is not None:
+                layout = executor.blocks[index].layout
+                whitener = layout.gather_rows([state[names[i]][WHITENER] for i in layout.indices])
+                projections[index] = replace(x, whitened=whiten(x.projected, x.momentum, whitener, self.whitening))
         factors = orthogonal_factors(list(projections.values()), step.batch_dims)
-        return OrthogonalStep(columns, mixture, subspaces, projections, dict(zip(projections, factors, strict=True)))
+        factors_of = dict(zip(projections, factors, strict=True))
+        return OrthogonalStep(step, columns, mixture, subspaces, projections, factors_of)
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,7 @@ class OrthogonalStep(StepDirection):
     """The orthogonal directions of all matrices at one step.
 
     Attributes:
+        step: The step.
         columns: Soft counts of the columns of all tensors, `(*batch, T)`.
         mixture: Of which X is made, by index of the block.
         subspaces: Of the network.
@@ -134,6 +151,7 @@ class OrthogonalStep(StepDirection):
         factors: Likewise.
     """
 
+    step: Step
     columns: Tensor
     mixture: Mixture
     subspaces: Subspaces
@@ -146,17 +164,21 @@ class OrthogonalStep(StepDirection):
         if index not in self.factors:  # vectors
             return mixed(torch.cat([x, others], -1)), None
         factors, projection = self.factors[index], self.projections[index]
-        if factors.of_rows:  # a row of the product takes all rows of Z
-            left = self.subspaces.local_rows(index, factors.correct(projection.projected))
+        equalised, projected, local = projection.equalised, projection.projected, projection.local_projected
+        if factors.of_rows:  # a row of the product takes all rows of Z'
+            left = self.subspaces.local_rows(index, factors.left(equalised, projected))
         else:
-            left = factors.correct(projection.local_projected)
-        tail_gain = factors.tail_gain[..., None]
-        tail = projection.local_row_energy * tail_gain + 2 * (projection.local_projected * left).sum(-1)
-        squares = (left.square().sum(-1) + tail_gain * tail) / projection.columns.clamp(min=1)[..., None]
+            left = factors.left(self.subspaces.local_rows(index, equalised), local)
+        squares = left.square().sum(-1)
+        if factors.tail_gain is not None:
+            tail_gain = factors.tail_gain[..., None]
+            squares = squares + tail_gain * (projection.local_row_energy * tail_gain + 2 * (local * left).sum(-1))
+        squares = squares / projection.columns.clamp(min=1)[..., None]
         orthogonal = orthogonal * (squares / (SIZE * MAX_ROW_RMS) ** 2).clamp(min=1).rsqrt().unsqueeze(-1)
         left = orthogonal * left
-        x = x + orthogonal * tail_gain.unsqueeze(-1)
-        return mixed(torch.cat([x, others], -1)), (left, projection.local_basis.mT)
+        x = x if factors.tail_gain is None else x + orthogonal * factors.tail_gain[..., None, None]
+        right = None if projection.local_basis is None else projection.local_basis.mT
+        return mixed(torch.cat([x, others], -1)), (left, right)
 
     def next_state(self, row_means: Mapping[int, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `StepDirection`."""
@@ -164,8 +186,32 @@ class OrthogonalStep(StepDirection):
             for i in self.subspaces.executor.blocks[index].layout.indices:
                 yield i, {COLUMNS: self.columns[..., i]}
         roots = {index: factors.root for index, factors in self.factors.items()}
-        for index, basis in self.subspaces.next_bases(self.projections, roots, row_means, self.mixture):
-            yield index, {STATE_KEY: basis}
+        bases = self.subspaces.next_bases(self.projections, roots, row_means, self.mixture)
+        for index, basis in bases.items():
+            yield from self._by_tensor(index, STATE_KEY, basis)
+        yield from self._next_whiteners(bases)
+
+    def _next_whiteners(self, bases: Mapping[int, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """What whitening remembers; `bases` by index of the block, of those whose basis changes."""
+        grams, momenta, counts, turns = [], [], [], []
+        whitened = [(k, x, x.momentum) for k, x in self.projections.items() if x.momentum is not None]
+        for index, x, momentum in whitened:
+            layout = self.step.blocks[index].layout
+            grams.append(layout.gather_rows([self.step.state[self.step.names[i]][GRAM] for i in layout.indices]))
+            momenta.append(momentum)
+            counts.append(torch.minimum(x.columns, x.dimension))
+            turns.append(x.turn(bases[index]) if index in bases else None)
+        new = next_whiteners(grams, momenta, counts, turns, self.step.batch_dims)
+        for (index, *_), (gram, whitener) in zip(whitened, new, strict=True):
+            yield from self._by_tensor(index, GRAM, gram)
+            yield from self._by_tensor(index, WHITENER, whitener)
+
+    def _by_tensor(self, index: int, key: str, value: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """An entry of the state of every tensor of a block."""
+        layout = self.step.blocks[index].layout
+        values = value.unbind() if isinstance(layout, Stack) else [value]
+        for i, of_tensor in zip(layout.indices, values, strict=True):
+            yield i, {key: of_tensor}
 
 
 def orthogonal_factors(projections: Sequence[Projection], batch_dims: int = 0) -> list[OrthogonalFactors]:
@@ -175,65 +221,32 @@ def orthogonal_factors(projections: Sequence[Projection], batch_dims: int = 0) -
         projections: Of the matrices.
         batch_dims: How many leading dimensions are batch.
     """
-    by_size: dict[int, list[int]] = {}
-    for i, projection in enumerate(projections):
-        size = min(projection.projected.shape[-2:])
-        by_size.setdefault(max(MIN_PADDED, 1 << (size - 1).bit_length()), []).append(i)
-    factors: dict[int, OrthogonalFactors] = {}
-    for group in by_size.values():
-        together = _factors_of_group([projections[i] for i in group], batch_dims)
-        factors |= zip(group, together, strict=True)
-    return [factors[i] for i in range(len(projections))]
-
-
-def _factors_of_group(projections: Sequence[Projection], batch_dims: int) -> list[OrthogonalFactors]:
-    """`orthogonal_factors` in one batch."""
     of_rows = [x.projected.shape[-2] < x.projected.shape[-1] for x in projections]
-    sizes = [min(x.projected.shape[-2:]) for x in projections]
-    zs = [x.projected.mT if short else x.projected for x, short in zip(projections, of_rows, strict=True)]
-    grams = [_pad_square(z.mT @ z, max(sizes)) for z in zs]
-    grams = [gram.reshape(*gram.shape[:batch_dims], -1, *gram.shape[-2:]) for gram in grams]
-    lengths = [gram.shape[-3] for gram in grams]
-    gram = torch.cat(grams, -3)  # (*batch, T, size, size)
+    zs = [x.equalised.mT if short else x.equalised for x, short in zip(projections, of_rows, strict=True)]
+    grams = [z.mT @ z for z in zs]
     rows = [soft_count(x.row_energy) for x in projections]
     floors = [MIN_RMS**2 * (n * x.columns).clamp(min=1) for n, x in zip(rows, projections, strict=True)]
-    floor = torch.cat([x.reshape(*x.shape[:batch_dims], -1) for x in floors], -1)
-    inside = gram.diagonal(dim1=-2, dim2=-1).sum(-1) + floor  # (*batch, T)
-    roots = inverse_root(gram / inside[..., None, None]) / inside.sqrt()[..., None, None]
-    split = zip(torch.split(roots, lengths, -3), torch.split(inside, lengths, -1), strict=True)
+    traces = [gram.diagonal(dim1=-2, dim2=-1).sum(-1) + floor for gram, floor in zip(grams, floors, strict=True)]
+    roots = inverse_roots(grams, traces, batch_dims)
     factors = []
-    for x, n, floor, k, short, (x_roots, x_inside) in zip(
-        projections, rows, floors, sizes, of_rows, split, strict=True
-    ):
-        batch = n.shape
-        root, energy_inside = x_roots.reshape(*batch, *gram.shape[-2:])[..., :k, :k], x_inside.reshape(batch)
+    for x, n, floor, root, inside, short in zip(projections, rows, floors, roots, traces, of_rows, strict=True):
         size = SIZE * torch.maximum(n, x.columns).clamp(min=1).sqrt()
-        rank_outside = (torch.minimum(n, x.columns) - x.dimension).clamp(min=1)
-        tail = ((x.row_energy.sum(-1) - energy_inside).clamp(min=0) / rank_outside + floor).sqrt()
-        tail_gain = 1 / (tail + MIN_TAIL * (energy_inside / x.dimension.clamp(min=1)).sqrt())
-        tail_gain = torch.where(x.dimension < x.shape[1] - 0.5, tail_gain, 0.0)  # where anything is outside
-        correction = root - torch.diag_embed(tail_gain.unsqueeze(-1).expand(*tail_gain.shape, k))
-        factors.append(OrthogonalFactors(root, size[..., None, None] * correction, size * tail_gain, short))
+        tail_gain = size * _tail_gain(x, n, floor, inside) if x.is_partial else None
+        factors.append(OrthogonalFactors(root, size[..., None, None] * root, tail_gain, short))
     return factors
 
 
-def inverse_root(gram: Tensor) -> Tensor:
-    """Roughly A^(-1/2), by which singular values become nearly 1 whose squares are the eigenvalues of A.
+def _tail_gain(x: Projection, rows: Tensor, floor: Tensor, inside: Tensor) -> Tensor:
+    """1 / tau, `(*batch,)`; 0 where nothing is outside of the subspace.
 
     Args:
-        gram: Symmetric, without negative eigenvalues, of trace at most 1; `(..., k, k)`.
+        x: The matrix in its subspace.
+        rows: Soft count of its rows.
+        floor: Added to its energy.
+        inside: The energy of what is made equal, the floor included.
     """
-    a, b, c = POLYNOMIAL
-    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    root = a * one + b * gram + c * (gram @ gram)
-    factor = root
-    for _ in range(ITERATIONS - 1):
-        gram = factor @ gram @ factor
-        factor = a * one + b * gram + c * (gram @ gram)
-        root = factor @ root
-    return root
-
-
-def _pad_square(gram: Tensor, size: int) -> Tensor:
-    """A square matrix padded with zeros."""
-    return F.pad(gram, (0, size - gram.shape[-1]) * 2)
+    energy = inside if x.whitened is None else x.projected.square().sum((-2, -1)) + floor
+    rank_outside = (torch.minimum(rows, x.columns) - x.dimension).clamp(min=1)
+    tail = ((x.row_energy.sum(-1) - energy).clamp(min=0) / rank_outside + floor).sqrt()
+    gain = 1 / (tail + MIN_TAIL * (energy / x.dimension.clamp(min=1)).sqrt())
+    return torch.where(x.dimension < x.shape[1] - 0.5, gain, 0.0)

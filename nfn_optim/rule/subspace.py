@@ -4,7 +4,7 @@ With X the mixed direction of a matrix (`nfn_optim.rule.direction`), `(rows, res
 orthonormal,
 
     Z = X U                                   the projection
-    U <- orthonormal basis of X^T P           with P any matrix that has the left singular vectors of Z, `(rows, k)`
+    U <- orthonormal basis of X^T P           with P the orthogonal direction in the subspace, `(rows, k)`
 
 The second line is a step of the power method. A matrix of at most k columns needs no basis: U is the identity. Where X
 has fewer than k singular values, some vectors of U are zero, until a row that lies mostly outside of the subspace is
@@ -17,7 +17,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,8 +45,10 @@ class Projection:
         dimension: Of the subspace, `(*batch,)`.
         local_projected: The local rows of Z, `(*batch, local rows, k)`.
         local_row_energy: Those of `row_energy`.
-        local_basis: U for the columns of the local block, `(*batch, rest, k)`.
-        basis: U as the state keeps it, `(*batch, *shape[1:], k)`.
+        local_basis: U for the columns of the local block, `(*batch, rest, k)`; None for the identity.
+        basis: U as the state keeps it, `(*batch, *shape[1:], k)`; likewise.
+        momentum: N, the momentum in the subspace, shaped as Z; None where it is not needed.
+        whitened: Z' (`nfn_optim.rule.whitening`), shaped as Z; None for Z.
     """
 
     shape: tuple[int, int]
@@ -56,13 +58,29 @@ class Projection:
     dimension: Tensor
     local_projected: Tensor
     local_row_energy: Tensor
-    local_basis: Tensor
-    basis: Tensor
+    local_basis: Tensor | None
+    basis: Tensor | None
+    momentum: Tensor | None = None
+    whitened: Tensor | None = None
+
+    @property
+    def equalised(self) -> Tensor:
+        """The part in the subspace whose singular values are made equal: Z' or Z."""
+        return self.projected if self.whitened is None else self.whitened
+
+    def turn(self, basis: Tensor) -> Tensor:
+        """U^T U' for another basis U' of these columns, `(*batch, k, k)`; not for the identity."""
+        assert self.basis is not None
+        return self._flat(self.basis).mT @ self._flat(basis)
+
+    def _flat(self, basis: Tensor) -> Tensor:
+        """`(*batch, *shape[1:], k) -> (*batch, rest, k)`."""
+        return basis.reshape(*basis.shape[: self.columns.dim()], self.shape[1], basis.shape[-1])
 
     @property
     def is_partial(self) -> bool:
         """Whether the subspace is smaller than the space."""
-        return self.basis.shape[-1] < self.shape[1]
+        return self.basis is not None and self.basis.shape[-1] < self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -79,13 +97,14 @@ class Subspaces:
     executor: Executor
     shards: Shards | None
 
-    def project(self, state: State, columns: Tensor, mixture: Mixture) -> dict[int, Projection]:
+    def project(self, state: State, columns: Tensor, mixture: Mixture, momentum: bool = False) -> dict[int, Projection]:
         """Project every matrix.
 
         Args:
             state: By name; `STATE_KEY` holds the basis, where there is one.
             columns: Soft counts of the columns of all tensors, `(*batch, T)`.
             mixture: Of which X is made, by index of the block.
+            momentum: Whether to project the momentum too.
 
         Returns:
             By index of the block, of those that are matrices.
@@ -99,15 +118,19 @@ class Subspaces:
             shape = self._shape_of(name, block)
             bases = [state[self.names[i]].get(STATE_KEY) for i in layout.indices]
             known = [basis for basis in bases if basis is not None]
-            basis = layout.gather_rows(known) if known else _identity(shape[1:], block.arrays[3])
-            local = basis if self.shards is None else self._local(name, basis)
-            local_basis = layout.fold_basis(local.expand(*layout.batch, *local.shape[-len(shape) :]))
-            projected, energy = self.executor.project(index, local_basis, mixture.get(index))
+            basis = layout.gather_rows(known) if known else self._whole_space(shape, block)
             count = layout.expand_to_rows(columns.unsqueeze(-1))[..., 0, 0]  # (*batch,)
-            dimension = basis.flatten(-len(shape), -2).square().sum((-2, -1)).expand(count.shape)
+            local_basis = None
+            if basis is None:
+                dimension = torch.full_like(count, shape[1:].numel())
+            else:
+                local = basis if self.shards is None else self._local(name, basis)
+                local_basis = layout.fold_basis(local.expand(*layout.batch, *local.shape[-len(shape) :]))
+                dimension = basis.flatten(-len(shape), -2).square().sum((-2, -1)).expand(count.shape)
+            projected, energy, of_momentum = self.executor.project(index, local_basis, mixture.get(index), momentum)
             matrix = (shape[0], shape[1:].numel())
             of_rows = projected, energy, dimension, projected, energy
-            projections[index] = Projection(matrix, count, *of_rows, local_basis, basis)
+            projections[index] = Projection(matrix, count, *of_rows, local_basis, basis, of_momentum)
         return projections if self.shards is None else self._reduced(projections, self.shards)
 
     def next_bases(
@@ -116,12 +139,12 @@ class Subspaces:
         roots: Mapping[int, Tensor],
         row_means: Mapping[int, Tensor],
         mixture: Mixture,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The bases of the step after this one: index of the tensor, and its basis.
+    ) -> dict[int, Tensor]:
+        """The bases of the step after this one, `(*batch, *shape[1:], k)` by index of the block, where one is needed.
 
         Args:
             projections: Of `project`.
-            roots: Index of a block -> R `(*batch, k, k)`, with P = Z R up to a factor.
+            roots: Index of a block -> R `(*batch, k, k)`, with P = Z' R up to a factor.
             row_means: Index of the tensor -> `Statistics` over each row of the whole matrix, packed,
                 `(*batch, shape[0], STATISTICS)`.
             mixture: As of `project`.
@@ -131,22 +154,23 @@ class Subspaces:
         for index, projection in partial.items():
             layout = self.executor.blocks[index].layout
             assert not isinstance(layout, Vectors)
+            assert projection.basis is not None
             columns = projection.basis.flatten(-projection.basis.dim() + len(layout.batch), -2).square().sum(-2)
             means = Statistics.unpack(layout.gather_rows([row_means[i] for i in layout.indices]))
             inside = projection.projected.square().sum(-1)
             outside = (1 - inside / (projection.row_energy + SQRT_EPS)).clamp(min=0)
-            polar = fill_missing(projection.projected @ roots[index], columns, means.momentum * outside)
+            polar = fill_missing(projection.equalised @ roots[index], columns, means.momentum * outside)
             image = self.executor.project_back(index, self.local_rows(index, polar), mixture.get(index))
             images[self._name(index)] = layout.unfold_basis(image)
         if self.shards is not None:
             padded = {name: [self._pad_columns(name, image)] for name, image in images.items()}
             images = {name: image for name, (image,) in self.shards.all_reduce(padded).items()}
+        bases = {}
         for index in partial:
-            layout = self.executor.blocks[index].layout
             image = images[self._name(index)]
-            flat = image.reshape(*layout.batch, -1, image.shape[-1])
-            basis = orthonormal_basis(flat.detach()).reshape(image.shape).contiguous()
-            yield from zip(layout.indices, basis.unbind() if isinstance(layout, Stack) else [basis], strict=True)
+            flat = image.reshape(*self.executor.blocks[index].layout.batch, -1, image.shape[-1])
+            bases[index] = orthonormal_basis(flat.detach()).reshape(image.shape).contiguous()
+        return bases
 
     def _reduced(self, projections: dict[int, Projection], shards: Shards) -> dict[int, Projection]:
         """Projections of whole matrices from those of their local parts."""
@@ -157,7 +181,7 @@ class Subspaces:
         reduced = shards.all_reduce(partial)
         whole = {}
         for index, projection in projections.items():
-            projected, energy = reduced[self._name(index)]
+            projected, energy, *momentum = reduced[self._name(index)]
             rows = shards.local_slice(self._name(index), 0)
             whole[index] = replace(
                 projection,
@@ -165,8 +189,17 @@ class Subspaces:
                 row_energy=energy,
                 local_projected=projected[..., rows, :],
                 local_row_energy=energy[..., rows],
+                momentum=momentum[0] if momentum else None,
             )
         return whole
+
+    def _whole_space(self, shape: torch.Size, block: Block) -> Tensor | None:
+        """The basis of a matrix that needs none, `(*shape[1:], k)`: the identity, None if columns lie in order."""
+        layout = block.layout
+        each = layout.each if isinstance(layout, Stack) else layout
+        if self.shards is None and isinstance(each, Matrix) and each.order == tuple(range(len(shape))):
+            return None
+        return _identity(shape[1:], block.arrays[3])
 
     def _name(self, index: int) -> str:
         """The name of a block's matrix, the first one of a stack."""
@@ -192,8 +225,9 @@ class Subspaces:
         return value if self.shards is None else value[..., self.shards.local_slice(self._name(index), 0), :]
 
     def _pad_rows(self, name: str, projection: Projection) -> list[Tensor]:
-        """The contribution of this process to Z and to the energy of the rows of the whole."""
+        """The contribution of this process to Z, to the energy of the rows of the whole, and to N."""
         shard, parts = self._shard(name), [projection.projected, projection.row_energy]
+        parts += [] if projection.momentum is None else [projection.momentum]
         return parts if shard is None else [shard.pad_to_whole(part, 0, 1) for part in parts]
 
     def _pad_columns(self, name: str, image: Tensor) -> Tensor:
