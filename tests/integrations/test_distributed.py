@@ -66,7 +66,7 @@ def test_fully_sharded(ranks: Ranks, hidden: int) -> None:
     sent = [
         1,  # whether all gradients are finite
         ROW_CHANNELS * (rows + 4),  # sums over rows and tensors
-        hidden * (64 + 1) + 10 * (hidden + 1),  # rows of at most 128 columns, and energies
+        hidden * (2 * 64 + 1) + 10 * (2 * hidden + 1),  # Z and N of at most 128 columns, and energies of rows
     ]
     for outcome in outcomes:
         assert outcome["sent"] == sent
