@@ -135,8 +135,15 @@ def test_settings_are_those_of_users_and_held_out_loss_decides() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_pretraining")
+@pytest.mark.parametrize(
+    "tasks", [("fine-tuned",), pytest.param(("adapters", "clusters"), marks=pytest.mark.exhaustive)], ids=" and ".join
+)
 def test_a_part_of_the_benchmark_is_written(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tasks: tuple[str, ...],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def tiny_gpt(_data: Path) -> Training:
         model = adapt(GPT(pretraining.CODES, 8, 16, 1), real.LINEAR, 2, 4.0)
@@ -149,14 +156,12 @@ def test_a_part_of_the_benchmark_is_written(
     for number in ("ROUNDS", "STEPS"):
         monkeypatch.setattr(step_time, number, 1)
     folders = Folders(folder, tmp_path / "cache", tmp_path / "out")
-    evaluate(
-        "real", ("default",), seeds=1, extent=Extent(tasks=("fine-tuned", "adapters", "clusters")), folders=folders
-    )
+    evaluate("real", ("default",), seeds=1, extent=Extent(tasks=tasks), folders=folders)
     content = json.loads((tmp_path / "out" / "real_part.json").read_text())
     names = ["AdamW tuned", "AdamW defaults", "Muon tuned", "default", "default, horizon known"]
     assert [row["optimizer"] for row in content["summary"]] == names
     assert [row["settings"] for row in content["summary"]] == [4, 1, 4, 1, 1]
-    assert len(content["rows"]) == 3 * len(names)
+    assert len(content["rows"]) == len(tasks) * len(names)
     assert all(row["loss"] == row["held_out"] for row in content["rows"])
     page = capsys.readouterr().out
     assert "steps to its best held-out loss; *loss reduction*: the held-out loss after its last step over" in page
