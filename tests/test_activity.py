@@ -169,7 +169,7 @@ def test_what_never_had_a_gradient_keeps_every_bit(how: str, name: str, monkeypa
     execution = options.pop("execution", None)
     optimizer = NFNOptimizer(net, rule=RULES[name](), **options)  # type: ignore[arg-type]
     if execution is not None:
-        monkeypatch.setattr(optimizer, "_execution", lambda _: execution)
+        monkeypatch.setattr(optimizer, "_execution", lambda *_: execution)
         monkeypatch.setattr("nfn_optim.optimizer.optimizer.is_small", lambda _: False)
     train(optimizer, net, masks)
     masks[0][20:] = 0.0

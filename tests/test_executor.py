@@ -86,7 +86,7 @@ def test_memory_is_bounded_by_the_tile() -> None:
     )
     most = {}
     for tile in (2**14, 2**20):
-        optimizer._execution = lambda _, tile=tile: Execution(tile=tile)  # type: ignore[method-assign]
+        optimizer._execution = lambda *_, tile=tile: Execution(tile=tile)  # type: ignore[method-assign]
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
@@ -110,7 +110,7 @@ def train(name: str, dtype: torch.dtype, rank: int, *, compiled: bool = False, d
     model = network.module().to(dtype)
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in network.inputs()]
     optimizer = NFNOptimizer(model, rule=random_rule(0.1, rank=rank, seed=1))
-    optimizer._execution = lambda _: Execution(compiled=compiled, compile_from=30)  # type: ignore[method-assign]
+    optimizer._execution = lambda *_: Execution(compiled=compiled, compile_from=30)  # type: ignore[method-assign]
     for _ in range(200):
         optimizer.zero_grad()
         torch.autograd.backward((model(*inputs).float() - 1).square().mean())
@@ -155,7 +155,7 @@ def test_compiled_training_is_uncompiled_training(monkeypatch: pytest.MonkeyPatc
 def test_failing_compilation_warns_once_and_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     params, grads, rule = draw(0), draw(1), random_rule()
     monkeypatch.setattr(inductor, "_failures", [])
-    inductor._load()
+    inductor.load()
     monkeypatch.setattr(torch._inductor, "compile", refuse)
     expected = {n: p.clone() for n, p in params.items()}
     rule = rule.requires_grad_(False)
@@ -167,6 +167,9 @@ def test_failing_compilation_warns_once_and_continues(monkeypatch: pytest.Monkey
     assert all(torch.allclose(p, expected[n], rtol=1e-5) for n, p in params.items())
 
 
+CPU = torch.device("cpu")
+
+
 def test_compilation_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """And never waits where it is asked for."""
     model = nn.Linear(3, 2)
@@ -174,13 +177,13 @@ def test_compilation_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("nfn_optim.optimizer.optimizer.MIN_WORK", 6)
     monkeypatch.setattr("nfn_optim.optimizer.optimizer.can_compile", lambda: True)
     patient, eager, never = (NFNOptimizer(model, rule="adamw", compile=how) for how in (None, True, False))
-    assert [patient._execution(8).compiled for _ in range(5)] == [False, False, False, True, True]
+    assert [patient._execution(8, CPU).compiled for _ in range(5)] == [False, False, False, True, True]
     small = NFNOptimizer(model, rule="adamw")
-    assert [small._execution(2).compiled for _ in range(6)] == [False, False, False, False, True, True]
-    assert eager._execution(8).compiled
-    assert not any(never._execution(8).compiled for _ in range(5))
+    assert [small._execution(2, CPU).compiled for _ in range(6)] == [False, False, False, False, True, True]
+    assert eager._execution(8, CPU).compiled
+    assert not any(never._execution(8, CPU).compiled for _ in range(5))
     monkeypatch.setattr("nfn_optim.optimizer.optimizer.can_compile", lambda: False)
-    assert not patient._execution(8).compiled
+    assert not patient._execution(8, CPU).compiled
 
 
 def refuse(*_: object, **__: object) -> None:

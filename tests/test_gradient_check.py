@@ -57,7 +57,7 @@ def test_a_step_that_checks_on_the_device_is_the_same(
         far(on)
         model = mlp()
         optimizer = NFNOptimizer(model, rule=cached_rule() if rule == "cached" else rule, weight_decay=0.1)
-        optimizer._execution = lambda _: execution  # type: ignore[method-assign]
+        optimizer._execution = lambda *_: execution  # type: ignore[method-assign]
         for step in range(12):
             give_gradients(model, (torch.randn(8, 3),))
             before = snapshot(optimizer) if step else []

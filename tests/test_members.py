@@ -189,7 +189,7 @@ def test_columns_of_a_tensor_in_compiled_passes(monkeypatch: pytest.MonkeyPatch)
     for execution in (Execution(), Execution(compiled=True, compile_from=0, tile=40)):
         model = Attention("columns").double()
         optimizer = NFNOptimizer(model)
-        monkeypatch.setattr(optimizer, "_execution", lambda _, execution=execution: execution)
+        monkeypatch.setattr(optimizer, "_execution", lambda *_, execution=execution: execution)
         for step in range(5):
             x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
             optimizer.zero_grad()

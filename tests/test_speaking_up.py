@@ -274,6 +274,8 @@ def unannounced() -> Iterator[None]:
 def test_compilation_is_announced_once_before_it_starts(
     compile: bool | None, unannounced: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """In the foreground."""
+    monkeypatch.setattr("nfn_optim.engine.background.is_possible", lambda device: False)
     said: list[int] = []
 
     def compiled(*_: Any, **__: Any) -> Any:

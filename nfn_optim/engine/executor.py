@@ -9,17 +9,17 @@ vectors, an odd last tile) and dtype, whatever the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nfn_optim.engine import passes
 from nfn_optim.engine.blocks import Block
-from nfn_optim.engine.inductor import run
+from nfn_optim.engine.inductor import Run, run
 from nfn_optim.engine.weight_features import AdamFeature, WeightFeatures
 
 ROW_UNROLL = 2  # rows that are added up in registers before their sum is stored; divides the size of tiles
@@ -56,6 +56,9 @@ class Executor(Protocol):
     def compiles(self, size: int) -> bool:
         """Whether functions of O(neurons) tensors over this many numbers are to be compiled."""
 
+    def run(self, function: Callable[..., Any], *args: Any, dynamic: bool = True) -> Any:
+        """Call a function that is to be compiled, see `nfn_optim.engine.inductor.run`."""
+
 
 class PureExecutor:
     """Differentiable passes over batched blocks.
@@ -87,6 +90,11 @@ class PureExecutor:
         del size
         return False
 
+    def run(self, function: Callable[..., Any], *args: Any, dynamic: bool = True) -> Any:
+        """See `Executor`."""
+        del dynamic
+        return function(*args)
+
     def update(
         self, index: int, row_coeffs: Tensor, column_gain: Tensor | None, low_rank: LowRank | None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -104,6 +112,8 @@ class Execution:
     Args:
         compiled: Compile them at their first use; needs a C++ compiler on a CPU. Where compilation fails, one warning,
             and everything continues uncompiled.
+        background: Compile in the background; uncompiled until then.
+        run: How a function to be compiled is called.
         tile: Weights per tile; some 20 numbers are held for each.
         compile_from: Arrays of fewer weights are not compiled, since calls dominate their cost; those of one shape are
             stacked.
@@ -114,6 +124,8 @@ class Execution:
     tile: int = 2**18
     compile_from: int = 2**14
     grads_finite: Tensor | None = None
+    background: bool = False
+    run: Run = run
 
     def pays(self, size: int) -> bool:
         """Whether a function over this many numbers is compiled."""
@@ -144,7 +156,7 @@ class InPlaceExecutor:
             tile_constants = _rows(constants, rows)
             if compiles:
                 row_unroll = ROW_UNROLL if len(tile_p) % ROW_UNROLL == 0 and len(constants) == 1 else 1
-                partial_sums = run(passes.reduce_pass, tile_p, tile_g, tile_moments, tile_constants, row_unroll)
+                partial_sums = self.run(passes.reduce_pass, tile_p, tile_g, tile_moments, tile_constants, row_unroll)
                 row_sums, column_sums = passes.finish_sums(*partial_sums)
             else:
                 features = passes.moments_and_features(tile_p, tile_g, tile_moments, tile_constants)[1]
@@ -184,6 +196,10 @@ class InPlaceExecutor:
         """See `Executor`."""
         return self._execution.pays(size)
 
+    def run(self, function: Callable[..., Any], *args: Any, dynamic: bool = True) -> Any:
+        """See `Executor`."""
+        return self._execution.run(function, *args, dynamic=dynamic)
+
     def apply_(
         self, index: int, row_coeffs: Tensor, column_gain: Tensor | None, low_rank: LowRank | None, frozen: bool
     ) -> None:
@@ -199,7 +215,7 @@ class InPlaceExecutor:
             passes.store_(p, g, moments, constants, update, new, grads_finite)
             return
         compiles = self._compiles(p)
-        apply_ = partial(run, passes.apply_) if compiles else passes.apply_
+        apply_ = partial(self.run, passes.apply_) if compiles else passes.apply_
         holds = low_rank is not None or not compiles or not p.is_contiguous()
         tiles = [*self._tiles(p)] if holds else [slice(None)]
         right = None if low_rank is None else low_rank[1]
@@ -223,7 +239,7 @@ class InPlaceExecutor:
         """Tile by tile: which rows, and `passes.mixed_direction` of them."""
         p, g, moments, constants = self.blocks[index].arrays
         compiles = self._compiles(p)
-        direction = partial(run, passes.mixed_direction) if compiles else passes.mixed_direction
+        direction = partial(self.run, passes.mixed_direction) if compiles else passes.mixed_direction
         for rows in self._tiles(p):
             tile_p, tile_g, *tile_moments = (_dense(x[rows]) if compiles else x[rows] for x in (p, g, *moments))
             tile_mixture = None if mixture is None else _rows(mixture, rows)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
+from nfn_optim.engine import background
 from nfn_optim.engine.executor import Execution
-from nfn_optim.engine.inductor import can_compile
+from nfn_optim.engine.inductor import can_compile, has_failed
 from nfn_optim.engine.sharding import Shards, all_processes, is_sharded, local
 from nfn_optim.engine.stochastic_rounding import is_bfloat16
 from nfn_optim.optimizer import param_groups
@@ -32,6 +33,7 @@ from nfn_optim.optimizer.gradient_check import grads_finite, grads_finite_tensor
 from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, ParamSlot, TorchArguments, by_name, moves
 from nfn_optim.optimizer.parameter_index import ParameterIndex
 from nfn_optim.optimizer.real_view import real
+from nfn_optim.optimizer.rule_tensors import RuleTensors
 from nfn_optim.optimizer.skipped_steps import SkippedSteps
 from nfn_optim.optimizer.state import ParamState, check_states, entries_of, read_state
 from nfn_optim.optimizer.state_dict import match_state
@@ -71,9 +73,10 @@ class NFNOptimizer(torch.optim.Optimizer):
             (`nfn_optim.engine.stochastic_rounding`): half the state. Counters and coefficients keep their precision,
             and so do the moments of complex parameters. None: float32, or float64 for float64 parameters.
         compile: Whether to compile steps, which takes ten seconds to minutes once and a few seconds in each later
-            process. By default as soon as it pays: after `COMPILE_AFTER` weight updates (100 steps of ten million
-            parameters, 10,000 of a small network), where there is a compiler. Compiled and uncompiled steps are equal
-            to rounding.
+            process; True compiles at the first steps. By default as soon as it pays: after `COMPILE_AFTER` weight
+            updates (100 steps of ten million parameters, 10,000 of a small network), where there is a compiler, and
+            on a CPU in the background (`nfn_optim.engine.background`). Compiled and uncompiled steps are equal to
+            rounding.
         **torch_arguments: Others of `torch.optim.AdamW`, at their defaults; they mean nothing here.
 
     Raises:
@@ -135,9 +138,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         self.rule = rule if isinstance(rule, UpdateRule) else load(rule)
         self._rule_name = type(rule).__name__ if isinstance(rule, UpdateRule) else os.fspath(rule)
         self._compile, self._work, self._state_dtype = compile, 0, state_dtype
-        self._cast: dict[tuple[torch.device, torch.dtype], tuple[list[tuple[int, int]], dict[str, Tensor]]] = {}
-        self._tensors: dict[str, Tensor] = {}
-        self._compiled_steps = CompiledSteps()
+        self._rule_tensors, self._compiled_steps = RuleTensors(), CompiledSteps()
         self._skipped_steps, self._edited_states = SkippedSteps(), EditedStates(self.rule, state_dtype)
         self._index = ParameterIndex(model)
         super().__init__(params_or_model, defaults)
@@ -270,14 +271,17 @@ class NFNOptimizer(torch.optim.Optimizer):
             "total_steps": self.param_groups[0]["total_steps"],
             "refresh": refresh,
         }
-        execution = self._execution(sum(p.numel() for p in params.values()))
+        execution = self._execution(sum(p.numel() for p in params.values()), device)
         execution = execution if finite is None else replace(execution, grads_finite=finite.to(device))
         with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
-            theta, tensors = self._theta(device, dtype), (params, grads, state)
+            theta, tensors = self._rule_tensors.copies(self.rule, device, dtype), (params, grads, state)
             whole = execution.compiled and shards is None and is_small(members_of(symmetry).split(params))
-            graph = theta or self._tensors, tensors, symmetry, hypers | {"grads_finite": execution.grads_finite}
-            if not (whole and self._compiled_steps.step_(self.rule, *graph)):
-                hypers |= {"execution": execution, "shards": shards}
+            hypers |= {"execution": execution, "shards": shards}
+            given = self.rule, theta or self._rule_tensors.own, tensors, symmetry, hypers
+            if not (whole and self._compiled_steps.step_(*given)):
+                if execution.background:
+                    uncompiled = replace(execution, compiled=False)
+                    hypers["execution"] = uncompiled if whole else self._compiled_steps.execution(*given)
                 if theta:
                     step_with_theta_(self.rule, theta, *tensors, symmetry, **hypers)
                 else:
@@ -286,10 +290,13 @@ class NFNOptimizer(torch.optim.Optimizer):
             entries = [(value, state[name][key]) for name, s in stored.items() for key, value in s.items()]
             torch._foreach_copy_([old for old, _ in entries], [value for _, value in entries])
 
-    def _execution(self, weights: int) -> Execution:
+    def _execution(self, weights: int, device: torch.device) -> Execution:
         """How a step over this many weights is run."""
         self._work += max(weights, MIN_WORK)
-        return Execution((self._work > COMPILE_AFTER and can_compile()) if self._compile is None else self._compile)
+        if self._compile is not None or self._work <= COMPILE_AFTER or not can_compile():
+            return Execution(compiled=bool(self._compile) and not has_failed())
+        background.adopt(self.param_groups[0]["steps_taken"] + 1)
+        return Execution(compiled=not has_failed(), background=background.is_possible(device))
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter as the rule reads it: real, and the local part."""
@@ -299,19 +306,6 @@ class NFNOptimizer(torch.optim.Optimizer):
     def _named(self) -> dict[str, Tensor]:
         """All parameters by name."""
         return dict(zip(self.names, (p for group in self.param_groups for p in group["params"]), strict=True))
-
-    def _theta(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The rule's tensors on a device and in a dtype; empty if they are already."""
-        theta = self._tensors
-        if next(self.rule.parameters(), None) is not next(iter(theta.values()), None):  # walking through all is slow
-            theta = self._tensors = {**dict(self.rule.named_parameters()), **dict(self.rule.named_buffers())}
-        if all(t.device == device and t.dtype in (dtype, torch.int64, torch.bool) for t in theta.values()):
-            return {}
-        versions = [(id(t), t._version) for t in theta.values()]
-        if self._cast.get((device, dtype), ([], {}))[0] != versions:
-            cast = {n: t.detach().to(device, dtype if t.is_floating_point() else None) for n, t in theta.items()}
-            self._cast[device, dtype] = versions, cast
-        return self._cast[device, dtype][1]
 
     def _resolve(self) -> None:
         """Bring names and symmetry in line with the present parameters."""
@@ -407,8 +401,7 @@ class NFNOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._index.bind(self)
-        self.__dict__.setdefault("_cast", {})
-        self.__dict__.setdefault("_tensors", {})
+        self.__dict__.setdefault("_rule_tensors", RuleTensors())
         self.__dict__.setdefault("_compiled_steps", CompiledSteps())
         self.__dict__.setdefault("_state_dtype", None)
         self.__dict__.setdefault("_skipped_steps", SkippedSteps())

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nfn_optim.engine.executor import Executor
-from nfn_optim.engine.inductor import run
 from nfn_optim.engine.weight_features import FEATURES, Statistics, WeightFeatures
 from nfn_optim.layers import Incidence, MessagePassing
 from nfn_optim.rule import features
@@ -111,7 +110,7 @@ class CoefficientNetwork(nn.Module):
         else:
             theta, template = [*self.message_passing.parameters()], _template(self.config)
             args = (rows, tensors, theta, template, incidence, active)
-            coefficients = run(_functional_message_passing, *args, dynamic=False)
+            coefficients = executor.run(_functional_message_passing, *args, dynamic=False)
         return coefficients
 
 
@@ -142,7 +141,7 @@ def _inputs(executor: Executor, pooled: Pooled, step: Step) -> tuple[Tensor, _In
     time = features.time_features(steps, None if total is None else horizon_of(total, steps))
     tensors = features.tensor_features(statistics, scale, rms, pooled.counts, time, incidence)
     compiles = executor.compiles(pooled.rows.numel())
-    log_statistics = partial(run, features.log_statistics) if compiles else features.log_statistics
+    log_statistics = partial(executor.run, features.log_statistics) if compiles else features.log_statistics
     rows = log_statistics(pooled.rows, incidence.tensors_to_rows(units))
     if incidence.has_masked:
         rows = torch.where(index["masked"], incidence.tensors_to_rows(statistics), rows)
