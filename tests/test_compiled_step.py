@@ -198,19 +198,28 @@ def test_large_networks_are_not_compiled_whole(recorded: list[int]) -> None:
 @pytest.mark.exhaustive
 @compiler
 @pytest.mark.timeout(900)
-def test_compiled_training_is_training() -> None:
-    """200 steps of a kernel, a matrix and vectors, in double precision, whose rounding is too small to be amplified."""
-    network = BY_NAME["conv3d"]
-    found = []
+@pytest.mark.parametrize("what", ["random rule", "default rule"])
+def test_compiled_training_is_training(what: str) -> None:
+    """In double precision, whose rounding is too small to be amplified.
+
+    200 steps of a kernel, a matrix and vectors; and steps of the default rule with larger matrices, which meet faults of
+    the compiler (`nfn_optim.engine.inductor_faults`).
+    """
+    network, found = BY_NAME["conv3d"], []
+    used = cached_rule() if what == "random rule" else "default"
     for how in (False, True):
         torch.manual_seed(0)
-        model = network.module().double()
-        inputs = tuple(x.double() if x.is_floating_point() else x for x in network.inputs())
-        optimizer = NFNOptimizer(model, rule=cached_rule(), compile=how)
-        for _ in range(200):
+        model, inputs = network.module().double(), network.inputs()
+        if what == "default rule":
+            layers = nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+            model, inputs = nn.Sequential(*layers).double(), (torch.randn(8, 3),)
+        inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+        optimizer = NFNOptimizer(model, rule=used, compile=how)
+        for _ in range(200 if what == "random rule" else 20):
             give_gradients(model, inputs)
             optimizer.step()
         found.append(snapshot(optimizer))
+        assert not inductor.has_failed()
         assert optimizer.fallbacks == optimizer.skipped_steps == 0
     for eager, graph in zip(*found, strict=True):
         torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-7)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from compiler import compiler
 from torch import Tensor
 
 from nfn_optim.engine import inductor
+from nfn_optim.engine.inductor import Graph
 
 pytestmark = [compiler, pytest.mark.usefixtures("empty_cache")]
 
@@ -108,9 +110,69 @@ def test_holes_in_memory_and_other_numbers_of_threads() -> None:
     assert inductor.graph_count() == 2
 
 
+def sums(x: Tensor, w: Tensor, index: Tensor, start: Tensor) -> tuple[Tensor, ...]:
+    """Reads, in loops of several shapes, what was added to a tensor."""
+    h = (x @ w).tanh() @ w
+    added = start.flatten().index_add(-1, index, h.abs().sum(-1)).reshape(start.shape).clamp(min=1)
+    logs = added.log()
+    rows = torch.cat([logs / 5, logs.sum(-1, keepdim=True) / 10, start], -1)
+    return (rows @ w[:5]).sum(0), h.tanh() @ w, (h @ w).sum(0)
+
+
+@pytest.mark.slow
+def test_what_was_added_is_read_afterwards() -> None:
+    """Here PyTorch 2.13 alone reads it before."""
+    torch.manual_seed(0)
+    args = [torch.randn(1000, 50), torch.randn(50, 50), torch.randint(0, 600, (1000,)), torch.zeros(300, 2)]
+    graph = inductor.build_graph(sums, [x.clone() for x in args], inductor._inductor, dynamic=False)
+    torch.testing.assert_close(graph.unflatten(graph.run(*args)), sums(*args), rtol=1e-3, atol=0.1)
+
+
+@pytest.mark.parametrize("wrong", ["result", "argument", "nan", "nothing"])
+def test_a_graph_that_does_something_else_is_never_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has three tries, since rounding may decide in one; then nothing is compiled any more."""
+    monkeypatch.setattr(inductor, "_failures", [])
+
+    def add_(x: Tensor, y: Tensor) -> Tensor:
+        return x.add_(y).sum()
+
+    def planted(x: Tensor, y: Tensor) -> list[Tensor]:
+        total = add_(x, y * (1.02 if wrong == "argument" else 1.0))
+        if wrong == "nan":
+            x[0] = torch.nan
+        return [total * (1.02 if wrong == "result" else 1.0)]
+
+    graph = Graph(planted, itemgetter(0), {}, ())
+    monkeypatch.setattr(inductor, "compile_call", lambda call: graph)
+    x, y = torch.full((5,), 100.0), torch.ones(5)
+    for step in range(5):
+        if wrong != "nothing" and step == 2:
+            with pytest.warns(UserWarning, match=r"does something else.*update PyTorch"):
+                total = inductor.run(add_, x, y)
+        else:
+            total = inductor.run(add_, x, y)
+        assert torch.equal(x, torch.full((5,), 101.0 + step))
+        assert total == x.sum()
+    assert graph.has_agreed == (wrong == "nothing")
+    assert inductor.has_failed() == (wrong != "nothing")
+
+
+def test_a_graph_that_rounds_differently_is_used() -> None:
+    """From its second call on; where nothing is finite there is nothing to see."""
+    graph = Graph(lambda x: [x.mul_(3 * (1 + 1e-6)).sum()], itemgetter(0), {}, ())
+    x = torch.rand(100)
+    assert inductor.run_graph(graph, lambda x: x.mul_(3).sum(), x.clone()) == (3 * x).sum()
+    assert graph.has_agreed
+    assert inductor.run_graph(graph, lambda x: x.mul_(0).sum(), x.clone()) > 0
+    graph = Graph(lambda x: [x.mul_(2)], itemgetter(0), {}, ())
+    inductor.run_graph(graph, lambda x: x.mul_(2), torch.tensor([torch.nan, torch.inf, 1.0]))
+    assert graph.has_agreed
+
+
 PROCESS = """
 import torch
 from nfn_optim.engine import inductor
+from nfn_optim.engine.inductor import Graph
 x = torch.randn(40, 30)
 assert torch.equal(inductor.run(torch.neg, x), -x)
 assert inductor.graph_count() == 1 and not inductor.has_failed()
