@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -60,6 +61,15 @@ def empty_cache() -> Iterator[None]:
     inductor.clear()
     yield
     inductor.clear()
+
+
+@pytest.fixture(scope="module")
+def quick_collection() -> Iterator[None]:
+    """`gc.collect` does not look at what there was before the tests of the file, which takes seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

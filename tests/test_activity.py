@@ -153,10 +153,16 @@ HOW: dict[str, dict[str, object]] = {
     },
 }
 
+MARKS = {
+    "compiled passes": [pytest.mark.slow],
+    "bfloat16, compiled passes": [pytest.mark.slow],
+    "compiled steps": [pytest.mark.exhaustive],  # takes minutes
+}
+
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=[compiler, pytest.mark.slow] if "compiled" in how else []) for how in HOW]
+    "how", [pytest.param(how, marks=[compiler, *MARKS[how]]) if how in MARKS else how for how in HOW]
 )
 @pytest.mark.parametrize("name", ["shipped", "random, orthogonal"])
 def test_what_never_had_a_gradient_keeps_every_bit(how: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,7 @@ import os, signal, sys, time, torch
 import nfn_optim.optimizer.optimizer as o
 from nfn_optim.engine import background
 o.COMPILE_AFTER = 0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
 model = torch.nn.Linear(3, 2)
 optimizer = o.NFNOptimizer(model)
 model(torch.ones(1, 3)).sum().backward()

@@ -202,8 +202,8 @@ def test_large_networks_are_not_compiled_whole(recorded: list[int]) -> None:
 def test_compiled_training_is_training(what: str) -> None:
     """In double precision, whose rounding is too small to be amplified.
 
-    200 steps of a kernel, a matrix and vectors; and steps of the default rule with larger matrices, which meet faults of
-    the compiler (`nfn_optim.engine.inductor_faults`).
+    200 steps of a kernel, a matrix and vectors; and steps of the default rule with larger matrices, which meet faults
+    of the compiler (`nfn_optim.engine.inductor_faults`).
     """
     network, found = BY_NAME["conv3d"], []
     used = cached_rule() if what == "random rule" else "default"

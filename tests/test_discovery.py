@@ -49,7 +49,7 @@ def hooks() -> int:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind() -> Iterator[None]:
+def _nothing_left_behind(quick_collection: None) -> Iterator[None]:
     gc.collect()
     before = hooks()
     yield

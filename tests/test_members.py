@@ -89,7 +89,7 @@ def train(model: nn.Module, optimizer: NFNOptimizer, steps: int = STEPS, unused:
     [
         *((Stacked, name, unused, False) for name in RULES for unused in (None, 1)),
         *((ByNumber, name, None, False) for name in RULES),
-        pytest.param(Stacked, "shipped", 1, True, marks=[compiler, pytest.mark.slow]),
+        pytest.param(Stacked, "shipped", 1, True, marks=[compiler, pytest.mark.exhaustive]),
     ],
 )
 def test_experts_in_one_tensor_train_like_experts_in_tensors_of_their_own(

@@ -29,7 +29,7 @@ X = torch.linspace(-1, 1, 32).view(4, 8)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind() -> Iterator[None]:
+def _nothing_left_behind(quick_collection: None) -> Iterator[None]:
     yield
     gc.collect()
     tables = [v for k, v in vars(torch_module).items() if k.startswith("_global_") and "hooks" in k]
