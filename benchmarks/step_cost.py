@@ -11,8 +11,10 @@ step.
 
     bytes        memory traffic per weight: every array read or written in every pass, and the gradient check
     operations   elements that PyTorch's operators write in an uncompiled step, per weight
+    products     additions and multiplications in its matrix products, per weight; they take at least as long as at the
+                 speed of a large square product, measured in the same run
 
-Muon updates matrices and fused AdamW the rest. Writes `step_cost.json` and `step_cost.md`; takes some eight minutes.
+Muon updates matrices and fused AdamW the rest. Writes `step_cost.json` and `step_cost.md`; takes some fifteen minutes.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from result import setting, write
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from nfn_optim import NFNOptimizer, pretrained
 from nfn_optim.engine import inductor
@@ -122,13 +125,13 @@ def schedule_free(model: nn.Module) -> Any:
     return optimizer
 
 
-FUSED = "AdamW fused"
+FUSED, OWN = "AdamW fused", "NFNOptimizer"
 OPTIMIZERS: dict[str, Build] = {
     FUSED: lambda m: torch.optim.AdamW(m.parameters(), fused=True),
     "AdamW foreach": lambda m: torch.optim.AdamW(m.parameters(), foreach=True),
     "Muon": Muon,
     "schedulefree AdamW": schedule_free,
-    "NFNOptimizer": lambda m: NFNOptimizer(m, compile=False),
+    OWN: lambda m: NFNOptimizer(m, compile=False),
     "NFNOptimizer, compiled": lambda m: NFNOptimizer(m, compile=True),
     "NFNOptimizer adamw": lambda m: NFNOptimizer(m, rule="adamw", compile=False),
     "NFNOptimizer adamw, compiled": lambda m: NFNOptimizer(m, rule="adamw", compile=True),
@@ -187,6 +190,23 @@ def transient(optimizer: Any) -> int:
     return peak
 
 
+def products(optimizer: Any) -> float:
+    """Operations in the matrix products of a step."""
+    with FlopCounterMode(display=False) as counter:
+        take_turn(optimizer)
+    return counter.get_total_flops() / TURN
+
+
+def product_speed(size: int = 1024) -> float:
+    """Operations per second of a square product; the best of ten."""
+    x, seconds = torch.randn(size, size), []
+    for _ in range(10):
+        started = time.thread_time()
+        x @ x
+        seconds.append(time.thread_time() - started)
+    return 2.0 * size**3 / min(seconds)
+
+
 class WrittenElements(TorchDispatchMode):
     """Counts the elements that operators write."""
 
@@ -232,6 +252,7 @@ def row(name: str, title: str, repetitions: int, training: float) -> dict[str, A
         "state_floats_per_parameter": sum(v.numel() * v.itemsize for v in state) / (4 * weights),
         "transient_bytes": (peak := transient(optimizer)),
         "transient_over_parameters": peak / (4 * weights),
+        "products_per_parameter": products(optimizer) / weights if title == OWN else None,
     }
 
 
@@ -246,25 +267,30 @@ def operations() -> float:
 def page(content: dict[str, Any]) -> str:
     """The results as a table with one line per model."""
     by_pair = {(r["model"], r["optimizer"]): r for r in content["steps"]}
-    own, compiled = "NFNOptimizer", "NFNOptimizer, compiled"
+    own, compiled = OWN, "NFNOptimizer, compiled"
     shown = [title for title in OPTIMIZERS if title != FUSED]
     lines = [
         f"{content['about']}. Time per step over fused AdamW's, median over adjacent turns.",
         "*Training*: a step with forward and backward pass over the same with fused AdamW, uncompiled and compiled.",
         f"*Memory*: peak allocation in a step, MB, likewise. *First*: time of the first {WARMUP} steps, s, likewise,",
-        "compilation included. Muon is excluded if the processor has no products in bfloat16, in which it computes.",
+        "compilation included. *Products*: operations in matrix products per weight, and the time that they take at",
+        f"the speed of a large product, {content['product_speed'] / 1e9:.0f} billion a second, over fused AdamW's.",
+        "Muon is excluded if the processor has no products in bfloat16, in which it computes.",
         "",
-        "| model | fused AdamW, ms | " + " | ".join(shown) + " | training | memory | first |",
-        "|---" * (len(shown) + 5) + "|",
+        "| model | fused AdamW, ms | " + " | ".join(shown) + " | training | memory | first | products |",
+        "|---" * (len(shown) + 6) + "|",
     ]
     for name, model in MODELS.items():
         ratios = [f"{by_pair[name, title]['ratio']:.1f}" if (name, title) in by_pair else "" for title in shown]
         both = [by_pair[name, title] for title in (own, compiled)]
         memory = " ".join(f"{r['transient_bytes'] / 1e6:.0f}" for r in both)
         first = " ".join(f"{r['first_steps_seconds']:.1f}" for r in both)
+        each = both[0]["products_per_parameter"]
+        alone = each * both[0]["parameters"] / content["product_speed"] * 1e3 / both[0]["fused_milliseconds"]
         lines.append(
             f"| {name}, {model.title} | {both[1]['fused_milliseconds']:.2f} | {' | '.join(ratios)} "
-            f"| {both[0]['whole_step']:.2f} {both[1]['whole_step']:.2f} | {memory} | {first} |"
+            f"| {both[0]['whole_step']:.2f} {both[1]['whole_step']:.2f} | {memory} | {first} "
+            f"| {each:.0f}, {alone:.1f} |"
         )
     adamw_bytes, own_bytes = content["bytes"]["AdamW"], content["bytes"]["NFNOptimizer"]
     large = by_pair["MLP 10M", FUSED]
@@ -296,6 +322,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 gc.collect()
     content = {"about": setting("torch"), "steps": rows, "bytes": BYTES, "operations": operations()}
+    content["product_speed"] = product_speed()
     write(args.out, "step_cost", page(content), content)
 
 
