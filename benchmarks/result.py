@@ -17,9 +17,16 @@ def setting(*packages: str) -> str:
     return f"{date.today()}, {versions}, {platform.machine()}, one thread of {os.cpu_count()}"
 
 
-def write(folder: Path, name: str, text: str, content: dict[str, Any]) -> None:
-    """Print a result and write it to a folder as NAME.md and NAME.json."""
+def save(folder: Path, name: str, text: str, content: dict[str, Any]) -> None:
+    """Write a result to a folder as NAME.md and NAME.json; each is replaced at once or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text + "\n")
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    for path, written in ((folder / f"{name}.md", text), (folder / f"{name}.json", json.dumps(content, indent=1))):
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(written + "\n")
+        os.replace(partial, path)
+
+
+def write(folder: Path, name: str, text: str, content: dict[str, Any]) -> None:
+    """Print a result and `save` it."""
+    save(folder, name, text, content)
     print(text)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,11 +15,14 @@ from ranks import WORLD
 from rules import random_rule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nfn_optim import NFNOptimizer
 from nfn_optim.engine.moments import MOMENTS
+from nfn_optim.engine.sharding import local
+from nfn_optim.optimizer.state import entries_of
 
 STEPS = 20
 Outcome = dict[str, Any]
@@ -104,6 +109,41 @@ def fully_sharded(hidden: int, **config: Any) -> Outcome:
     with CollectiveCounter() as counter:
         optimizer.step()
     return {**found, "sent": counter.sent}
+
+
+def sent_and_held(sizes: Sequence[int], steps: Sequence[int]) -> Outcome:
+    """FSDP2 of linear layers: what steps send, the peak bytes that they allocate, and the numbers in the state.
+
+    Args:
+        sizes: Of the layers.
+        steps: Numbers of steps; those between are left out.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(given, made) for given, made in pairwise(sizes)))
+    fully_shard(model)
+    optimizer = NFNOptimizer(model.parameters())
+    found: Outcome = {"sent": [], "held": []}
+    for step in steps:
+        optimizer.param_groups[0]["steps_taken"] = step
+        model(torch.randn(8, sizes[0])).square().mean().backward()
+        with CollectiveCounter() as counter, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            optimizer.step()
+        found["sent"].append(counter.sent)
+        found["held"].append(peak_bytes(record))
+    entries = [value for state in optimizer.state.values() for value in entries_of(state).values()]
+    return {**found, "state": sum(local(value).numel() for value in entries)}
+
+
+def peak_bytes(record: Any) -> int:
+    """The most bytes that were allocated at once, of those allocated while a profiler watched."""
+    held = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 class Gate(nn.Module):

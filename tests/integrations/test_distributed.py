@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import parallel_training
 import pytest
 import torch
 from digits import SYMMETRY, axes_of, batches, falls, network, train
-from ranks import Ranks
+from ranks import WORLD, Ranks
 from rules import random_rule
 from torch import Tensor
 
 from nfn_optim import NFNOptimizer
+from nfn_optim.engine.executor import Execution
+from nfn_optim.pretrained import load
 from nfn_optim.rule import UpdateRule
 from nfn_optim.rule.features import ROW_CHANNELS
 
@@ -72,6 +77,30 @@ def test_fully_sharded(ranks: Ranks, hidden: int) -> None:
         assert outcome["sent"] == sent
         assert falls(outcome["losses"])
         assert outcome["axes"] == SYMMETRY
+
+
+@pytest.mark.parametrize("sizes", [(160, 20000, 10), (1000, 4000, 10)])
+def test_counts_from_shapes_are_what_is_sent_and_held(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
+) -> None:
+    """Of `benchmarks/scaling.py`, at the first step, one with a refresh and one without.
+
+    The projections of the first network are larger than its matrices.
+    """
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent.parent / "benchmarks"))
+    scaling = importlib.import_module("scaling")
+    rule = load()
+    shapes = [shape for given, made in pairwise(sizes) for shape in ((made, given), (made,))]
+    counts, every = scaling.Counts(shapes, rule), rule.config.refresh_every
+    tile = scaling.BYTES * scaling.TILE_NUMBERS * Execution().tile
+    steps = {0: {"refresh": True, "first": True}, every: {"refresh": True}, every + 1: {"refresh": False}}
+    for rank, outcome in enumerate(ranks.run(parallel_training.sent_and_held, sizes, list(steps))):
+        assert outcome["sent"] == [counts.sent(**step) for step in steps.values()]
+        assert rank or outcome["state"] == counts.state(WORLD)
+        made = scaling.BYTES * outcome["state"]  # at the first step
+        for held, first in zip(outcome["held"], (True, False), strict=False):
+            expected = scaling.BYTES * counts.transient(WORLD, first=first)
+            assert expected == pytest.approx(held - first * made, abs=tile / 2)
 
 
 @pytest.mark.parametrize(
