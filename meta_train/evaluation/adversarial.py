@@ -4,8 +4,8 @@
     G's loss    mean s(-D(G(z)))
 
 In D's loss G(z) is a constant, in G's loss the parameters of D are. So the gradient of the sum with respect to either
-player is that of its own loss, and both step at once. Reversing the gradient of D's loss for G would take a pass less, but
-it vanishes wherever D is sure of itself, so that nobody trains this way.
+player is that of its own loss, and both step at once. Reversing the gradient of D's loss for G would take a pass less,
+but it vanishes wherever D is sure of itself.
 
 References:
     Generative Adversarial Networks (Goodfellow et al., 2014), Sec. 3, arXiv:1406.2661

@@ -17,7 +17,7 @@ from meta_train.evaluation.accumulation import Accumulated
 from meta_train.evaluation.adapters import adapt
 from meta_train.evaluation.adversarial import GAN, adversarial
 from meta_train.evaluation.augmentation import augmented_classification
-from meta_train.evaluation.datasets import HELD, MOST, Examples, clusters, images
+from meta_train.evaluation.datasets import HELD, Examples, clusters, images
 from meta_train.evaluation.gpt import GPT
 from meta_train.evaluation.graphs import MessagePassing, node_prediction, points
 from meta_train.evaluation.networks import mlp, resnet
@@ -77,7 +77,7 @@ def policy(_data: Path) -> Training:
 
 def gan(data: Path) -> Training:
     """Generator and discriminator of 14x14 pixels, judged by the features of a CNN that was trained on clothes."""
-    shown, held = (reduced_images(data, "fashion_mnist", p, 0, n)[0] for p, n in (("train", MOST), ("test", HELD)))
+    shown, held = (reduced_images(data, "fashion_mnist", p, 0, n)[0] for p, n in (("train", 10_000), ("test", HELD)))
     features = deepcopy(trained_on_clothes(small_cnn, data)[:-1]).eval().requires_grad_(False)
     return adversarial(GAN(16), shown, held, features, 64)
 
