@@ -23,6 +23,7 @@ ELSEWHERE = {
 
 CODE = re.compile(r"```python\n(.*?)```(?:\n```\n(.*?)```)?", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SECTION = re.compile(r"^## (.+)\n((?:(?!## ).*\n)*)", re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -58,6 +59,19 @@ def test_links_lead_somewhere(name: str) -> None:
         if anchor:
             headings = HEADING.findall(target.read_text())
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_cases_against_it_are_measured() -> None:
+    """What a row says is in a table of one of the sections that it links to."""
+    results = (ROOT / "docs" / "results.md").read_text()
+    sections = {title.lower().replace(" ", "-"): text for title, text in SECTION.findall(results)}
+    rows = [line for line in (ROOT / "docs" / "when_not.md").read_text().splitlines() if line.startswith("| **")]
+    assert len(rows) > 1
+    for row in rows:
+        anchors = re.findall(r"results\.md#([\w-]+)", row)
+        cells = "\n".join(line for anchor in anchors for line in sections[anchor].splitlines() if line.startswith("|"))
+        for number in re.findall(r"\d+\.\d\d+", row):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", cells), (number, anchors)
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scipy.linalg
 import torch
+import torch.nn.functional as F
 from data_folder import with_random_images
 from inline import Pool
 from torch import nn
@@ -18,14 +20,16 @@ from meta_train.evaluate import Extent, Folders, evaluate
 from meta_train.evaluation import losses, pretraining, real, step_time
 from meta_train.evaluation.accumulation import Accumulated
 from meta_train.evaluation.adapters import Adapted, adapt
+from meta_train.evaluation.adversarial import GAN, NOISE, adversarial, frechet_distance
 from meta_train.evaluation.augmentation import cropped_and_flipped
 from meta_train.evaluation.cache import Run
 from meta_train.evaluation.datasets import Examples
 from meta_train.evaluation.gpt import GPT
-from meta_train.evaluation.loop import compute_gradients
+from meta_train.evaluation.loop import compute_gradients, scores_of
 from meta_train.evaluation.networks import mlp
 from meta_train.evaluation.splits import SPLITS
 from meta_train.evaluation.task import Training
+from nfn_optim import NFNOptimizer
 
 ROOT = Path(__file__).parent.parent
 SPLIT = SPLITS["real"]
@@ -100,6 +104,58 @@ def test_mixed_precision_runs_in_bfloat16_with_weights_and_losses_in_float32() -
     assert math.isfinite(training.held_out()["loss"])
     assert seen == [torch.bfloat16] * 2
     assert loss.dtype == model[0].weight.dtype == torch.float32
+
+
+def test_a_step_of_a_gan_has_the_gradients_of_both_players() -> None:
+    """Those of each player's own loss, with the other one held fixed."""
+    torch.manual_seed(0)
+    model, images = GAN(4), torch.randn(24, 1, 14, 14)
+    training = adversarial(model, images, images, lambda x: x.flatten(1), 6)
+    training.loss(torch.Generator().manual_seed(1)).backward()  # type: ignore[no-untyped-call]
+    found = [p.grad for p in model.parameters()]
+    batches = torch.Generator().manual_seed(1)
+    x = images[torch.randint(24, (6,), generator=batches)].requires_grad_()
+    made = model(torch.randn(6, NOISE, generator=batches))
+    real_score, made_score = model.discriminator(x), model.discriminator(made)
+    (slope,) = torch.autograd.grad(real_score.sum(), x, create_graph=True)
+    told = -(real_score.sigmoid().log() + (1 - made_score.sigmoid()).log()).mean() + slope.square().sum() / 12
+    fooled = -made_score.sigmoid().log().mean()
+    players = ((fooled, model.generator), (told, model.discriminator))
+    expected = [torch.autograd.grad(loss, [*player.parameters()], retain_graph=True) for loss, player in players]
+    for grad, right in zip(found, (g for grads in expected for g in grads), strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-3, atol=1e-6)
+
+
+def test_the_frechet_distance_is_that_of_normal_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 5, generator=generator) @ torch.randn(5, 5, generator=generator)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(x, x + 2) == pytest.approx(5 * 4, rel=1e-4)
+    scaled = x.T.cov().trace().item() + (x.mean(0)).square().sum().item()
+    assert frechet_distance(x, 3 * x) == pytest.approx(4 * scaled, rel=1e-4)  # (3 - 1) squared
+    other = torch.randn(200, 5, generator=generator) @ torch.randn(5, 5, generator=generator)
+    a, b = (y.double().T.cov().numpy() for y in (x, other))
+    apart = (x.double().mean(0) - other.double().mean(0)).square().sum().item()
+    expected = apart + (a + b - 2 * scipy.linalg.sqrtm(a @ b).real).trace()
+    assert frechet_distance(x, other) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_a_gan_learns_and_both_players_are_found() -> None:
+    torch.manual_seed(0)
+    brightness = torch.linspace(-1, 1, 14).expand(40, 1, 14, 14) + 0.3 * torch.randn(40, 1, 14, 14)
+    training = adversarial(GAN(4), brightness, brightness, lambda x: F.avg_pool2d(x, 7).flatten(1), 16)
+    before = scores_of(training, [])["loss"]
+    optimizer = NFNOptimizer(training.model, total_steps=150)
+    batches = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        compute_gradients(training, [optimizer], batches)
+        optimizer.step()
+    assert scores_of(training, [])["loss"] < 0.3 * before
+    symmetry = optimizer.symmetry
+    layers = (("generator.2", "generator.4"), ("discriminator.0", "discriminator.2"))
+    for first, second in ([f"{layer}.weight" for layer in pair] for pair in layers):
+        assert set(symmetry.axes_of(first)) & set(symmetry.axes_of(second)) & set(symmetry.free)
 
 
 @pytest.mark.usefixtures("short_pretraining")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from meta_train.evaluation import losses
 from meta_train.evaluation.accumulation import Accumulated
 from meta_train.evaluation.adapters import adapt
+from meta_train.evaluation.adversarial import GAN, adversarial
 from meta_train.evaluation.augmentation import augmented_classification
-from meta_train.evaluation.datasets import Examples, clusters, images
+from meta_train.evaluation.datasets import HELD, Examples, clusters, images
 from meta_train.evaluation.gpt import GPT
 from meta_train.evaluation.graphs import MessagePassing, node_prediction, points
 from meta_train.evaluation.networks import mlp, resnet
@@ -24,6 +25,7 @@ from meta_train.evaluation.pretraining import (
     CODES,
     CONTEXT,
     codes,
+    reduced_images,
     small_cnn,
     trained_gpt,
     trained_on_clothes,
@@ -73,6 +75,13 @@ def policy(_data: Path) -> Training:
     return losses.policy_gradient(mlp(98, 64, 64, 4, act=nn.Tanh), 7, 64)
 
 
+def gan(data: Path) -> Training:
+    """Generator and discriminator of 14x14 pixels, judged by the features of a CNN that was trained on clothes."""
+    shown, held = (reduced_images(data, "fashion_mnist", p, 0, n)[0] for p, n in (("train", 10_000), ("test", HELD)))
+    features = deepcopy(trained_on_clothes(small_cnn, data)[:-1]).eval().requires_grad_(False)
+    return adversarial(GAN(16), shown, held, features, 64)
+
+
 # ------------------------------------------------------------------------------------------------------ fine-tuning
 
 
@@ -113,6 +122,7 @@ TASKS = (
     Task("clusters, MLP BatchNorm, dropout", "tabular", table, 1500, packages=("scikit-learn",), weight_decay=0.01),
     Task("larger graph of points, messages", "graph", graph, 1000, weight_decay=0.01),
     Task("gridworld 7x7, policy gradient", "policy gradient", policy, 600),
+    Task("fashion 14x14, GAN, Frechet distance", "GAN", gan, 1500, (FASHION,)),
     Task("CNN of clothes, fine-tuned", "fine-tuning", fine_tuned_cnn, 800, (FASHION, CIFAR), weight_decay=0.01),
     Task("GPT of matplotlib text, adapters, bfloat16", "LoRA", adapted_gpt, 300, packages=("matplotlib", "networkx")),
 )
