@@ -5,8 +5,9 @@
 Transformers of one and of 70 billion weights on the meta device, the default rule, one to 1,024 ranks; nothing is run.
 `tests/integrations/test_distributed.py` counts what two ranks send and hold, and compares it with these functions.
 
-    S  =  sum over matrices of  rows (2 k + 1)    Z and N in the subspace of dimension k, and the energy of every row
-    B  =  sum over matrices of  rest k            the bases, of matrices with more columns than the rule's rank
+    S  =  sum over matrices of  rows (2 k + 1)    Z and N in the subspace of dimension k, and the energy of every row;
+                                                  rows (k + 1) without whitening
+    B  =  sum over matrices of  rest k            the bases, of matrices with more rows and columns than the rule's rank
     P  =  sum over tensors of  6 (1 + sizes)      statistics of every row, column and tensor
     A  =  numbers of the largest matrix
 
@@ -35,7 +36,8 @@ from nfn_optim import UpdateRule, pretrained
 from nfn_optim.engine.executor import Execution
 from nfn_optim.engine.moments import MOMENTS
 from nfn_optim.engine.weight_features import STATISTICS
-from nfn_optim.rule.subspace import basis_shape
+from nfn_optim.rule.subspace import STATE_KEY
+from nfn_optim.rule.whitening import WHITENER
 
 BYTES = 4  # of a number
 RANKS = tuple(2**k for k in range(11))
@@ -95,24 +97,23 @@ class Counts:
 
     def dimension(self, shape: Shape) -> int:
         """Dimension of the subspace of a matrix, k."""
-        basis = basis_shape(self.rule.config.rank, shape)
+        basis = self.rule.entry_shapes(shape).get(STATE_KEY)
         return math.prod(shape[1:]) if basis is None else basis[-1]
 
-    @property
-    def whitens(self) -> bool:
-        """Whether the momentum is projected too."""
-        return bool(self.rule.config.whitening)
+    def whitens(self, shape: Shape) -> bool:
+        """Whether the momentum of a matrix is projected too."""
+        return WHITENER in self.rule.entry_shapes(shape)
 
     @property
     def projections(self) -> int:
         """S."""
-        each = 2 if self.whitens else 1
-        return sum(shape[0] * (each * self.dimension(shape) + 1) for shape in self.matrices)
+        each = {shape: 2 if self.whitens(shape) else 1 for shape in self.matrices}
+        return sum(shape[0] * (each[shape] * self.dimension(shape) + 1) for shape in self.matrices)
 
     @property
     def bases(self) -> int:
         """B."""
-        found = (basis_shape(self.rule.config.rank, shape) for shape in self.matrices)
+        found = (self.rule.entry_shapes(shape).get(STATE_KEY) for shape in self.matrices)
         return sum(math.prod(basis) for basis in found if basis is not None)
 
     @property
@@ -146,7 +147,7 @@ class Counts:
             first: Whether it is the first step.
         """
         s, b = self.projections, self.bases
-        whitened = sum(shape[0] * self.dimension(shape) for shape in self.matrices) if self.whitens else 0
+        whitened = sum(shape[0] * self.dimension(shape) for shape in self.matrices if self.whitens(shape))
         held = [s + whitened + (3 if sharded else 2) * b]  # Z, N and Z'; images, their sums and the bases of these
         held += [2 * s + s // ranks] if sharded else []
         held = [x + TILE_NUMBERS * min(Execution().tile, local_weights(self.shapes, ranks)) for x in held]

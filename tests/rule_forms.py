@@ -17,7 +17,7 @@ SYMMETRY = Symmetry(
 FORMS = ("adam", "skip only", "orthogonal", "mixture")
 """Adam's direction; the same without hidden channels; and the orthogonal direction with step-size adaptation, of a rank
 so low that all matrices need a basis; and that with a mixture and whitened momentum before singular values are made
-equal."""
+equal, and a rank at which "k" and "v" are exact and "w" needs a basis."""
 
 
 def draw(seed: int, *batch: int) -> dict[str, Tensor]:
@@ -34,6 +34,8 @@ def config_of(form: str, **config: Any) -> RuleConfig:
         "orthogonal": {"direction": "orthogonal", "rank": 2, "adapt_rate": 4.0},
     }
     forms["mixture"] = forms["orthogonal"] | {
+        "rank": 3,
+        "exact": True,
         "mixes": True,
         "gradient_part": 0.2,
         "whitening": 0.4,

@@ -14,7 +14,7 @@ from nfn_optim.rule.step_size import MAX_LOG_GAIN
 
 DIRECTIONS: dict[str, Callable[[RuleConfig], Direction]] = {
     "adam": lambda config: AdamDirection(),
-    "orthogonal": lambda config: OrthogonalDirection(config.rank, config.whitening),
+    "orthogonal": lambda config: OrthogonalDirection(config.rank, config.exact, config.whitening),
 }
 
 
@@ -26,6 +26,7 @@ class RuleConfig:
         learned: Whether there is a learned part; without it the rule is AdamW and everything else is without effect.
         direction: Base direction of the update, a name in `DIRECTIONS`.
         rank: Dimension of the subspaces of direction "orthogonal".
+        exact: Whether a matrix of at most `rank` rows needs no subspace, like one of at most `rank` columns.
         hidden: Channels of the embeddings of neurons and tensors. With 0, gains are linear in the logarithms of the
             statistics, and other coefficients are constant.
         rounds: Rounds of messages between neurons and tensors.
@@ -53,6 +54,7 @@ class RuleConfig:
     learned: bool = True
     direction: str = "adam"
     rank: int = 32
+    exact: bool = False
     hidden: int = 16
     rounds: int = 2
     power: float = 0.0

@@ -7,7 +7,8 @@ With X the mixed direction (`nfn_optim.rule.direction`), `(rows, rest)`, U the b
     D = sqrt(max(rows, rest)) (P U^T + (X - Z U^T) / tau)
 
 Inside of the subspace all singular values of D are equal; outside, where tau is the root mean square of those of X,
-they keep their proportions. In a matrix of at most k columns D is orthogonal; if it has fewer rows than columns,
+they keep their proportions. In a matrix of at most k columns D is orthogonal, if the direction is `exact` in one of at
+most k rows too; if it has fewer rows than columns,
 P = (Z' Z'^T)^(-1/2) Z', which is the same. The root mean square of D is about 1, and that of a row at most MAX_ROW_RMS:
 a longer row is shortened. Rows and columns without gradients do not count (`nfn_optim.rule.pooled`).
 Computed from Z, O(neurons k) numbers, D costs 4 k operations per weight, 2 k more with whitening and 2 k more where the
@@ -36,7 +37,7 @@ from nfn_optim.rule.inverse_root import inverse_roots
 from nfn_optim.rule.pooled import Pooled, soft_count
 from nfn_optim.rule.step import Step
 from nfn_optim.rule.subspace import STATE_KEY, Projection, Subspaces, basis_shape
-from nfn_optim.rule.whitening import GRAM, WHITENER, init_whitener, next_whiteners, whiten
+from nfn_optim.rule.whitening import GRAM, MAX_COLUMNS, WHITENER, init_whitener, next_whiteners, whiten
 
 COLUMNS = "active_columns"
 SIZE = 0.5  # root mean square of the orthogonal direction in the update, about that of Adam's when gradients agree
@@ -77,15 +78,16 @@ class OrthogonalDirection(Direction):
 
     Args:
         rank: k, the largest dimension of a subspace.
+        exact: Whether a matrix of at most k rows needs no subspace either.
         whitening: a, initial part of the whitened momentum in Z' (`nfn_optim.rule.whitening`); learned. 0 leaves it
             out.
     """
 
     terms: ClassVar[int] = 2
 
-    def __init__(self, rank: int, whitening: float = 0.0) -> None:
+    def __init__(self, rank: int, exact: bool = False, whitening: float = 0.0) -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.exact = rank, exact
         self.orthogonal_weight = nn.Parameter(torch.tensor(1.0))
         self.whitening = nn.Parameter(torch.tensor(whitening)) if whitening else None
 
@@ -96,10 +98,11 @@ class OrthogonalDirection(Direction):
             return {}
         dtype = torch.promote_types(p.dtype, torch.float32)
         state = {COLUMNS: torch.full(batch, float(shape[1:].numel()), dtype=dtype, device=p.device)}
-        if (basis := basis_shape(self.rank, shape)) is not None:
+        if (basis := basis_shape(self.rank, shape, self.exact)) is not None:
             state[STATE_KEY] = torch.zeros((*batch, *basis), dtype=dtype, device=p.device)
-        if self.whitening is not None:
-            state |= init_whitener(p, batch, shape[1:].numel() if basis is None else basis[-1])
+        size = shape[1:].numel() if basis is None else basis[-1]
+        if self.whitening is not None and size <= MAX_COLUMNS * self.rank:
+            state |= init_whitener(p, batch, size)
         return state
 
     def terms_of(self, coefficient: Tensor, enabled: Tensor) -> list[Tensor]:
@@ -127,9 +130,10 @@ class OrthogonalDirection(Direction):
             columns = pooled.columns()
         else:
             columns = torch.stack([state[name].get(COLUMNS, state[name]["step"]) for name in names], -1)
-        projections = subspaces.project(state, columns, mixture, momentum=self.whitening is not None)
+        whitened = {name for name in names if WHITENER in state[name]}
+        projections = subspaces.project(state, columns, mixture, whitened)
         for index, x in projections.items():
-            if self.whitening is not None and x.momentum is not None:
+            if x.momentum is not None and self.whitening is not None:
                 layout = executor.blocks[index].layout
                 whitener = layout.gather_rows([state[names[i]][WHITENER] for i in layout.indices])
                 projections[index] = replace(x, whitened=whiten(x.projected, x.momentum, whitener, self.whitening))
@@ -177,8 +181,9 @@ class OrthogonalStep(StepDirection):
         orthogonal = orthogonal * (squares / (SIZE * MAX_ROW_RMS) ** 2).clamp(min=1).rsqrt().unsqueeze(-1)
         left = orthogonal * left
         x = x if factors.tail_gain is None else x + orthogonal * factors.tail_gain[..., None, None]
-        right = None if projection.local_basis is None else projection.local_basis.mT
-        return mixed(torch.cat([x, others], -1)), (left, right)
+        if projection.local_basis is None:
+            return mixed(torch.cat([x, others], -1)), (self.subspaces.local_columns(index, left), None)
+        return mixed(torch.cat([x, others], -1)), (left, projection.local_basis.mT)
 
     def next_state(self, row_means: Mapping[int, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `StepDirection`."""

@@ -6,9 +6,10 @@ orthonormal,
     Z = X U                                   the projection
     U <- orthonormal basis of X^T P           with P the orthogonal direction in the subspace, `(rows, k)`
 
-The second line is a step of the power method. A matrix of at most k columns needs no basis: U is the identity. Where X
-has fewer than k singular values, some vectors of U are zero, until a row that lies mostly outside of the subspace is
-added. A step costs 2 k operations per weight, and 2 k more where the basis is updated.
+The second line is a step of the power method. A matrix of at most k columns needs no basis: U is the identity. Nor does
+one of at most k rows if it is to be exact: U follows from step to step, the identity needs not. Where X has fewer than
+k singular values, some vectors of U are zero, until a row that lies mostly outside of the subspace is added. A step
+costs 2 k operations per weight, and 2 k more where the basis is updated.
 
 References:
     Dion: Distributed Orthonormalized Updates (Ahn et al., 2025), arXiv:2504.05295
@@ -17,7 +18,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,14 +98,16 @@ class Subspaces:
     executor: Executor
     shards: Shards | None
 
-    def project(self, state: State, columns: Tensor, mixture: Mixture, momentum: bool = False) -> dict[int, Projection]:
+    def project(
+        self, state: State, columns: Tensor, mixture: Mixture, momentum: Collection[str] = ()
+    ) -> dict[int, Projection]:
         """Project every matrix.
 
         Args:
             state: By name; `STATE_KEY` holds the basis, where there is one.
             columns: Soft counts of the columns of all tensors, `(*batch, T)`.
             mixture: Of which X is made, by index of the block.
-            momentum: Whether to project the momentum too.
+            momentum: Names of the matrices whose momentum is projected too.
 
         Returns:
             By index of the block, of those that are matrices.
@@ -118,7 +121,7 @@ class Subspaces:
             shape = self._shape_of(name, block)
             bases = [state[self.names[i]].get(STATE_KEY) for i in layout.indices]
             known = [basis for basis in bases if basis is not None]
-            basis = layout.gather_rows(known) if known else self._whole_space(shape, block)
+            basis = layout.gather_rows(known) if known else None
             count = layout.expand_to_rows(columns.unsqueeze(-1))[..., 0, 0]  # (*batch,)
             local_basis = None
             if basis is None:
@@ -127,11 +130,30 @@ class Subspaces:
                 local = basis if self.shards is None else self._local(name, basis)
                 local_basis = layout.fold_basis(local.expand(*layout.batch, *local.shape[-len(shape) :]))
                 dimension = basis.flatten(-len(shape), -2).square().sum((-2, -1)).expand(count.shape)
-            projected, energy, of_momentum = self.executor.project(index, local_basis, mixture.get(index), momentum)
+            needed = name in momentum
+            projected, energy, of_momentum = self.executor.project(index, local_basis, mixture.get(index), needed)
             matrix = (shape[0], shape[1:].numel())
+            if basis is None:
+                projected = self._in_order(index, projected)
+                of_momentum = None if of_momentum is None else self._in_order(index, of_momentum)
             of_rows = projected, energy, dimension, projected, energy
             projections[index] = Projection(matrix, count, *of_rows, local_basis, basis, of_momentum)
         return projections if self.shards is None else self._reduced(projections, self.shards)
+
+    def local_columns(self, index: int, value: Tensor) -> Tensor:
+        """The columns of a block, as they lie in memory, from those of the whole: `(*batch, rows, rest)`."""
+        name, block = self._name(index), self.executor.blocks[index]
+        layout = _matrix_of(block)
+        if self._shard(name) is None and not _is_permuted(layout):
+            return value
+        columns = self._shape_of(name, block)[1:]
+        local = [slice(None)] * (value.dim() - 1) + [self._local_slice(name, d) for d in range(1, len(columns) + 1)]
+        return layout.fold([torch.unflatten(value, -1, columns)[tuple(local)]])
+
+    def _in_order(self, index: int, value: Tensor) -> Tensor:
+        """The columns of a block in the order of its tensor's dimensions, `(*batch, rows, rest)`."""
+        layout = _matrix_of(self.executor.blocks[index])
+        return layout.unfold(value)[0].flatten(len(layout.batch) + 1) if _is_permuted(layout) else value
 
     def next_bases(
         self,
@@ -181,8 +203,8 @@ class Subspaces:
         reduced = shards.all_reduce(partial)
         whole = {}
         for index, projection in projections.items():
-            projected, energy, *momentum = reduced[self._name(index)]
-            rows = shards.local_slice(self._name(index), 0)
+            energy, projected, *momentum = reduced[self._name(index)]
+            rows = self._local_slice(self._name(index), 0)
             whole[index] = replace(
                 projection,
                 projected=projected,
@@ -192,14 +214,6 @@ class Subspaces:
                 momentum=momentum[0] if momentum else None,
             )
         return whole
-
-    def _whole_space(self, shape: torch.Size, block: Block) -> Tensor | None:
-        """The basis of a matrix that needs none, `(*shape[1:], k)`: the identity, None if columns lie in order."""
-        layout = block.layout
-        each = layout.each if isinstance(layout, Stack) else layout
-        if self.shards is None and isinstance(each, Matrix) and each.order == tuple(range(len(shape))):
-            return None
-        return _identity(shape[1:], block.arrays[3])
 
     def _name(self, index: int) -> str:
         """The name of a block's matrix, the first one of a stack."""
@@ -218,17 +232,28 @@ class Subspaces:
     def _local(self, name: str, basis: Tensor) -> Tensor:
         """The part of a basis that belongs to the local columns."""
         assert self.shards is not None
-        return basis[tuple(self.shards.local_slice(name, dim) for dim in range(1, basis.dim()))]
+        return basis[tuple(self._local_slice(name, dim) for dim in range(1, basis.dim()))]
+
+    def _local_slice(self, name: str, dim: int) -> slice:
+        """The local entries of a dimension."""
+        return slice(None) if self.shards is None else self.shards.local_slice(name, dim)
 
     def local_rows(self, index: int, value: Tensor) -> Tensor:
         """The local rows of `(*batch, rows, k)`."""
-        return value if self.shards is None else value[..., self.shards.local_slice(self._name(index), 0), :]
+        return value if self.shards is None else value[..., self._local_slice(self._name(index), 0), :]
 
     def _pad_rows(self, name: str, projection: Projection) -> list[Tensor]:
-        """The contribution of this process to Z, to the energy of the rows of the whole, and to N."""
-        shard, parts = self._shard(name), [projection.projected, projection.row_energy]
-        parts += [] if projection.momentum is None else [projection.momentum]
-        return parts if shard is None else [shard.pad_to_whole(part, 0, 1) for part in parts]
+        """The contribution of this process to the energy of the rows of the whole, to Z and to N."""
+        shard, matrices = self._shard(name), [projection.projected]
+        matrices += [] if projection.momentum is None else [projection.momentum]
+        if shard is None:
+            return [projection.row_energy, *matrices]
+        if projection.basis is None:  # columns are local too
+            local = [span.stop - span.start for span in shard.spans]
+            matrices = [shard.pad_to_whole(x.reshape(local), 0, len(local)).flatten(1) for x in matrices]
+        else:
+            matrices = [shard.pad_to_whole(x, 0, 1) for x in matrices]
+        return [shard.pad_to_whole(projection.row_energy, 0, 1), *matrices]
 
     def _pad_columns(self, name: str, image: Tensor) -> Tensor:
         """The contribution of this process to X^T P of the whole."""
@@ -236,18 +261,20 @@ class Subspaces:
         return image if shard is None else shard.pad_to_whole(image, 1, len(shard.shape))
 
 
-def basis_shape(rank: int, shape: Sequence[int]) -> tuple[int, ...] | None:
+def basis_shape(rank: int, shape: Sequence[int], exact: bool = False) -> tuple[int, ...] | None:
     """The shape of a basis: the columns and taps of a tensor, and k.
 
     Args:
         rank: Upper limit of k.
         shape: Of the tensor.
+        exact: Whether a matrix of at most `rank` rows needs no basis either.
 
     Returns:
         `(*shape[1:], k)`; None where no basis is needed.
     """
     rest = math.prod(shape[1:])
-    return (*shape[1:], min(rank, shape[0])) if len(shape) > 1 and rest > rank > 0 and shape[0] > 0 else None
+    needed = len(shape) > 1 and rest > rank > 0 and shape[0] > (rank if exact else 0)
+    return (*shape[1:], min(rank, shape[0])) if needed else None
 
 
 def fill_missing(polar: Tensor, column_norms: Tensor, row_energy: Tensor) -> Tensor:
@@ -275,7 +302,13 @@ def orthonormal_basis(image: Tensor) -> Tensor:
     return torch.where(independent.unsqueeze(-2), basis, 0.0)
 
 
-def _identity(columns: torch.Size, like: Tensor) -> Tensor:
-    """The basis of the whole space, `(*columns, k)`."""
-    size = columns.numel()
-    return torch.eye(size, dtype=like.dtype, device=like.device).reshape(*columns, size)
+def _matrix_of(block: Block) -> Matrix:
+    """The layout of a matrix, or of those of a stack."""
+    layout = block.layout.each if isinstance(block.layout, Stack) else block.layout
+    assert isinstance(layout, Matrix)
+    return layout
+
+
+def _is_permuted(layout: Matrix) -> bool:
+    """Whether dimensions lie in memory in another order."""
+    return layout.order != tuple(range(len(layout.order)))

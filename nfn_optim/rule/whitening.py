@@ -10,7 +10,7 @@ subspace (`nfn_optim.rule.subspace`), the newest gradient mixed in as in X,
 a is learned. C is the Gram matrix of one side of Shampoo, of the momentum instead of gradients, so that it costs no
 pass over the weights of its own. N is not divided by sqrt(v): with X in its place half of the gain is lost. The mean of
 both is better than either one. All of it commutes with permuting rows and columns, needs no eigenvectors, and is
-O(neurons k^2).
+O(neurons k^2). Where there is no subspace and more than MAX_COLUMNS times its dimension of columns, Z' is Z.
 
 References:
     Shampoo: Preconditioned Stochastic Tensor Optimization (Gupta et al., 2018), arXiv:1802.09568
@@ -29,6 +29,7 @@ from nfn_optim.rule.inverse_root import inverse_roots
 GRAM, WHITENER = "column_gram", "whitener"
 DECAY = 0.96
 DAMPING = 0.01
+MAX_COLUMNS = 2  # times the dimension of the largest subspace: beyond, whitening costs more than everything else
 TINY = 1e-12  # a momentum of smaller norm is not amplified
 
 

@@ -104,7 +104,14 @@ def test_counts_from_shapes_are_what_is_sent_and_held(
 
 
 @pytest.mark.parametrize(
-    "config", [{"rounds": 2}, {"power": 0.5}, {"refresh_every": 2}, {"rank": 4, "adapt_rate": 0.0}]
+    "config",
+    [
+        {"rounds": 2},
+        {"power": 0.5},
+        {"refresh_every": 2},
+        {"rank": 4, "adapt_rate": 0.0},
+        {"rank": 8, "adapt_rate": 0.0, "exact": True, "whitening": 0.5},
+    ],
 )
 def test_fully_sharded_with_a_rule_of_which_nothing_is_zero(ranks: Ranks, config: dict[str, Any]) -> None:
     check(
