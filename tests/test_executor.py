@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from arrays import SYMMETRY, draw
@@ -16,6 +19,7 @@ from nfn_optim import NFNOptimizer
 from nfn_optim.engine import inductor
 from nfn_optim.engine.blocks import blocks_of
 from nfn_optim.engine.executor import Execution, InPlaceExecutor
+from nfn_optim.engine.inductor import Call
 from nfn_optim.engine.moments import moment_constants
 from nfn_optim.rule import RuleConfig, UpdateRule
 from nfn_optim.symmetry import Symmetry
@@ -77,6 +81,21 @@ def test_the_layout_in_memory_does_not_matter(memory: str, form: str) -> None:
     for n, value in expected.items():
         torch.testing.assert_close(pure[n], value, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(in_place[n], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["orthogonal", "mixture"])
+def test_what_is_compiled_gets_contiguous_tensors(form: str) -> None:
+    """Others are not compiled."""
+    found: list[bool] = []
+
+    def run(function: Callable[..., Any], *args: Any, dynamic: bool = True) -> Any:
+        found.append(Call(function, args, dynamic=dynamic).is_contiguous())
+        return function(*args)
+
+    rule = random_rule(0.1, config=config_of(form)).double()
+    trajectories(rule, Execution(compiled=True, compile_from=1, tile=20, run=run), draw(0, torch.float64), 4)
+    assert len(found) > 4
+    assert all(found)
 
 
 def test_memory_is_bounded_by_the_tile() -> None:

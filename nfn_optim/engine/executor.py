@@ -242,7 +242,7 @@ class InPlaceExecutor:
         direction = partial(self.run, passes.mixed_direction) if compiles else passes.mixed_direction
         for rows in self._tiles(p):
             tile_p, tile_g, *tile_moments = (_dense(x[rows]) if compiles else x[rows] for x in (p, g, *moments))
-            tile_mixture = None if mixture is None else _rows(mixture, rows)
+            tile_mixture = None if mixture is None else _dense(_rows(mixture, rows))
             yield rows, *direction(tile_p, tile_g, tile_moments, _rows(constants, rows), tile_mixture, momentum)
 
     def _cached(self) -> list[int]:
