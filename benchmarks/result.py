@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nfn_optim.engine.replaced_file import replaced
+
 
 def setting(*packages: str) -> str:
     """Date, package versions, machine and threads of a measurement, in one line."""
@@ -21,9 +23,8 @@ def save(folder: Path, name: str, text: str, content: dict[str, Any]) -> None:
     """Write a result to a folder as NAME.md and NAME.json; each is replaced at once or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for path, written in ((folder / f"{name}.md", text), (folder / f"{name}.json", json.dumps(content, indent=1))):
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(written + "\n")
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            partial.write_text(written + "\n")
 
 
 def write(folder: Path, name: str, text: str, content: dict[str, Any]) -> None:

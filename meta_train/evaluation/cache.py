@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from nfn_optim.engine.replaced_file import replaced
 
 CacheKey = dict[str, Any]
 """Everything that a run depends on, as JSON; files are named by its hash."""
@@ -60,6 +61,5 @@ class Cache:
         """Write a run."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({"key": key, "run": asdict(run)}), encoding="utf-8")
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            partial.write_text(json.dumps({"key": key, "run": asdict(run)}), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from nfn_optim.engine.replaced_file import replaced
 
 
 @dataclass
@@ -60,6 +61,5 @@ class Report:
             **self.data,
         }
         for file, text in ((f"{name}.json", json.dumps(found, indent=1) + "\n"), (f"{name}.md", self.markdown())):
-            partial = folder / f".{file}.{os.getpid()}.partial"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, folder / file)
+            with replaced(folder / file) as partial:
+                partial.write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nfn_optim.engine.replaced_file import replaced
 from nfn_optim.populations.population import Population
 from nfn_optim.symmetry import Symmetry
 
@@ -54,12 +55,8 @@ def save(population: Population, path: str | os.PathLike[str], dtype: torch.dtyp
             "sha256": _digest(tensors),
         }
     )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replaced(path) as partial:
         save_file(tensors, partial, metadata={FORMAT: text})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Population:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nfn_optim.engine.replaced_file import replaced
 from nfn_optim.pretrained import format_1
 from nfn_optim.rule import RuleConfig, UpdateRule
 
@@ -61,15 +62,12 @@ def save(rule: UpdateRule, path: str | os.PathLike[str]) -> str:
     path = Path(path)
     config, theta = _written(rule)
     sha256 = _digest(config, theta)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        # one entry, since the order of several is not the same from file to file
-        save_file(theta, partial, metadata={FORMAT: json.dumps({"config": config, "sha256": sha256})})
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            # one entry, since the order of several is not the same from file to file
+            save_file(theta, partial, metadata={FORMAT: json.dumps({"config": config, "sha256": sha256})})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); what was there before is still there") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return sha256
 
 
