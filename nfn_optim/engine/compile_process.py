@@ -26,10 +26,7 @@ from torch.fx import GraphModule, Node
 from nfn_optim.engine.inductor import Call, Graph, build_graph, load
 
 NICENESS = 1  # training comes first; much more, and a busy machine never gets done
-
-
 SECONDS_TO_NOTICE = 5.0  # that a client has ended whose forks still have its connection
-
 
 Request = tuple[bytes, torch.dtype]
 """A pickled `Call`, and the default dtype of the other process."""

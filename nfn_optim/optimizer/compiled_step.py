@@ -42,6 +42,25 @@ def is_small(params: Mapping[str, Tensor]) -> bool:
     return len(params) <= MAX_TENSORS and sum(p.numel() for p in params.values()) <= MAX_WEIGHTS
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a step is computed from.
+
+    Attributes:
+        rule: The rule.
+        theta: Its tensors by name.
+        tensors: Parameters, gradients and state, as of `UpdateRule.step_`.
+        symmetry: Their axes.
+        hypers: All arguments of `UpdateRule.step_` by keyword.
+    """
+
+    rule: UpdateRule
+    theta: Mapping[str, Tensor]
+    tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor], State]
+    symmetry: Symmetry
+    hypers: Mapping[str, Any]
+
+
 class CompiledSteps:
     """The compiled steps of an optimizer, compiled when they are needed."""
 
@@ -49,44 +68,31 @@ class CompiledSteps:
         self._runs: dict[Hashable, Callable[..., Any] | Job | None] = {}
         self._passes: dict[Hashable, Job | None] = {}  # None where they are ready
 
-    def step_(
-        self,
-        rule: UpdateRule,
-        theta: Mapping[str, Tensor],
-        tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor], State],
-        symmetry: Symmetry,
-        hypers: Mapping[str, Any],
-    ) -> bool:
+    def step_(self, given: Given) -> bool:
         """Take a step in place, if it can be compiled.
 
         It cannot where a learning rate is the number 0 (such parameters keep every bit), where a tensor is not
         contiguous, where there are too many kinds of steps (other parameters with gradients at each), while it is
         compiled in the background, or where compilation fails, which warns once.
 
-        Args:
-            rule: The rule.
-            theta: Its tensors by name.
-            tensors: Parameters, gradients and state, as of `UpdateRule.step_`.
-            symmetry: Their axes.
-            hypers: `lr`, `weight_decay`, `total_steps`, `refresh` and `execution` likewise.
-
         Returns:
             Whether the step was taken; if not, nothing has changed.
         """
-        params, grads, state = tensors
+        hypers, (params, grads, state) = given.hypers, given.tensors
         if has_failed() or any(is_zero(hypers["lr"], n) for n in params):
             return False
         execution: Execution = hypers["execution"]
         numbers = _as_tensors(hypers, next(iter(state.values()))["step"]) | {"grads_finite": execution.grads_finite}
-        inputs = (*tensors, theta, numbers)
-        flat = [x for part in (params, grads, *state.values(), theta) for x in part.values()]
+        inputs = (*given.tensors, given.theta, numbers)
+        flat = [x for part in (params, grads, *state.values(), given.theta) for x in part.values()]
         flat = [x.detach() for x in (*flat, *_leaves(numbers))]  # the leaves of `inputs`, in a fast way
         names = tuple(params), tuple(key for key, value in hypers.items() if isinstance(value, Mapping))
         kinds = tuple((x.stride(), x.dtype) for x in flat)
         absent = tuple(key for key, value in numbers.items() if value is None)
-        key = (rule, symmetry, names, kinds, flat[0].device, absent, hypers["refresh"], torch.get_num_threads())
+        of_network = given.rule, given.symmetry, names, kinds, flat[0].device
+        key = (*of_network, absent, hypers["refresh"], torch.get_num_threads())
         if key not in self._runs and len(self._runs) < MAX_GRAPHS:
-            whole = _WholeStep(rule, symmetry, _like(inputs, repeat(True)), hypers["refresh"])
+            whole = _WholeStep(given.rule, given.symmetry, _like(inputs, repeat(True)), hypers["refresh"])
             self._runs[key] = _compile(whole, flat, background=execution.background)
         run = self._runs.get(key)
         if isinstance(run, Job):
@@ -102,33 +108,19 @@ class CompiledSteps:
         torch.autograd.graph.increment_version(list(params.values()))  # compiled steps do not
         return True
 
-    def execution(
-        self,
-        rule: UpdateRule,
-        theta: Mapping[str, Tensor],
-        tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor], State],
-        symmetry: Symmetry,
-        hypers: Mapping[str, Any],
-    ) -> Execution:
-        """How a step is run whose passes are compiled in the background: uncompiled until all of them are ready.
-
-        Args:
-            rule: As of `step_`.
-            theta: Likewise.
-            tensors: Likewise.
-            symmetry: Likewise.
-            hypers: All arguments of `UpdateRule.step_` by keyword.
-        """
+    def execution(self, given: Given) -> Execution:
+        """How a step is run whose passes are compiled in the background: uncompiled until all of them are ready."""
+        hypers, (params, grads, state) = given.hypers, given.tensors
         execution: Execution = hypers["execution"]
-        params, grads, state = tensors
         compiled, uncompiled = replace(execution, run=run_compiled), replace(execution, compiled=False)
         kinds = [(x.shape, x.stride(), x.dtype) for part in (params, grads, *state.values()) for x in part.values()]
         zeros = tuple(is_zero(hypers["lr"], n) for n in params)
-        key = (rule, symmetry, tuple(params), tuple(kinds), zeros, hypers["refresh"], torch.get_num_threads())
+        of_network = given.rule, given.symmetry, tuple(params), tuple(kinds)
+        key = (*of_network, zeros, hypers["refresh"], torch.get_num_threads())
         if key not in self._passes or ((job := self._passes[key]) and job.is_lost):
             if len(self._passes) >= MAX_KINDS:
                 return compiled
-            calls = _calls(rule, theta, tensors, symmetry, hypers)
+            calls = _calls(given)
             known = all(call.find_graph() for call in calls)
             self._passes[key] = None if known else submit(calls)
         if (job := self._passes[key]) is not None:
@@ -183,14 +175,8 @@ def _compile(whole: _WholeStep, flat: list[Tensor], *, background: bool) -> Call
     return None if graph is None else partial(run_graph, graph, whole)
 
 
-def _calls(
-    rule: UpdateRule,
-    theta: Mapping[str, Tensor],
-    tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor], State],
-    symmetry: Symmetry,
-    hypers: Mapping[str, Any],
-) -> list[Call]:
-    """The calls of functions to be compiled in a step, with descriptions of tensors; arguments as of `execution`."""
+def _calls(given: Given) -> list[Call]:
+    """The calls of functions to be compiled in a step, with descriptions of tensors."""
     calls: list[Call] = []
 
     def run(function: Callable[..., Any], *args: Any, dynamic: bool = True) -> Any:
@@ -198,10 +184,10 @@ def _calls(
         calls.extend([call] if call.is_contiguous() else [])
         return function(*args)
 
-    inputs = tensors, theta
+    inputs = given.tensors, given.theta
     described, described_theta = _like(inputs, (_described(x) for x in _leaves(inputs)))
-    execution = replace(hypers["execution"], run=run)
-    step_with_theta_(rule, described_theta, *described, symmetry, **{**hypers, "execution": execution})
+    hypers = {**given.hypers, "execution": replace(given.hypers["execution"], run=run)}
+    step_with_theta_(given.rule, described_theta, *described, given.symmetry, **hypers)
     return calls
 
 

@@ -27,7 +27,7 @@ from nfn_optim.engine.inductor import can_compile, has_failed
 from nfn_optim.engine.sharding import Shards, all_processes, is_sharded, local
 from nfn_optim.engine.stochastic_rounding import is_bfloat16
 from nfn_optim.optimizer import param_groups
-from nfn_optim.optimizer.compiled_step import CompiledSteps, is_small
+from nfn_optim.optimizer.compiled_step import CompiledSteps, Given, is_small
 from nfn_optim.optimizer.edited_state import EditedStates
 from nfn_optim.optimizer.gradient_check import grads_finite, grads_finite_tensor, on_cpu
 from nfn_optim.optimizer.param_groups import BETAS, COUNTERS, ParamSlot, TorchArguments, by_name, moves
@@ -277,11 +277,11 @@ class NFNOptimizer(torch.optim.Optimizer):
             theta, tensors = self._rule_tensors.copies(self.rule, device, dtype), (params, grads, state)
             whole = execution.compiled and shards is None and is_small(members_of(symmetry).split(params))
             hypers |= {"execution": execution, "shards": shards}
-            given = self.rule, theta or self._rule_tensors.own, tensors, symmetry, hypers
-            if not (whole and self._compiled_steps.step_(*given)):
+            given = Given(self.rule, theta or self._rule_tensors.own, tensors, symmetry, hypers)
+            if not (whole and self._compiled_steps.step_(given)):
                 if execution.background:
                     uncompiled = replace(execution, compiled=False)
-                    hypers["execution"] = uncompiled if whole else self._compiled_steps.execution(*given)
+                    hypers["execution"] = uncompiled if whole else self._compiled_steps.execution(given)
                 if theta:
                     step_with_theta_(self.rule, theta, *tensors, symmetry, **hypers)
                 else:
