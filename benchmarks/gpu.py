@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from meta_train.evaluation import losses, rivals
 from meta_train.evaluation.gpt import GPT
-from meta_train.evaluation.optimizers import REAL_RATES, Learned, Setting, adamw
+from meta_train.evaluation.optimizers import REAL_MUON_RATES, REAL_RATES, Learned, Setting, adamw, as_used
 from meta_train.evaluation.pretraining import CODES, codes
 from nfn_optim import NFNOptimizer, pretrained
 from nfn_optim.engine import inductor
@@ -49,7 +49,6 @@ WARMUP = TURN + 2  # steps, among them some with and some without a refresh
 MIN_PAIRS, MAX_PAIRS = 3, 15
 MAX_SECONDS = 5.0  # for the turns of one row
 PROBE = 10  # steps of a training after which it is known whether it fits in
-MUON_FACTOR = 3  # of its rates over AdamW's
 TAIL = 0.05  # fraction of the steps over whose losses the last one is averaged
 CURVE = 20  # points of a loss curve
 WATCHED = 60  # steps: the count of skipped steps is looked at every 50
@@ -270,14 +269,13 @@ def contenders() -> dict[str, Setting]:
     """Optimizers by title, the most important first."""
 
     def others(title: str, make: Any, rates: Iterable[float]) -> dict[str, Setting]:
-        settings = [Setting(make, lr, cosine=True, warmup=True) for lr in rates]
-        return {f"{title}, {s}": s for s in settings}
+        return {f"{title}, {s}": s for s in as_used(make, rates)}
 
-    low, *middle, high = REAL_RATES
+    (low, *middle, high), (muon_low, *muon_middle, muon_high) = REAL_RATES, REAL_MUON_RATES
     own, known = Setting(Learned("default")), Setting(Learned("default"), horizon_known=True)
     found = {"NFNOptimizer": own} | others("AdamW", adamw, (*middle, low, high))
-    found |= others("Muon", rivals.muon, (MUON_FACTOR * lr for lr in middle)) | {"NFNOptimizer, horizon known": known}
-    return found | others("Muon", rivals.muon, (MUON_FACTOR * lr for lr in (low, high)))
+    found |= others("Muon", rivals.muon, muon_middle) | {"NFNOptimizer, horizon known": known}
+    return found | others("Muon", rivals.muon, (muon_low, muon_high))
 
 
 def train(setup: Setup, configured: Setting, deadline: float) -> Row:

@@ -43,6 +43,7 @@ BYTES = 4  # of a number
 RANKS = tuple(2**k for k in range(11))
 TILE_NUMBERS = 20  # held for each weight of a tile, see `Execution`
 ADAMW_MOMENTS = 2
+EXACT_BELOW = 1e11  # bytes: fewer are shown with a decimal
 MATRIX = 2  # dimensions
 Shape = tuple[int, ...]
 
@@ -195,7 +196,7 @@ def page(content: Mapping[str, Any]) -> str:
     """One line for each model and number of ranks."""
 
     def gigabytes(*values: float) -> str:
-        return " | ".join(f"{x / 1e9:.1f}" if x < 1e11 else f"{x / 1e9:,.0f}" for x in values)  # noqa: PLR2004
+        return " | ".join(f"{x / 1e9:.1f}" if x < EXACT_BELOW else f"{x / 1e9:,.0f}" for x in values)
 
     lines = [
         f"{content['about']}. Counted, not measured: GB of a rank, in float32. *Sent*: by the optimizer, on top of",

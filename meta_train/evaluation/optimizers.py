@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -168,9 +168,17 @@ PRIOR_ENTRIES = (
     Contender("nominal rule", (Setting(Learned("adamw")),)),
 )
 REAL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-REAL_BASELINES = tuple(  # as people use them: warm-up, then a cosine
-    Contender(name, tuple(Setting(make, factor * lr, cosine=True, warmup=True) for lr in REAL_RATES))
-    for name, make, factor in ((TUNED.name, adamw, 1), (MUONS[0].name, rivals.muon_in_float32, 3))
+REAL_MUON_RATES = tuple(3 * lr for lr in REAL_RATES)
+
+
+def as_used(make: Make, rates: Iterable[float]) -> tuple[Setting, ...]:
+    """Settings as people use them: warm-up, then a cosine."""
+    return tuple(Setting(make, lr, cosine=True, warmup=True) for lr in rates)
+
+
+REAL_BASELINES = (
+    Contender(TUNED.name, as_used(adamw, REAL_RATES)),
+    Contender(MUONS[0].name, as_used(rivals.muon_in_float32, REAL_MUON_RATES)),
 )
 
 

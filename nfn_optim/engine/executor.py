@@ -240,9 +240,10 @@ class InPlaceExecutor:
         p, g, moments, constants = self.blocks[index].arrays
         compiles = self._compiles(p)
         direction = partial(self.run, passes.mixed_direction) if compiles else passes.mixed_direction
+        mixture = _dense(mixture) if compiles and mixture is not None else mixture
         for rows in self._tiles(p):
             tile_p, tile_g, *tile_moments = (_dense(x[rows]) if compiles else x[rows] for x in (p, g, *moments))
-            tile_mixture = None if mixture is None else _dense(_rows(mixture, rows))
+            tile_mixture = None if mixture is None else _rows(mixture, rows)
             yield rows, *direction(tile_p, tile_g, tile_moments, _rows(constants, rows), tile_mixture, momentum)
 
     def _cached(self) -> list[int]:
@@ -299,9 +300,9 @@ def _learned(features: WeightFeatures | AdamFeature) -> WeightFeatures:
     return features
 
 
-def _dense(g: Tensor) -> Tensor:
-    """A contiguous tile: compiled passes need one, and some columns of a matrix, or the gradient of a sum, are not."""
-    return g if g.is_contiguous() else g.contiguous()
+def _dense(x: Tensor) -> Tensor:
+    """The same, contiguous: compiled passes need that, and some columns, or the gradient of a sum, are not."""
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _rows(value: Tensor, rows: slice) -> Tensor:

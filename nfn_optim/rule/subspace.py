@@ -127,7 +127,7 @@ class Subspaces:
             if basis is None:
                 dimension = torch.full_like(count, shape[1:].numel())
             else:
-                local = basis if self.shards is None else self._local(name, basis)
+                local = self._local(name, basis)
                 local_basis = layout.fold_basis(local.expand(*layout.batch, *local.shape[-len(shape) :]))
                 dimension = basis.flatten(-len(shape), -2).square().sum((-2, -1)).expand(count.shape)
             needed = name in momentum
@@ -146,9 +146,9 @@ class Subspaces:
         layout = _matrix_of(block)
         if self._shard(name) is None and not _is_permuted(layout):
             return value
-        columns = self._shape_of(name, block)[1:]
-        local = [slice(None)] * (value.dim() - 1) + [self._local_slice(name, d) for d in range(1, len(columns) + 1)]
-        return layout.fold([torch.unflatten(value, -1, columns)[tuple(local)]])
+        shape = self._shape_of(name, block)
+        local = [slice(None)] * (value.dim() - 1) + self._local_columns(name, len(shape))
+        return layout.fold([torch.unflatten(value, -1, shape[1:])[tuple(local)]])
 
     def _in_order(self, index: int, value: Tensor) -> Tensor:
         """The columns of a block in the order of its tensor's dimensions, `(*batch, rows, rest)`."""
@@ -204,7 +204,7 @@ class Subspaces:
         whole = {}
         for index, projection in projections.items():
             energy, projected, *momentum = reduced[self._name(index)]
-            rows = self._local_slice(self._name(index), 0)
+            rows = shards.local_slice(self._name(index), 0)
             whole[index] = replace(
                 projection,
                 projected=projected,
@@ -231,16 +231,15 @@ class Subspaces:
 
     def _local(self, name: str, basis: Tensor) -> Tensor:
         """The part of a basis that belongs to the local columns."""
-        assert self.shards is not None
-        return basis[tuple(self._local_slice(name, dim) for dim in range(1, basis.dim()))]
+        return basis if self._shard(name) is None else basis[tuple(self._local_columns(name, basis.dim()))]
 
-    def _local_slice(self, name: str, dim: int) -> slice:
-        """The local entries of a dimension."""
-        return slice(None) if self.shards is None else self.shards.local_slice(name, dim)
+    def _local_columns(self, name: str, dims: int) -> list[slice]:
+        """The local entries of all dimensions of a tensor but the first."""
+        return [slice(None) if self.shards is None else self.shards.local_slice(name, d) for d in range(1, dims)]
 
     def local_rows(self, index: int, value: Tensor) -> Tensor:
         """The local rows of `(*batch, rows, k)`."""
-        return value if self.shards is None else value[..., self._local_slice(self._name(index), 0), :]
+        return value if self.shards is None else value[..., self.shards.local_slice(self._name(index), 0), :]
 
     def _pad_rows(self, name: str, projection: Projection) -> list[Tensor]:
         """The contribution of this process to the energy of the rows of the whole, to Z and to N."""
