@@ -10,7 +10,7 @@ from torch import Tensor
 from nfn_optim.engine import passes
 from nfn_optim.engine.blocks import layouts_of
 from nfn_optim.engine.moments import init_moments, moment_constants, update_moments
-from nfn_optim.engine.weight_features import FEATURES, STATISTICS, Statistics, WeightFeatures, features_of, products_of
+from nfn_optim.engine.weight_features import FEATURES, STATISTICS, Features, Statistics, WeightFeatures, products_of
 from nfn_optim.layers import Incidence
 from nfn_optim.rule import UpdateRule, features
 from nfn_optim.symmetry import Symmetry
@@ -39,7 +39,7 @@ def features_after(params: dict[str, Tensor], history: list[dict[str, Tensor]]) 
         for grads in history:
             moments = update_moments(grads[n].reshape(moments[0].shape), moments, constants)
         g = history[-1][n].reshape(array.shape)
-        raw[n] = WeightFeatures(*(x.reshape(p.shape) for x in features_of(array, g, moments, constants)))
+        raw[n] = WeightFeatures(*(x.reshape(p.shape) for x in Features(array, g, moments, constants).all()))
         whole.append(torch.stack([x.mean() for x in products_of(raw[n])]))
     incidence, means = Incidence(SYMMETRY), torch.stack(whole)
     scale, rms = features.scales_of(Statistics.unpack(means).weight, incidence)
@@ -151,7 +151,7 @@ def test_rows_are_pooled_over_all_other_dimensions(order: tuple[int, ...]) -> No
     constants = moment_constants(torch.ones(1, 1, dtype=torch.float64))
     (layout,) = layouts_of([p], 0)
     arrays = [layout.fold([x]) for x in (p, g, *moments)]
-    _, raw = passes.moments_and_features(arrays[0], arrays[1], arrays[2:], constants[0])
+    raw = passes.moments_and_features(arrays[0], arrays[1], arrays[2:], constants[0])[1].all()
     by_dim, whole = layout.sums(*passes.sums_of(raw))[0]
     by_dim, whole = [x * x.shape[0] / 24 for x in by_dim], whole / 24
     raw = WeightFeatures(*(layout.unfold(x)[0] for x in raw))

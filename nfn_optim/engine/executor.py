@@ -20,11 +20,13 @@ from torch import Tensor
 from nfn_optim.engine import passes
 from nfn_optim.engine.blocks import Block
 from nfn_optim.engine.inductor import Run, run
-from nfn_optim.engine.weight_features import AdamFeature, WeightFeatures
+from nfn_optim.engine.passes import ALL_TERMS, Terms
+from nfn_optim.engine.weight_features import Features
 
 ROW_UNROLL = 2  # rows that are added up in registers before their sum is stored; divides the size of tiles
 LowRank = tuple[Tensor, Tensor | None]
-"""A direction of low rank as two factors, `(*batch, rows, k)` and `(*batch, k, rest)`; None for the identity."""
+"""A direction of low rank as two factors, `(*batch, rows, k)` and `(*batch, k, rest)`; None for the identity: then X is
+included."""
 
 Mixture = Mapping[int, Tensor]
 """By index of the block: parts of the slow direction and of the newest gradient in X, see `passes.mix`."""
@@ -73,13 +75,14 @@ class PureExecutor:
 
     def sums(self, index: int) -> tuple[Tensor, Tensor]:
         """See `Executor`."""
-        return passes.sums_of(_learned(self._cache[index][1]))
+        return passes.sums_of(self._cache[index][1].all())
 
     def project(
         self, index: int, basis: Tensor | None, mixture: Tensor | None, momentum: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Executor`."""
-        return _project(self._cache[index][1], self.blocks[index].arrays[1], basis, mixture, momentum)
+        x = passes.mix(self._cache[index][1], mixture)
+        return _project(x, self._cache[index][1], self.blocks[index].arrays[1], basis, mixture, momentum)
 
     def project_back(self, index: int, left: Tensor, mixture: Tensor | None) -> Tensor:
         """See `Executor`."""
@@ -100,9 +103,8 @@ class PureExecutor:
     ) -> tuple[Tensor, list[Tensor]]:
         """The update and the new moments of a block; arguments as of `passes.compute_update`."""
         moments, features = self._cache[index]
-        direction = _whole(low_rank)
         p = self.blocks[index].arrays[0]
-        return passes.compute_update(features, p, moments[1], row_coeffs, column_gain, direction), moments
+        return passes.compute_update(features, p, row_coeffs, column_gain, _whole(low_rank)), moments
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Execution:
             and everything continues uncompiled.
         background: Compile in the background; uncompiled until then.
         run: How a function to be compiled is called.
+        terms: Of which updates may be made.
         tile: Weights per tile; some 20 numbers are held for each.
         compile_from: Arrays of fewer weights are not compiled, since calls dominate their cost; those of one shape are
             stacked.
@@ -126,6 +129,7 @@ class Execution:
     grads_finite: Tensor | None = None
     background: bool = False
     run: Run = run
+    terms: Terms = ALL_TERMS
 
     def pays(self, size: int) -> bool:
         """Whether a function over this many numbers is compiled."""
@@ -148,7 +152,7 @@ class InPlaceExecutor:
     def sums(self, index: int) -> tuple[Tensor, Tensor]:
         """See `Executor`."""
         if index in self._cache:
-            return passes.sums_of(_learned(self._cache[index][1]))
+            return passes.sums_of(self._cache[index][1].all())
         p, g, moments, constants = self.blocks[index].arrays
         by_row, by_column, compiles = [], [], self._compiles(p)
         for rows in self._tiles(p):
@@ -160,7 +164,7 @@ class InPlaceExecutor:
                 row_sums, column_sums = passes.finish_sums(*partial_sums)
             else:
                 features = passes.moments_and_features(tile_p, tile_g, tile_moments, tile_constants)[1]
-                row_sums, column_sums = passes.sums_of(_learned(features))
+                row_sums, column_sums = passes.sums_of(features.all())
             by_row.append(row_sums)
             by_column.append(column_sums)
         return by_row[0] if len(by_row) == 1 else torch.cat(by_row), sum(by_column[1:], by_column[0])
@@ -171,7 +175,8 @@ class InPlaceExecutor:
         """See `Executor`."""
         p, g, _, constants = self.blocks[index].arrays
         if index in self._cache:
-            return _project(self._cache[index][1], g, basis, mixture, momentum)
+            x = passes.mix(self._cache[index][1], mixture, self._execution.terms)
+            return _project(x, self._cache[index][1], g, basis, mixture, momentum)
         projected = constants.new_empty((*p.shape[:-1], (p if basis is None else basis).shape[-1]))
         energy = constants.new_empty(p.shape[:-1])
         of_momentum = torch.empty_like(projected) if momentum else None
@@ -185,7 +190,7 @@ class InPlaceExecutor:
     def project_back(self, index: int, left: Tensor, mixture: Tensor | None) -> Tensor:
         """See `Executor`."""
         if index in self._cache:
-            return passes.mix(self._cache[index][1], mixture).mT @ left
+            return passes.mix(self._cache[index][1], mixture, self._execution.terms).mT @ left
         p = self.blocks[index].arrays[0]
         result = left.new_zeros((*p.shape[:-2], p.shape[-1], left.shape[-1]))
         for rows, x, *_ in self._directions(index, mixture, False):
@@ -201,17 +206,26 @@ class InPlaceExecutor:
         return self._execution.run(function, *args, dynamic=dynamic)
 
     def apply_(
-        self, index: int, row_coeffs: Tensor, column_gain: Tensor | None, low_rank: LowRank | None, frozen: bool
+        self,
+        index: int,
+        row_coeffs: Tensor,
+        column_gain: Tensor | None,
+        low_rank: LowRank | None,
+        frozen: bool,
+        covered: Terms = frozenset(),
     ) -> None:
-        """Change a block's arrays, but the parameters not if `frozen`; arguments as of `passes.compute_update`."""
+        """Change a block's arrays, but the parameters not if `frozen`; arguments as of `passes.compute_update`.
+
+        Features in `covered` are in the direction already.
+        """
         p, g, moments, constants = self.blocks[index].arrays
-        grads_finite = self._execution.grads_finite
+        grads_finite, terms = self._execution.grads_finite, self._execution.terms - covered
         if index in self._cache:
             new, features = self._cache[index]
             direction = _whole(low_rank)
             update = None
             if not frozen:
-                update = passes.compute_update(features, p, new[1], row_coeffs, column_gain, direction)
+                update = passes.compute_update(features, p, row_coeffs, column_gain, direction, terms)
             passes.store_(p, g, moments, constants, update, new, grads_finite)
             return
         compiles = self._compiles(p)
@@ -224,11 +238,11 @@ class InPlaceExecutor:
             views = [x[rows] for x in (p, g, *moments)]
             tile = [_dense(x) for x in views] if compiles else views
             tile_p, tile_g, *tile_moments = tile
-            of_rows = _rows(constants, rows), _rows(row_coeffs, rows)
             direction = None if low_rank is None else low_rank[0][rows]
             if direction is not None and right is not None:
                 direction = torch.matmul(direction, right, out=buffer[: len(tile_p)])
-            apply_(tile_p, tile_g, tile_moments, *of_rows, column_gain, direction, frozen, grads_finite)
+            arrays = tile_p, tile_g, tile_moments, _rows(constants, rows), _rows(row_coeffs, rows)
+            apply_(*arrays, column_gain, direction, frozen, terms, grads_finite, not compiles)
             for view, value in zip((views[0], *views[2:]), (tile_p, *tile_moments), strict=True):
                 if value is not view:
                     view.copy_(value)
@@ -243,8 +257,8 @@ class InPlaceExecutor:
         mixture = _dense(mixture) if compiles and mixture is not None else mixture
         for rows in self._tiles(p):
             tile_p, tile_g, *tile_moments = (_dense(x[rows]) if compiles else x[rows] for x in (p, g, *moments))
-            tile_mixture = None if mixture is None else _rows(mixture, rows)
-            yield rows, *direction(tile_p, tile_g, tile_moments, _rows(constants, rows), tile_mixture, momentum)
+            of_rows = _rows(constants, rows), None if mixture is None else _rows(mixture, rows)
+            yield rows, *direction(tile_p, tile_g, tile_moments, *of_rows, momentum, self._execution.terms)
 
     def _cached(self) -> list[int]:
         """Indices of the smallest blocks, whose features are cached instead of recomputed; at most `tile` weights."""
@@ -273,10 +287,10 @@ class InPlaceExecutor:
 
 
 def _project(
-    features: WeightFeatures | AdamFeature, g: Tensor, basis: Tensor | None, mixture: Tensor | None, momentum: bool
+    x: Tensor, features: Features, g: Tensor, basis: Tensor | None, mixture: Tensor | None, momentum: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`Executor.project` of a block with these features and gradients."""
-    x, m = passes.mix(features, mixture), passes.mix_momentum(features, g, mixture) if momentum else None
+    """`Executor.project` of a block with this direction, these features and gradients."""
+    m = passes.mix_momentum(features, g, mixture) if momentum else None
     squares = x.square().sum(-1)
     return (x, squares, m) if basis is None else (x @ basis, squares, None if m is None else m @ basis)
 
@@ -292,12 +306,6 @@ def _into(result: Tensor, x: Tensor, basis: Tensor | None) -> None:
 def _whole(low_rank: LowRank | None) -> Tensor | None:
     """The product of both factors."""
     return None if low_rank is None else low_rank[0] if low_rank[1] is None else low_rank[0] @ low_rank[1]
-
-
-def _learned(features: WeightFeatures | AdamFeature) -> WeightFeatures:
-    """Features with a slow moment."""
-    assert isinstance(features, WeightFeatures)
-    return features
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -39,22 +39,20 @@ def init_moments(p: Tensor, *, slow: bool, dtype: torch.dtype) -> dict[str, Tens
     return {key: torch.zeros_like(p, dtype=dtype) for key in (MOMENTS if slow else MOMENTS[:2])}
 
 
-def update_moments(g: Tensor, moments: Sequence[Tensor], constants: Tensor) -> list[Tensor]:
+def update_moments(g: Tensor, moments: Sequence[Tensor], constants: Tensor, *, in_place: bool = False) -> list[Tensor]:
     """The moments m, v and, if there is a third, M after a gradient. All `(*batch, rows, rest)`.
 
     Args:
         g: The gradient.
         moments: Before it.
         constants: See `moment_constants`, `(*batch, rows or 1, 6)`.
+        in_place: Whether to change `moments`.
     """
     m, v, *slow = moments
     g = g.to(m.dtype)
     new_m, new_v = constants[..., 4:].unsqueeze(-2).unbind(-1)
-    return [
-        torch.lerp(m, g, new_m),
-        torch.addcmul(v * (1 - new_v), g, g * new_v),
-        *(torch.lerp(x, g, 1 - BETA_SLOW) for x in slow),
-    ]
+    lerp = torch.Tensor.lerp_ if in_place else torch.lerp
+    return [lerp(m, g, new_m), lerp(v, g * g, new_v), *(lerp(x, g, 1 - BETA_SLOW) for x in slow)]
 
 
 def moment_constants(steps: Tensor, beta1: float = BETA1, beta2: float = BETA2) -> Tensor:

@@ -9,7 +9,8 @@ rest)`:
 
     update = gain (adam a + slow s + gradient n + weight w + clip(u momentum) k + D) [v > 0] + decay p
 
-with D the part of the direction that is not proportional to Adam's, if there is one (`nfn_optim.rule.direction`).
+with D the part of the direction that is not a combination of features, if there is one (`nfn_optim.rule.direction`).
+Features whose coefficient is zero in all rows are left out: `Terms` names the others.
 `moments_and_features`, `sums_of` and `compute_update` are that mathematics and pure. `reduce_pass` and `apply_` are
 made of them, work in place on a tile of rows, remember nothing from one pass to the next, and may be compiled.
 """
@@ -23,15 +24,20 @@ import torch
 from torch import Tensor
 
 from nfn_optim.engine.moments import update_moments
-from nfn_optim.engine.stochastic_rounding import round_moments, to_compute_dtype
+from nfn_optim.engine.stochastic_rounding import is_bfloat16, round_moments, to_compute_dtype
 from nfn_optim.engine.weight_features import (
     CLIP,
     STATISTICS,
-    AdamFeature,
+    Features,
     WeightFeatures,
-    features_of,
     products_of,
 )
+
+Terms = frozenset[str]
+"""Names of the features whose coefficients may differ from zero, and COLUMNS where gains of columns may from one."""
+
+COLUMNS = "columns"
+ALL_TERMS: Terms = frozenset({*WeightFeatures._fields, COLUMNS})
 
 
 class RowCoefficients(NamedTuple):
@@ -46,37 +52,40 @@ class RowCoefficients(NamedTuple):
     decay: Tensor
 
 
+SUMMED = RowCoefficients._fields[:4]  # whose coefficient multiplies the feature of that name
+
+
 def moments_and_features(
-    p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor
-) -> tuple[list[Tensor], WeightFeatures | AdamFeature]:
-    """The moments after a gradient, and the features with them; arguments as of `features_of`, moments before it."""
-    new = update_moments(g, to_compute_dtype(moments, constants), constants)
-    return new, features_of(p, g, new, constants)
+    p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor, *, in_place: bool = False
+) -> tuple[list[Tensor], Features]:
+    """The moments after a gradient, and the features with them; arguments as of `Features`, moments before it."""
+    new = update_moments(g, to_compute_dtype(moments, constants), constants, in_place=in_place)
+    return new, Features(p, g, new, constants)
 
 
 def sums_of(features: WeightFeatures) -> tuple[Tensor, Tensor]:
     """Sums of `Statistics` over rows, `(*batch, rows, STATISTICS)`, and over columns, `(*batch, rest, STATISTICS)`."""
-    products = torch.stack(products_of(features), -3)  # (*batch, STATISTICS, rows, rest)
-    return products.sum(-1).mT, products.sum(-2).mT
+    products = products_of(features)
+    return torch.stack([x.sum(-1) for x in products], -1), torch.stack([x.sum(-2) for x in products], -1)
 
 
-def mix(features: WeightFeatures | AdamFeature, mixture: Tensor | None) -> Tensor:
+def mix(features: Features, mixture: Tensor | None, terms: Terms = ALL_TERMS) -> Tensor:
     """The direction X, a mixture of Adam's, the slow one and the newest gradient, `(*batch, rows, rest)`.
 
     Args:
         features: Of the weights.
         mixture: Parts of the slow direction and of the newest gradient, `(*batch, rows or 1, 2)`; None for Adam's.
+        terms: Of which it is made.
     """
     if mixture is None:
         return features.adam
-    assert isinstance(features, WeightFeatures)
     slow, gradient = mixture.unsqueeze(-2).unbind(-1)
-    return torch.addcmul(torch.lerp(features.adam, features.gradient, gradient), features.slow, slow)
+    x = torch.lerp(features.adam, features.gradient, gradient) if "gradient" in terms else features.adam
+    return torch.addcmul(x, features.slow, slow) if "slow" in terms else x
 
 
-def mix_momentum(features: WeightFeatures | AdamFeature, g: Tensor, mixture: Tensor | None) -> Tensor:
+def mix_momentum(features: Features, g: Tensor, mixture: Tensor | None) -> Tensor:
     """The momentum with the newest gradient mixed in as in X, `(*batch, rows, rest)`; arguments as of `mix`."""
-    assert isinstance(features, WeightFeatures)
     momentum = features.momentum
     return momentum if mixture is None else torch.lerp(momentum, g.to(momentum.dtype), mixture[..., 1:])
 
@@ -88,54 +97,56 @@ def mixed_direction(
     constants: Tensor,
     mixture: Tensor | None,
     momentum: bool,
+    terms: Terms = ALL_TERMS,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The direction X at this step, `(*batch, rows, rest)`, and the sums of its squares by row, `(*batch, rows)`.
 
     Arguments as of `moments_and_features` and `mix`; with `momentum` the third result is `mix_momentum`, else None. Not
     differentiable at zero.
     """
-    needed = moments if momentum or mixture is not None else moments[:2]
+    needed = moments if mixture is not None and "slow" in terms else moments[:2]
     features = moments_and_features(p, g, needed, constants)[1]
-    x = mix(features, mixture)
+    x = mix(features, mixture, terms)
     squares = torch.linalg.vector_norm(x, dim=-1).square()
     return x, squares, mix_momentum(features, g, mixture) if momentum else None
 
 
 def compute_update(
-    features: WeightFeatures | AdamFeature,
+    features: Features,
     p: Tensor,
-    v: Tensor,
     row_coeffs: Tensor,
     column_gain: Tensor | None,
     direction: Tensor | None = None,
+    terms: Terms = ALL_TERMS,
 ) -> Tensor:
     """The update of every weight.
 
     Args:
-        features: See `features_of`.
+        features: Of the weights; where there has been no gradient nothing but weight decay moves a weight.
         p: Parameters `(*batch, rows, rest)`.
-        v: Their second moments after this gradient; where it is zero nothing but weight decay moves a weight.
-        row_coeffs: `RowCoefficients` packed, `(*batch, rows or 1, 7)`; with `AdamFeature` only adam and decay, `(...,
-        2)`.
+        row_coeffs: `RowCoefficients` packed, `(*batch, rows or 1, 7)`; for Adam's direction alone only adam and decay,
+            `(..., 2)`.
         column_gain: Product of the gains of columns and taps, `(*batch, 1, rest)`.
         direction: D, `(*batch, rows, rest)`.
+        terms: Of which it is made.
 
     Returns:
         `(*batch, rows, rest)` in the dtype of the moments.
     """
     columns = row_coeffs.unsqueeze(-2).unbind(-1)  # (*batch, rows or 1, 1) each
-    update, decay = features.adam * columns[0], columns[-1]
-    if isinstance(features, WeightFeatures):
+    summed = zip(SUMMED, columns[:-1], strict=False)
+    added = [(getattr(features, name), coefficient) for name, coefficient in summed if name in terms]
+    if "momentum" in terms and len(columns) == len(RowCoefficients._fields):
         c = RowCoefficients(*columns)
-        update = torch.addcmul(update, features.slow, c.slow)
-        update = torch.addcmul(update, features.gradient, c.gradient)
-        update = torch.addcmul(update, features.weight, c.weight)
-        update = torch.addcmul(update, (features.momentum * c.momentum_unit).clamp(-CLIP, CLIP), c.momentum)
+        added.append(((features.momentum * c.momentum_unit).clamp(-CLIP, CLIP), c.momentum))
     if direction is not None:
-        update = torch.addcmul(update, direction, v.sign())  # all features are zero already
-    if column_gain is not None:
+        added.append((direction, features.active))  # all features are zero already
+    update = added[0][0] * added[0][1]
+    for value, coefficient in added[1:]:
+        update = torch.addcmul(update, value, coefficient)
+    if column_gain is not None and COLUMNS in terms:
         update = update * column_gain
-    return torch.addcmul(update, p.to(update.dtype), decay)
+    return torch.addcmul(update, p.to(update.dtype), columns[-1])
 
 
 def reduce_pass(
@@ -157,9 +168,7 @@ def reduce_pass(
     arrays = [torch.unflatten(x, -2, (-1, row_unroll)).unbind(-2) for x in (p, g, *moments)]
     products = []
     for row_p, row_g, *row_moments in zip(*arrays, strict=True):  # (rows / row_unroll, rest)
-        features = moments_and_features(row_p, row_g, row_moments, constants)[1]
-        assert isinstance(features, WeightFeatures)
-        products.append(products_of(features))
+        products.append(products_of(moments_and_features(row_p, row_g, row_moments, constants)[1].all()))
     columns = [sum(x[1:], x[0]) for x in zip(*products, strict=True)]  # before rows: inductor fuses in this order only
     return columns, [x.sum(-1) for row in products for x in row]
 
@@ -181,7 +190,9 @@ def apply_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made 
     column_gain: Tensor | None,
     direction: Tensor | None,
     frozen: bool,
+    terms: Terms = ALL_TERMS,
     grads_finite: Tensor | None = None,
+    in_place: bool = False,
 ) -> None:
     """The second pass over a tile of rows, in place.
 
@@ -194,11 +205,17 @@ def apply_(  # noqa: PLR0913, PLR0917 - as many as the two functions it is made 
         column_gain: See there.
         direction: See there.
         frozen: Leave the parameters as they are.
+        terms: As of `compute_update`.
         grads_finite: 0-d; where False nothing changes. None: True.
+        in_place: Change moments where they are, if nothing is rounded or undone: fewer calls where nothing is compiled.
     """
-    new, features = moments_and_features(p, g, moments, constants)
-    update = None if frozen else compute_update(features, p, new[1], row_coeffs, column_gain, direction)
-    store_(p, g, moments, constants, update, new, grads_finite)
+    in_place = in_place and grads_finite is None and not any(is_bfloat16(x) for x in moments)
+    new, features = moments_and_features(p, g, moments, constants, in_place=in_place)
+    update = None if frozen else compute_update(features, p, row_coeffs, column_gain, direction, terms)
+    if not in_place:
+        store_(p, g, moments, constants, update, new, grads_finite)
+    elif update is not None:
+        p.add_(update)
 
 
 def store_(

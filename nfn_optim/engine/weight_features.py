@@ -13,6 +13,7 @@ statistic.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,12 +31,6 @@ class WeightFeatures(NamedTuple):
     gradient: Tensor
     weight: Tensor
     momentum: Tensor
-
-
-class AdamFeature(NamedTuple):
-    """The only feature without a slow moment."""
-
-    adam: Tensor
 
 
 class Statistics(NamedTuple):
@@ -58,28 +53,63 @@ FEATURES = len(WeightFeatures._fields)
 STATISTICS = len(Statistics._fields)
 
 
-def features_of(p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor) -> WeightFeatures | AdamFeature:
-    """The features of every weight.
+class Features:
+    """The features of weights, each computed when it is first asked for: tensors `(*batch, rows, rest)`.
 
     Args:
         p: Parameters `(*batch, rows, rest)`.
         g: Gradients, the same shape.
-        moments: After `update_moments` with `g`.
+        moments: After `update_moments` with `g`; the third may be missing where `slow` is not asked for.
         constants: `(*batch, rows or 1, 6)`, see `moments.moment_constants`.
-
-    Returns:
-        Tensors `(*batch, rows, rest)`.
     """
-    m, v, *slow = moments
-    correct_m, correct_v, correct_slow = constants[..., :3].unsqueeze(-2).unbind(-1)
-    active = v.sign()
-    inverse = active / ((v + SQRT_EPS).sqrt() * correct_v + EPS)
-    momentum = m * correct_m
-    adam = momentum * inverse
-    if not slow:
-        return AdamFeature(adam)
-    gradient = (g.to(m.dtype) * inverse).clamp(-CLIP, CLIP)
-    return WeightFeatures(adam, slow[0] * correct_slow * inverse, gradient, p.to(m.dtype) * active, momentum * active)
+
+    def __init__(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], constants: Tensor) -> None:
+        self._p, self._g, self._moments = p, g, moments
+        self._corrections = constants[..., :3].unsqueeze(-2).unbind(-1)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """1 where there has been a gradient, else 0."""
+        return self._moments[1].sign()
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """1 / (sqrt(v^) + eps), 0 where v is."""
+        return self.active / ((self._moments[1] + SQRT_EPS).sqrt() * self._corrections[1] + EPS)
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        """m^."""
+        return self._moments[0] * self._corrections[0]
+
+    @cached_property
+    def adam(self) -> Tensor:
+        """m^ / (sqrt(v^) + eps)."""
+        return self._mean * self._inverse
+
+    @cached_property
+    def slow(self) -> Tensor:
+        """M^ / (sqrt(v^) + eps)."""
+        return self._moments[2] * self._corrections[2] * self._inverse
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """The newest gradient / (sqrt(v^) + eps), clipped."""
+        return (self._g.to(self._inverse.dtype) * self._inverse).clamp(-CLIP, CLIP)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The weight itself."""
+        return self._p.to(self.active.dtype) * self.active
+
+    @cached_property
+    def momentum(self) -> Tensor:
+        """m^."""
+        return self._mean * self.active
+
+    def all(self) -> WeightFeatures:
+        """All of them."""
+        return WeightFeatures(self.adam, self.slow, self.gradient, self.weight, self.momentum)
 
 
 def products_of(features: WeightFeatures) -> list[Tensor]:

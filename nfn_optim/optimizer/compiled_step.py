@@ -25,6 +25,7 @@ from nfn_optim.engine.background import Job, submit
 from nfn_optim.engine.executor import Execution
 from nfn_optim.engine.inductor import Call, compile_graph, has_failed, run_compiled, run_graph
 from nfn_optim.engine.moments import State
+from nfn_optim.engine.passes import Terms
 from nfn_optim.rule import UpdateRule
 from nfn_optim.rule.hyperparameters import is_zero
 from nfn_optim.rule.update_rule import step_with_theta_
@@ -90,9 +91,10 @@ class CompiledSteps:
         kinds = tuple((x.stride(), x.dtype) for x in flat)
         absent = tuple(key for key, value in numbers.items() if value is None)
         of_network = given.rule, given.symmetry, names, kinds, flat[0].device
-        key = (*of_network, absent, hypers["refresh"], torch.get_num_threads())
+        key = (*of_network, absent, hypers["refresh"], execution.terms, torch.get_num_threads())
         if key not in self._runs and len(self._runs) < MAX_GRAPHS:
-            whole = _WholeStep(given.rule, given.symmetry, _like(inputs, repeat(True)), hypers["refresh"])
+            trees = _like(inputs, repeat(True))
+            whole = _WholeStep(given.rule, given.symmetry, trees, hypers["refresh"], execution.terms)
             self._runs[key] = _compile(whole, flat, background=execution.background)
         run = self._runs.get(key)
         if isinstance(run, Job):
@@ -116,7 +118,7 @@ class CompiledSteps:
         kinds = [(x.shape, x.stride(), x.dtype) for part in (params, grads, *state.values()) for x in part.values()]
         zeros = tuple(is_zero(hypers["lr"], n) for n in params)
         of_network = given.rule, given.symmetry, tuple(params), tuple(kinds)
-        key = (*of_network, zeros, hypers["refresh"], torch.get_num_threads())
+        key = (*of_network, zeros, hypers["refresh"], execution.terms, torch.get_num_threads())
         if key not in self._passes or ((job := self._passes[key]) and job.is_lost):
             if len(self._passes) >= MAX_KINDS:
                 return compiled
@@ -141,18 +143,20 @@ class _WholeStep:
         symmetry: Axes of the tensors.
         inputs: Parameters, gradients, state, theta and hyperparameters, as trees of anything.
         refresh: Whether coefficients are computed.
+        terms: Of which updates may be made.
     """
 
     rule: UpdateRule
     symmetry: Symmetry
     inputs: Any
     refresh: bool
+    terms: Terms
 
     def __call__(self, *tensors: Tensor) -> tuple[()]:
         """Take the step, given the leaves of `inputs`."""
         params, grads, state, theta, numbers = _like(self.inputs, iter(tensors))
         numbers |= {"refresh": self.refresh}
-        execution = Execution(tile=MAX_WEIGHTS, grads_finite=numbers.pop("grads_finite"))
+        execution = Execution(tile=MAX_WEIGHTS, grads_finite=numbers.pop("grads_finite"), terms=self.terms)
         step_with_theta_(self.rule, theta, params, grads, state, self.symmetry, **numbers, execution=execution)
         return ()
 

@@ -275,6 +275,7 @@ class NFNOptimizer(torch.optim.Optimizer):
         execution = execution if finite is None else replace(execution, grads_finite=finite.to(device))
         with torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext():
             theta, tensors = self._rule_tensors.copies(self.rule, device, dtype), (params, grads, state)
+            execution = replace(execution, terms=self._rule_tensors.terms(self.rule))
             whole = execution.compiled and shards is None and is_small(members_of(symmetry).split(params))
             hypers |= {"execution": execution, "shards": shards}
             given = Given(self.rule, theta or self._rule_tensors.own, tensors, symmetry, hypers)

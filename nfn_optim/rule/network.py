@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nfn_optim.engine.executor import Executor
+from nfn_optim.engine.passes import ALL_TERMS, COLUMNS, Terms
 from nfn_optim.engine.weight_features import FEATURES, Statistics, WeightFeatures
 from nfn_optim.layers import Incidence, MessagePassing
 from nfn_optim.rule import features
@@ -63,6 +64,15 @@ class CoefficientNetwork(nn.Module):
         """The parameters without which the coefficients are Adam's."""
         others = [value for name, value in self.named_parameters() if not name.startswith("message_passing.")]
         return [*others, *self.message_passing.output_parameters()]
+
+    def terms(self) -> Terms:
+        """Of which updates may be made, whatever the inputs, with the present parameters; synchronises."""
+        if self.config.hidden:
+            return ALL_TERMS
+        messages = self.message_passing
+        constants = zip(WeightFeatures._fields, messages.tensor_bias.tolist()[:-1], strict=True)
+        terms = {"adam", *(name for name, value in constants if value)}
+        return frozenset(terms | ({COLUMNS} if any(bool(w.any()) for w in messages.row_skip.parameters()) else set()))
 
     def forward(
         self, executor: Executor, direction: Direction, pooled: Pooled, step: Step

@@ -180,9 +180,10 @@ class OrthogonalStep(StepDirection):
         squares = squares / projection.columns.clamp(min=1)[..., None]
         orthogonal = orthogonal * (squares / (SIZE * MAX_ROW_RMS) ** 2).clamp(min=1).rsqrt().unsqueeze(-1)
         left = orthogonal * left
+        if projection.local_basis is None:  # then X is known
+            whole = torch.addcmul(left, local, x)
+            return mixed(torch.cat([0 * x, others], -1)), (self.subspaces.local_columns(index, whole), None)
         x = x if factors.tail_gain is None else x + orthogonal * factors.tail_gain[..., None, None]
-        if projection.local_basis is None:
-            return mixed(torch.cat([x, others], -1)), (self.subspaces.local_columns(index, left), None)
         return mixed(torch.cat([x, others], -1)), (left, projection.local_basis.mT)
 
     def next_state(self, row_means: Mapping[int, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:

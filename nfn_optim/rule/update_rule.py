@@ -39,7 +39,7 @@ from nfn_optim.engine.blocks import blocks_of
 from nfn_optim.engine.executor import Execution, Executor, InPlaceExecutor, LowRank, Mixture, PureExecutor
 from nfn_optim.engine.form import Form
 from nfn_optim.engine.moments import MOMENTS, State, init_moments, moment_constants
-from nfn_optim.engine.passes import where_finite
+from nfn_optim.engine.passes import Terms, where_finite
 from nfn_optim.engine.sharding import Shards
 from nfn_optim.rule.coefficients import UNSCALED, Coefficients
 from nfn_optim.rule.config import DIRECTIONS, RuleConfig
@@ -54,6 +54,9 @@ from nfn_optim.rule.step import Hyperparameters, Step, incidence_of
 from nfn_optim.symmetry import Symmetry
 
 EAGER = Execution()
+X_TERMS: dict[bool, Terms] = {False: frozenset({"adam"}), True: frozenset({"adam", "slow", "gradient"})}
+"""Of which X is made, by `RuleConfig.mixes`."""
+NO_TERMS: Terms = frozenset()
 BlockCoefficients = tuple[Tensor, Tensor | None, LowRank | None]
 """Of a block for the update pass: row coefficients, column gain, and what is not proportional to Adam's direction."""
 
@@ -98,6 +101,10 @@ class UpdateRule(nn.Module):
             for value in self.network.output_parameters():
                 value.zero_()
         return self
+
+    def terms(self) -> Terms:
+        """Of which updates may be made with the present theta, whatever the network; synchronises."""
+        return self.network.terms() if self.learned else X_TERMS[False]
 
     def init(
         self,
@@ -257,7 +264,9 @@ class UpdateRule(nn.Module):
         for index, of_block in enumerate(coefficients):
             block = step.blocks[index]
             frozen = {i for i in block.layout.indices if is_zero(hyper.lr, step.names[i])}
-            executor.apply_(index, *of_block, frozen=len(frozen) == len(block.layout.indices))
+            low_rank = of_block[-1]
+            covered = X_TERMS[self.config.mixes] if low_rank is not None and low_rank[1] is None else NO_TERMS
+            executor.apply_(index, *of_block, frozen=len(frozen) == len(block.layout.indices), covered=covered)
             block.write_back(frozen)
         pairs = [(state[name][key], value) for name in step.names for key, value in new_state[name].items()]
         new = [where_finite(execution.grads_finite, value, old) for old, value in pairs]
