@@ -7,6 +7,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,15 @@ def inverse_root(gram: Tensor) -> Tensor:
     Args:
         gram: Symmetric, without negative eigenvalues, of trace at most 1; `(..., k, k)`.
     """
-    shape = gram.shape
+    shape, (a, b, c) = gram.shape, POLYNOMIAL
     gram = gram.reshape(-1, *shape[-2:])  # `baddbmm` takes one batch dimension; `@` of more is five operations
-    constant = POLYNOMIAL[0] * torch.eye(shape[-1], dtype=gram.dtype, device=gram.device)
-    root = factor = _factor(gram, constant)
+    rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # of the factor a + rest by which singular values change
+    root = rest + a * _identity(shape[-1], gram.dtype, gram.device)
     for _ in range(ITERATIONS - 1):
-        gram = factor.bmm(gram).bmm(factor)
-        factor = _factor(gram, constant)
-        root = factor.bmm(root)
+        image = torch.baddbmm(gram, rest, gram, beta=a)
+        gram = torch.baddbmm(image, image, rest, beta=a)
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        root = torch.baddbmm(root, rest, root, beta=a)
     return root.reshape(shape)
 
 
@@ -58,10 +60,10 @@ def inverse_roots(grams: Sequence[Tensor], traces: Sequence[Tensor], batch_dims:
     return [roots[i] for i in range(len(grams))]
 
 
-def _factor(gram: Tensor, constant: Tensor) -> Tensor:
-    """The polynomial of square matrices `(T, k, k)`; `constant` its first term, `(k, k)`."""
-    _, b, c = POLYNOMIAL
-    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + constant
+@lru_cache(maxsize=64)
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An identity matrix, which a compiled step takes as it is instead of comparing indices."""
+    return torch.eye(size, dtype=dtype, device=device)
 
 
 def _pad_square(gram: Tensor, size: int) -> Tensor:
