@@ -46,7 +46,17 @@ Without hidden channels: gains are linear in the features of rows and tensors, a
 """
 UNIVERSAL = replace(PLAIN, hidden=16, rounds=2)
 """The same with hidden channels and two rounds of message passing between features and coefficients."""
-BASE = replace(PLAIN, rank=128, exact=True, mixes=True, gradient_part=0.2, whitening=0.5, beta2=0.99, gain=4.5)
+BASE = replace(
+    PLAIN,
+    rank=128,
+    exact=True,
+    mixes=True,
+    gradient_part=0.2,
+    whitening=0.5,
+    minimax_roots=True,
+    beta2=0.99,
+    gain=4.5,
+)
 """The rule `base`: the newest gradient and whitened momentum are mixed in before singular values are made equal.
 
 Nothing is learned.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ from nfn_optim.engine.blocks import blocks_of
 from nfn_optim.engine.executor import Execution, InPlaceExecutor
 from nfn_optim.engine.inductor import Call
 from nfn_optim.engine.moments import moment_constants
+from nfn_optim.engine.passes import ALL_TERMS, Terms
+from nfn_optim.engine.weight_features import WeightFeatures
 from nfn_optim.rule import RuleConfig, UpdateRule
 from nfn_optim.symmetry import Symmetry
 
@@ -63,6 +67,70 @@ def test_in_place_is_pure(form: str) -> None:
     rule = rule.double()
     pure, tiled = trajectories(rule, Execution(tile=1), draw(0, torch.float64), 5)
     assert all(torch.allclose(tiled[n], value, rtol=1e-9, atol=1e-12) for n, value in pure.items())
+
+
+HANDMADE = RuleConfig(
+    direction="orthogonal",
+    rank=3,
+    exact=True,
+    hidden=0,
+    rounds=0,
+    gain=3.0,
+    power=0.5,
+    mixes=True,
+    gradient_part=0.2,
+    whitening=0.5,
+    minimax_roots=True,
+    refresh_every=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "bias", "terms"),
+    [
+        (HANDMADE, None, {"adam", "gradient"}),
+        (HANDMADE, "slow", {"adam", "gradient", "slow"}),
+        (HANDMADE, "momentum", {"adam", "gradient", "momentum"}),
+        (replace(HANDMADE, mixes=False, gradient_part=0.0), "slow", {"adam", "slow"}),
+        (replace(HANDMADE, hidden=4), None, ALL_TERMS),
+    ],
+)
+def test_what_updates_are_not_made_of_makes_no_difference(config: RuleConfig, bias: str | None, terms: Terms) -> None:
+    rule = UpdateRule(config).double()
+    if bias is not None:
+        with torch.no_grad():
+            rule.network.message_passing.tensor_bias[WeightFeatures._fields.index(bias)] = 0.1
+    assert rule.terms() == terms
+    pure, in_place = trajectories(rule, Execution(tile=1, terms=rule.terms()), draw(1, torch.float64), 6)
+    for name, value in pure.items():
+        torch.testing.assert_close(in_place[name], value, msg=name)
+
+
+def test_an_optimizer_notices_that_its_rule_has_changed() -> None:
+    """Gains of columns are left out until one of them is not 1."""
+
+    def train(model: nn.Linear, optimizer: NFNOptimizer, first: int) -> None:
+        for step in range(first, first + 4):
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+    model, symmetry = nn.Linear(5, 4), Symmetry.separate({"weight": (4, 5), "bias": (4,)})
+    optimizer = NFNOptimizer(model, lr=0.1, symmetry=symmetry, rule=UpdateRule(HANDMADE), compile=False)
+    train(model, optimizer, 0)
+    unchanged = deepcopy(model)
+    kept = NFNOptimizer(unchanged, lr=0.1, symmetry=symmetry, rule=UpdateRule(HANDMADE), compile=False)
+    kept.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        optimizer.rule.network.message_passing.row_skip["column"].weight.fill_(0.3)
+    fresh = deepcopy(model)
+    resumed = NFNOptimizer(fresh, lr=0.1, symmetry=symmetry, rule=deepcopy(optimizer.rule), compile=False)
+    resumed.load_state_dict(optimizer.state_dict())
+    for of_model, of_optimizer in ((model, optimizer), (fresh, resumed), (unchanged, kept)):
+        train(of_model, of_optimizer, 4)
+    assert torch.equal(model.weight, fresh.weight)
+    assert not torch.equal(model.weight, unchanged.weight)
 
 
 @pytest.mark.parametrize("form", ["adam", "orthogonal", "mixture"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfn_optim.rule.inverse_root import inverse_root
+from nfn_optim.rule.inverse_root import MINIMAX, REPEATED, Polynomials, inverse_root
 from nfn_optim.rule.orthogonal import SIZE, OrthogonalFactors, orthogonal_factors
 from nfn_optim.rule.pooled import soft_count
 from nfn_optim.rule.subspace import Projection, basis_shape, fill_missing, orthonormal_basis
@@ -128,6 +128,18 @@ def test_the_inverse_root_of_many_at_once() -> None:
     found = turns.mT @ inverse_root(grams) @ turns
     equal = found.diagonal(dim1=-2, dim2=-1) * values.sqrt()
     assert ((equal > 0.6) & (equal < MAX_RMS)).all()
+
+
+@pytest.mark.parametrize(
+    ("polynomials", "smallest", "low", "high"),
+    [(REPEATED, 0.003, 0.68, 1.21), (MINIMAX, 0.005, 0.91, 1.09), (MINIMAX, 0.003, 0.62, 1.09)],
+)
+def test_polynomials_bring_singular_values_near_one(
+    polynomials: Polynomials, smallest: float, low: float, high: float
+) -> None:
+    values = torch.linspace(smallest, 1, 2000, dtype=torch.float64)
+    equal = values * inverse_root(values.square()[:, None, None], polynomials).flatten()
+    assert low < equal.min() < equal.max() < high
 
 
 def test_which_tensors_need_a_basis() -> None:

@@ -14,7 +14,7 @@ from nfn_optim.rule.step_size import MAX_LOG_GAIN
 
 DIRECTIONS: dict[str, Callable[[RuleConfig], Direction]] = {
     "adam": lambda config: AdamDirection(),
-    "orthogonal": lambda config: OrthogonalDirection(config.rank, config.exact, config.whitening),
+    "orthogonal": lambda config: OrthogonalDirection(config.rank, config.exact, config.whitening, config.minimax_roots),
 }
 
 
@@ -43,6 +43,8 @@ class RuleConfig:
         gradient_part: Initial part of the newest gradient in that mixture, 0 to 1; learned.
         whitening: Initial part of the whitened momentum in orthogonal directions (`nfn_optim.rule.whitening`), 0 to 1;
             learned. 0 leaves it out.
+        minimax_roots: Whether singular values are made equal by the best polynomials in turn, which are fewer, instead
+            of by one that is repeated (`nfn_optim.rule.inverse_root`).
         refresh_every: Steps between two computations of the coefficients, which are cached in between.
         adapt_rate: Initial rate of step-size adaptation (`nfn_optim.rule.step_size`); learned. 0 leaves it out.
         adapt_decay: Initial decay of the step size; learned.
@@ -67,6 +69,7 @@ class RuleConfig:
     mixes: bool = False
     gradient_part: float = 0.0
     whitening: float = 0.0
+    minimax_roots: bool = False
     refresh_every: int = 1
     adapt_rate: float = 0.0
     adapt_decay: float = 0.0

@@ -33,7 +33,7 @@ from nfn_optim.engine.blocks import Stack
 from nfn_optim.engine.executor import Executor, LowRank, Mixture
 from nfn_optim.engine.sharding import Shards
 from nfn_optim.rule.direction import Direction, StepDirection, mixed
-from nfn_optim.rule.inverse_root import inverse_roots
+from nfn_optim.rule.inverse_root import MINIMAX, REPEATED, Polynomials, inverse_roots
 from nfn_optim.rule.pooled import Pooled, soft_count
 from nfn_optim.rule.step import Step
 from nfn_optim.rule.subspace import STATE_KEY, Projection, Subspaces, basis_shape
@@ -81,13 +81,14 @@ class OrthogonalDirection(Direction):
         exact: Whether a matrix of at most k rows needs no subspace either.
         whitening: a, initial part of the whitened momentum in Z' (`nfn_optim.rule.whitening`); learned. 0 leaves it
             out.
+        minimax: Whether inverse roots are computed by `MINIMAX` polynomials, else by `REPEATED` ones.
     """
 
     terms: ClassVar[int] = 2
 
-    def __init__(self, rank: int, exact: bool = False, whitening: float = 0.0) -> None:
+    def __init__(self, rank: int, exact: bool = False, whitening: float = 0.0, minimax: bool = False) -> None:
         super().__init__()
-        self.rank, self.exact = rank, exact
+        self.rank, self.exact, self.polynomials = rank, exact, MINIMAX if minimax else REPEATED
         self.orthogonal_weight = nn.Parameter(torch.tensor(1.0))
         self.whitening = nn.Parameter(torch.tensor(whitening)) if whitening else None
 
@@ -137,9 +138,9 @@ class OrthogonalDirection(Direction):
                 layout = executor.blocks[index].layout
                 whitener = layout.gather_rows([state[names[i]][WHITENER] for i in layout.indices])
                 projections[index] = replace(x, whitened=whiten(x.projected, x.momentum, whitener, self.whitening))
-        factors = orthogonal_factors(list(projections.values()), step.batch_dims)
+        factors = orthogonal_factors(list(projections.values()), step.batch_dims, self.polynomials)
         factors_of = dict(zip(projections, factors, strict=True))
-        return OrthogonalStep(step, columns, mixture, subspaces, projections, factors_of)
+        return OrthogonalStep(step, columns, mixture, subspaces, projections, factors_of, self.polynomials)
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class OrthogonalStep(StepDirection):
         subspaces: Of the network.
         projections: By index of the block.
         factors: Likewise.
+        polynomials: Of inverse roots.
     """
 
     step: Step
@@ -161,6 +163,7 @@ class OrthogonalStep(StepDirection):
     subspaces: Subspaces
     projections: Mapping[int, Projection]
     factors: Mapping[int, OrthogonalFactors]
+    polynomials: Polynomials
 
     def combine(self, index: int, coefficients: Tensor) -> tuple[Tensor, LowRank | None]:
         """See `StepDirection`."""
@@ -207,7 +210,7 @@ class OrthogonalStep(StepDirection):
             momenta.append(momentum)
             counts.append(torch.minimum(x.columns, x.dimension))
             turns.append(x.turn(bases[index]) if index in bases else None)
-        new = next_whiteners(grams, momenta, counts, turns, self.step.batch_dims)
+        new = next_whiteners(grams, momenta, counts, turns, self.step.batch_dims, self.polynomials)
         for (index, *_), (gram, whitener) in zip(whitened, new, strict=True):
             yield from self._by_tensor(index, GRAM, gram)
             yield from self._by_tensor(index, WHITENER, whitener)
@@ -220,12 +223,15 @@ class OrthogonalStep(StepDirection):
             yield i, {key: of_tensor}
 
 
-def orthogonal_factors(projections: Sequence[Projection], batch_dims: int = 0) -> list[OrthogonalFactors]:
+def orthogonal_factors(
+    projections: Sequence[Projection], batch_dims: int = 0, polynomials: Polynomials = REPEATED
+) -> list[OrthogonalFactors]:
     """The orthogonal directions of some matrices, their Gram matrices of similar size in one batch.
 
     Args:
         projections: Of the matrices.
         batch_dims: How many leading dimensions are batch.
+        polynomials: Of inverse roots.
     """
     of_rows = [x.projected.shape[-2] < x.projected.shape[-1] for x in projections]
     zs = [x.equalised.mT if short else x.equalised for x, short in zip(projections, of_rows, strict=True)]
@@ -233,7 +239,7 @@ def orthogonal_factors(projections: Sequence[Projection], batch_dims: int = 0) -
     rows = [soft_count(x.row_energy) for x in projections]
     floors = [MIN_RMS**2 * (n * x.columns).clamp(min=1) for n, x in zip(rows, projections, strict=True)]
     traces = [gram.diagonal(dim1=-2, dim2=-1).sum(-1) + floor for gram, floor in zip(grams, floors, strict=True)]
-    roots = inverse_roots(grams, traces, batch_dims)
+    roots = inverse_roots(grams, traces, batch_dims, polynomials)
     factors = []
     for x, n, floor, root, inside, short in zip(projections, rows, floors, roots, traces, of_rows, strict=True):
         size = SIZE * torch.maximum(n, x.columns).clamp(min=1).sqrt()

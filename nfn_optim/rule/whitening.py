@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nfn_optim.rule.inverse_root import inverse_roots
+from nfn_optim.rule.inverse_root import REPEATED, Polynomials, inverse_roots
 
 GRAM, WHITENER = "column_gram", "whitener"
 DECAY = 0.96
@@ -67,6 +67,7 @@ def next_whiteners(
     counts: Sequence[Tensor],
     turns: Sequence[Tensor | None],
     batch_dims: int,
+    polynomials: Polynomials = REPEATED,
 ) -> list[tuple[Tensor, Tensor]]:
     """C and W after this step.
 
@@ -76,6 +77,7 @@ def next_whiteners(
         counts: n, `(*batch, ...)`: idle columns make no difference to the others.
         turns: U^T U', `(*batch, ..., k, k)`, where the basis changes from U to U'.
         batch_dims: How many leading dimensions are batch.
+        polynomials: Of the root, see `inverse_root`.
     """
     new = []
     for gram, momentum, turn in zip(grams, momenta, turns, strict=True):
@@ -87,7 +89,7 @@ def next_whiteners(
         gram + torch.diag_embed((DAMPING * trace / n.clamp(min=1)).unsqueeze(-1).expand(gram.shape[:-1]))
         for gram, trace, n in zip(new, traces, counts, strict=True)
     ]
-    roots = inverse_roots(damped, [(1 + DAMPING) * trace + TINY for trace in traces], batch_dims)
+    roots = inverse_roots(damped, [(1 + DAMPING) * trace + TINY for trace in traces], batch_dims, polynomials)
     return list(zip(new, roots, strict=True))
 
 
