@@ -27,7 +27,7 @@ from meta_train.evaluation import rivals
 from nfn_optim import NFNOptimizer, RuleConfig, Symmetry, pretrained
 
 WARMUP = 0.1  # fraction of the steps
-PROBE_WIDTH = 40  # neurons of the network in a fingerprint
+PROBE_WIDTH = 136  # neurons of the network in a fingerprint: more than the rank of any shipped rule
 PROBE_STEPS = 10  # steps in a fingerprint
 Make = Callable[[nn.Module, float, int | None], list[Optimizer]]
 """From a network, a learning rate and the horizon, None if unknown, to optimizers that step together."""
