@@ -41,7 +41,7 @@ from nfn_optim.rule.whitening import WHITENER
 
 BYTES = 4  # of a number
 RANKS = tuple(2**k for k in range(11))
-TILE_NUMBERS = 20  # held for each weight of a tile, see `Execution`
+TILE_NUMBERS = 16  # held for each weight of a tile, see `Execution`
 ADAMW_MOMENTS = 2
 EXACT_BELOW = 1e11  # bytes: fewer are shown with a decimal
 MATRIX = 2  # dimensions

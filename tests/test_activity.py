@@ -220,7 +220,7 @@ def step_in_table(rows: int, seldom: bool) -> Tensor:
 def test_the_step_of_a_row_does_not_depend_on_the_size_of_its_table(rows: int) -> None:
     """Nor does its length much where each row has a gradient now and then: all are active, but few have a direction."""
     alone = step_in_table(10, seldom=False)
-    torch.testing.assert_close(step_in_table(rows, seldom=False), alone, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(step_in_table(rows, seldom=False), alone, rtol=1e-3, atol=3e-6)
     assert step_in_table(rows, seldom=True).norm() < 2 * step_in_table(10, seldom=True).norm()
 
 

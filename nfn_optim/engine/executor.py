@@ -117,7 +117,7 @@ class Execution:
         background: Compile in the background; uncompiled until then.
         run: How a function to be compiled is called.
         terms: Of which updates may be made.
-        tile: Weights per tile; some 20 numbers are held for each.
+        tile: Weights per tile; some 16 numbers are held for each.
         compile_from: Arrays of fewer weights are not compiled, since calls dominate their cost; those of one shape are
             stacked.
         grads_finite: 0-d; where False the step changes nothing. None: True.

@@ -41,16 +41,13 @@ def inverse_root(gram: Tensor, polynomials: Polynomials = REPEATED) -> Tensor:
         gram: Symmetric, without negative eigenvalues, of trace at most 1; `(..., k, k)`.
         polynomials: By which it is computed.
     """
-    shape, ((a, b, c), *others) = gram.shape, polynomials
+    shape, (first, *others) = gram.shape, polynomials
     gram = gram.reshape(-1, *shape[-2:])  # `baddbmm` takes one batch dimension; `@` of more is five operations
-    rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # of the factor a + rest by which singular values change
-    root = rest + a * _identity(shape[-1], gram.dtype, gram.device)
-    for following in others:
-        image = torch.baddbmm(gram, rest, gram, beta=a)
-        gram = torch.baddbmm(image, image, rest, beta=a)
-        a, b, c = following
-        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        root = torch.baddbmm(root, rest, root, beta=a)
+    root = factor = _factor(gram, *first)
+    for polynomial in others:
+        gram = factor.bmm(gram).bmm(factor)
+        factor = _factor(gram, *polynomial)
+        root = factor.bmm(root)
     return root.reshape(shape)
 
 
@@ -81,10 +78,15 @@ def inverse_roots(
     return [roots[i] for i in range(len(grams))]
 
 
+def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """The square matrices a + b A + c A^2, `(T, k, k)`."""
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + _scalar(a, gram.shape[-1], gram.dtype, gram.device)
+
+
 @lru_cache(maxsize=64)
-def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An identity matrix, which a compiled step takes as it is instead of comparing indices."""
-    return torch.eye(size, dtype=dtype, device=device)
+def _scalar(a: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A multiple of the identity, which a compiled step takes as it is instead of comparing indices."""
+    return a * torch.eye(size, dtype=dtype, device=device)
 
 
 def _pad_square(gram: Tensor, size: int) -> Tensor:

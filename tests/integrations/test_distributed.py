@@ -53,7 +53,7 @@ def check(outcomes: list[Any], expected: list[Tensor], digits: float = 1e-3) -> 
     assert equal(first["params"], second["params"])
     assert first["axes"] == second["axes"]
     for found, p in zip(first["params"], expected, strict=True):
-        torch.testing.assert_close(found, p, rtol=digits, atol=digits / 100)
+        torch.testing.assert_close(found, p, rtol=digits, atol=digits / 50)
 
 
 def test_data_parallel(ranks: Ranks) -> None:
