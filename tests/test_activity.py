@@ -154,7 +154,7 @@ HOW: dict[str, dict[str, object]] = {
 }
 
 MARKS = {
-    "compiled passes": [pytest.mark.slow],
+    "compiled passes": [pytest.mark.exhaustive],  # half a minute; those in bfloat16 are the same passes and more
     "bfloat16, compiled passes": [pytest.mark.slow],
     "compiled steps": [pytest.mark.exhaustive],  # takes minutes
 }
