@@ -24,7 +24,7 @@ from torch import Tensor
 from nfn_optim.engine.background import Job, submit
 from nfn_optim.engine.executor import Execution
 from nfn_optim.engine.inductor import Call, compile_graph, has_failed, run_compiled, run_graph
-from nfn_optim.engine.moments import State
+from nfn_optim.engine.moments import MOMENTS, State
 from nfn_optim.engine.passes import Terms
 from nfn_optim.rule import UpdateRule
 from nfn_optim.rule.hyperparameters import is_zero
@@ -115,7 +115,10 @@ class CompiledSteps:
         hypers, (params, grads, state) = given.hypers, given.tensors
         execution: Execution = hypers["execution"]
         compiled, uncompiled = replace(execution, run=run_compiled), replace(execution, compiled=False)
-        kinds = [(x.shape, x.stride(), x.dtype) for part in (params, grads, *state.values()) for x in part.values()]
+        kinds = [  # of all tensors: the rest of the state follows, and looking at it takes long where tensors are many
+            (p.shape, p.stride(), p.dtype, g.stride(), g.dtype, s[MOMENTS[0]].dtype)
+            for p, g, s in zip(params.values(), grads.values(), state.values(), strict=True)
+        ]
         zeros = tuple(is_zero(hypers["lr"], n) for n in params)
         of_network = given.rule, given.symmetry, tuple(params), tuple(kinds)
         key = (*of_network, zeros, hypers["refresh"], execution.terms, torch.get_num_threads())
