@@ -8,7 +8,7 @@ from nf_symmetries import ZOO_HNP, features_of, permuted
 from torch import nn
 
 from nfn_optim import symmetry_of
-from nfn_optim.layers import Propagation, canonical_signs, free_ends, weight_features
+from nfn_optim.layers import MessageEditor, Propagation, canonical_signs, free_ends, weight_features
 from nfn_optim.symmetry import Symmetry
 
 NAMES = ("mlp", "deep_mlp", "residual_mlp", "token_mlp_layer_norm", "depthwise_separable", "conv3d", "reused")
@@ -31,6 +31,33 @@ def test_vectors_are_permuted_with_their_neurons(name: str) -> None:
         assert x.std() > 1e-4
         expected = x[:, permutations[axis]] if axis in permutations else x
         torch.testing.assert_close(moved[axis], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_changes_of_weights_are_permuted_with_their_neurons(name: str) -> None:
+    torch.manual_seed(0)
+    symmetry, features = NETWORKS[name], features_of(NETWORKS[name], 1, 3)
+    layer = MessageEditor(symmetry, channels=5, outputs=2).fit(features).double()
+    edited = layer(features)
+    permutations = symmetry.random_permutations(torch.Generator().manual_seed(1))
+    moved, expected = layer(permuted(symmetry, features, permutations)), permuted(symmetry, edited, permutations)
+    for tensor, x in features.items():
+        assert edited[tensor].shape == (*x.shape[:-1], 2)
+        assert (edited[tensor] - x).std() > 1e-5
+        torch.testing.assert_close(moved[tensor], expected[tensor], rtol=1e-9, atol=1e-9)
+
+
+def test_the_change_of_a_weight_depends_on_layers_before_and_after_it() -> None:
+    torch.manual_seed(0)
+    symmetry, features = NETWORKS["deep_mlp"], features_of(NETWORKS["deep_mlp"], 1, 1)
+    layer = MessageEditor(symmetry, channels=5).fit(features).double()
+    first, *_, last = names = [name for name in symmetry.dims if name.endswith("weight")]
+    assert len(names) > 2
+    before = layer(features)
+    for other in (first, last):
+        changed = layer(features | {other: 1.1 * features[other]})
+        for name in set(names) - {other}:
+            assert not torch.allclose(changed[name], before[name], rtol=1e-9)
 
 
 def test_running_a_network_is_a_special_case() -> None:

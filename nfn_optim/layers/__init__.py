@@ -11,6 +11,7 @@ vectors. They are equivariant to the permutations of neurons that a `Symmetry` d
     equivariant, attention   WeightAttention  along every free axis and between tensors (NFT)
     on pooled rows           MessagePassing   one set of parameters for all architectures (the update rule's)
     from layer to layer      Propagation      vectors of neurons, multiplied by the weights that they pass
+                             MessageEditor    the same in both directions, and from there to changed weights
     between layers           Entrywise, Residual, ChannelDropout, ChannelNorm, TensorNorm, Scale
     input encodings          SinusoidalValues, FourierValues   of values
                              PositionEncoding, LearnedEncoding of positions on fixed axes
@@ -44,6 +45,7 @@ from nfn_optim.layers.invariant import InvariantPool
 from nfn_optim.layers.io_axes import ends_of, free_ends, free_taps, taps_of
 from nfn_optim.layers.latent import CrossAttention, LatentDecoder, LatentEncoder
 from nfn_optim.layers.linear import NFLinear
+from nfn_optim.layers.message_editor import MessageEditor
 from nfn_optim.layers.message_passing import MessagePassing
 from nfn_optim.layers.norm import ChannelNorm, Scale, TensorNorm
 from nfn_optim.layers.orbit import random_orbit
@@ -69,6 +71,7 @@ __all__ = [
     "LatentDecoder",
     "LatentEncoder",
     "LearnedEncoding",
+    "MessageEditor",
     "MessagePassing",
     "NFLinear",
     "Parallel",
