@@ -414,7 +414,8 @@ def main() -> None:
         experiment.sirens.note,
         f"{given.count} SIRENs to train and choose epochs on, {given.held_out} of other images to test; fitted to "
         f"{population.columns['psnr'].median():.1f} dB (median); {given.epochs} epochs, {CHEAP * given.epochs} for "
-        f"MessageEditor; {given.channels} channels, {2 * given.channels} of MessageEditor; mean of {SEEDS} seeds, intervals over images",
+        f"MessageEditor; {given.channels} channels, {2 * given.channels} of MessageEditor; mean of {SEEDS} seeds, "
+        "intervals over images",
         f"{time.monotonic() - start:.0f} s, {fitted:.0f} s of them for the SIRENs",
     ]
     write(made, NAME, given, {f"_{given.edit}": draw(experiment, outcomes, given.edit)})
