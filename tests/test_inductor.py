@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from compiler import compiler
@@ -166,6 +167,20 @@ def test_a_graph_that_rounds_differently_is_used() -> None:
     assert inductor.run_graph(graph, lambda x: x.mul_(0).sum(), x.clone()) > 0
     graph = Graph(lambda x: [x.mul_(2)], itemgetter(0), {}, ())
     inductor.run_graph(graph, lambda x: x.mul_(2), torch.tensor([torch.nan, torch.inf, 1.0]))
+    assert graph.has_agreed
+
+
+def test_long_sums_may_be_added_up_in_another_order() -> None:
+    """Position embeddings of a ViT are one row of a hundred thousand numbers."""
+    torch.manual_seed(0)
+    x = torch.rand(1, 2**20).square()
+
+    def one_after_the_other(x: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(np.add.accumulate(x.numpy(), -1))[:, -1]]
+
+    graph = Graph(one_after_the_other, itemgetter(0), {}, ())
+    assert (one_after_the_other(x)[0] / x.sum(-1) - 1).abs() > 2 * torch.finfo().eps ** inductor.ROUNDING_POWER
+    inductor.run_graph(graph, lambda x: x.sum(-1), x)
     assert graph.has_agreed
 
 
