@@ -1,6 +1,7 @@
 """The cost of a step: time over fused AdamW, persistent and transient memory, and the bound set by memory traffic.
 
     python benchmarks/step_cost.py
+    python benchmarks/step_cost.py --models ViT GPT
 
 Every optimizer takes turns with fused AdamW, each on its own copy of a model, on one thread, so that fluctuations of
 the machine's speed affect both; a ratio is the median over adjacent turns. A turn is one refresh interval of the
@@ -14,13 +15,15 @@ step.
     products     additions and multiplications in its matrix products, per weight; they take at least as long as at the
                  speed of a large square product, measured in the same run
 
-Muon updates matrices and fused AdamW the rest. Writes `step_cost.json` and `step_cost.md`; takes some fifteen minutes.
+Muon updates matrices and fused AdamW the rest. Writes `step_cost.json` and `step_cost.md`; takes half an hour, or, with
+`--models`, is done in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import sys
@@ -309,10 +312,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--models", nargs="+", default=[""], help="words in names; the rows of other models are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for name, model in MODELS.items():
+    chosen = {name: model for name, model in MODELS.items() if any(word in name for word in args.models)}
+    path = args.out / "step_cost.json"
+    rows = json.loads(path.read_text())["steps"] if len(chosen) < len(MODELS) and path.exists() else []
+    rows = [kept for kept in rows if kept["model"] in MODELS.keys() - chosen.keys()]
+    for name, model in chosen.items():
         network, batch = model.build(), model.batch()
         training = min(backward(network, batch) for _ in range(2))
         del network
