@@ -283,7 +283,8 @@ def page(content: dict[str, Any]) -> str:
         "| model | fused AdamW, ms | " + " | ".join(shown) + " | training | memory | first | products |",
         "|---" * (len(shown) + 6) + "|",
     ]
-    for name, model in MODELS.items():
+    measured = {name: model for name, model in MODELS.items() if (name, compiled) in by_pair}
+    for name, model in measured.items():
         ratios = [f"{by_pair[name, title]['ratio']:.1f}" if (name, title) in by_pair else "" for title in shown]
         both = [by_pair[name, title] for title in (own, compiled)]
         memory = " ".join(f"{r['transient_bytes'] / 1e6:.0f}" for r in both)
