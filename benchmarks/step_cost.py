@@ -318,7 +318,7 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = {name: model for name, model in MODELS.items() if any(word in name for word in args.models)}
     path = args.out / "step_cost.json"
-    rows = json.loads(path.read_text())["steps"] if len(chosen) < len(MODELS) and path.exists() else []
+    rows = json.loads(path.read_text())["steps"] if path.exists() else []
     rows = [kept for kept in rows if kept["model"] in MODELS.keys() - chosen.keys()]
     for name, model in chosen.items():
         network, batch = model.build(), model.batch()

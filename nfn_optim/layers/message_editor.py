@@ -104,11 +104,9 @@ class MessageEditor(nn.Module):
         )
         found: dict[str, Tensor] = {}
         for (name, axis, source), perceptron in zip(self._reversed, self.backwards, strict=True):
-            weight = weights[name].flatten(3)  # (N, size of axis, size of source, taps)
-            if axis in found:
-                sent = torch.einsum("nkjt,nkc->njtc", weight, found[axis]).flatten(2) / weight.shape[1] ** 0.5
-            else:
-                sent = weight.transpose(1, 2).flatten(2) if axis in self._fixed else weight.sum(1)
+            weight = weights[name].flatten(3).transpose(1, 2)  # (N, size of source, size of axis, taps)
+            sent = self.forwards.messages(weight, axis, found.get(axis))
+            sent = sent / weight.shape[2] ** 0.5 if axis in found else sent
             arrived = perceptron(torch.cat([sent, forwards[source]], -1))
             found[source] = arrived if source not in found else found[source] + arrived
         return forwards | {axis: torch.cat([forwards[axis], b], -1) for axis, b in found.items()}

@@ -126,7 +126,7 @@ class Propagation(nn.Module):
             parts = [features[name] for name in stage.vectors]
             for name, source in reversed(stage.matrices.items()):
                 weight = features[name].flatten(len(batch) + 2)  # (*batch, size, source, taps * in_channels)
-                parts.insert(0, self._messages(weight, source, vectors.get(source)))
+                parts.insert(0, self.messages(weight, source, vectors.get(source)))
             arriving, known = torch.cat(parts, -1), vectors.get(stage.axis)
             if stage.axis in self._ends:
                 vectors[stage.axis] = arriving if known is None else torch.cat([known, arriving], -1)
@@ -136,7 +136,7 @@ class Propagation(nn.Module):
             vectors[stage.axis] = arriving if known is None else known + arriving
         return vectors
 
-    def _messages(self, weight: Tensor, source: str, vectors: Tensor | None) -> Tensor:
+    def messages(self, weight: Tensor, source: str, vectors: Tensor | None) -> Tensor:
         """What arrives at the neurons of an axis, `(*batch, size, length)`.
 
         Args:

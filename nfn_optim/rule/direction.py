@@ -61,8 +61,8 @@ class StepDirection:
                 learning rate and row gains included.
 
         Returns:
-            `passes.RowCoefficients` packed; and what of the direction is not proportional to X, as factors, if there is
-            anything.
+            `passes.RowCoefficients` packed; and what else there is of the direction, as factors: without X, or with it
+            and a zero coefficient of X where the second factor is the identity.
         """
         del index
         return mixed(coefficients), None

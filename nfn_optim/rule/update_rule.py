@@ -58,7 +58,7 @@ X_TERMS: dict[bool, Terms] = {False: frozenset({"adam"}), True: frozenset({"adam
 """Of which X is made, by `RuleConfig.mixes`."""
 NO_TERMS: Terms = frozenset()
 BlockCoefficients = tuple[Tensor, Tensor | None, LowRank | None]
-"""Of a block for the update pass: row coefficients, column gain, and what is not proportional to Adam's direction."""
+"""Of a block for the update pass: row coefficients, column gain, and what else there is of the direction."""
 
 
 class UpdateRule(nn.Module):
