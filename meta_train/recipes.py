@@ -52,6 +52,7 @@ BASE = replace(
     exact=True,
     mixes=True,
     gradient_part=0.2,
+    shrinkage=0.2,
     whitening=0.5,
     minimax_roots=True,
     beta2=0.99,

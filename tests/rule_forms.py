@@ -38,6 +38,7 @@ def config_of(form: str, **config: Any) -> RuleConfig:
         "exact": True,
         "mixes": True,
         "gradient_part": 0.2,
+        "shrinkage": 0.2,
         "whitening": 0.4,
         "beta1": 0.8,
         "beta2": 0.99,

@@ -296,7 +296,7 @@ STACKED = Symmetry(
 @pytest.mark.parametrize("rank", [0, 4, 32])
 def test_small_matrices_of_one_shape_are_stacked(rank: int) -> None:
     """Five and two in a stack, one of them in another layout, two that do not move: the same as one by one."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0 the signs of b's first gradient have rank 5, so that a basis is left to rounding
     params = {n: torch.randn(STACKED.shape_of(n), dtype=torch.float64) for n in STACKED.dims}
     params["d"] = params["d"].T.contiguous().T
     rule = random_rule(rank=rank).double().requires_grad_(False)

@@ -154,6 +154,31 @@ def test_steps_begin_as_large_as_the_configuration_says() -> None:
         torch.testing.assert_close(steps[1][name], 4 * update, rtol=1e-6, atol=0)
 
 
+def test_weights_shrink_in_noise_but_not_where_gradients_vanish_or_never_were() -> None:
+    """And more slowly in the beginning."""
+    rule = UpdateRule(RuleConfig(hidden=0, rounds=0, shrinkage=0.5)).requires_grad_(False)
+    symmetry = Symmetry.separate({"w": (40, 40)})
+
+    def share(first: int, last: int, size: float) -> float:
+        """Of the weights that is left between two steps, if gradients are noise whose size changes by a factor."""
+        torch.manual_seed(0)
+        params = {"w": torch.ones(40, 40)}
+        state, before = rule.init(params), 1.0
+        for step in range(last):
+            if step == first:
+                before = float(params["w"][:20].mean())
+            grad = size**step * torch.randn(40, 40)
+            grad[20:] = 0
+            update, state = rule(params, {"w": grad}, state, symmetry, lr=0.02)
+            params = {"w": params["w"] + update["w"]}
+        assert bool((params["w"][20:] == 1).all())
+        return float(params["w"][:20].mean()) / before
+
+    assert share(100, 200, 1.0) < 0.95
+    assert share(100, 200, 1.0) < share(0, 100, 1.0) - 0.02
+    assert share(100, 200, 0.9) > 0.99
+
+
 def test_hyperparameters_by_name_by_member_and_as_tensors() -> None:
     rule, params, grads = random_rule("adam"), draw(0), draw(1)
 
@@ -212,6 +237,7 @@ def test_a_broken_tensor_does_not_break_the_others() -> None:
         {"cooldown": 2.0},
         {"gain": 0.0},
         {"inverse_time_power": -0.1},
+        {"shrinkage": -0.1},
     ],
 )
 def test_impossible_rules_are_refused(bad: dict[str, object]) -> None:

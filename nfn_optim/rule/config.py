@@ -41,6 +41,8 @@ class RuleConfig:
         mixes: Whether the slow direction and the newest gradient are mixed into the direction before its singular
             values are made equal; otherwise they are added to it, which is worth less.
         gradient_part: Initial part of the newest gradient in that mixture, 0 to 1; learned.
+        shrinkage: Initial coefficient of the weights themselves, 0 to 1: a weight decay in proportion to the steps
+            that are taken in noise (`nfn_optim.rule.features.shrink_unit`); learned. 0: its unit is that of the feature.
         whitening: Initial part of the whitened momentum in orthogonal directions (`nfn_optim.rule.whitening`), 0 to 1;
             learned. 0 leaves it out.
         minimax_roots: Whether singular values are made equal by the best polynomials in turn, which are fewer, instead
@@ -68,6 +70,7 @@ class RuleConfig:
     beta2: float = BETA2
     mixes: bool = False
     gradient_part: float = 0.0
+    shrinkage: float = 0.0
     whitening: float = 0.0
     minimax_roots: bool = False
     refresh_every: int = 1
@@ -98,5 +101,7 @@ class RuleConfig:
             raise ValueError(f"expected a gradient_part of 0 to 1, and above 0 only with mixes, found {self}")
         if not (0 <= self.whitening <= 1 and (self.direction == "orthogonal" or not self.whitening)):
             raise ValueError(f"expected a whitening of 0 to 1, and above 0 only of orthogonal directions, found {self}")
+        if not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"expected a shrinkage of 0 to 1, found {self.shrinkage}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"expected a cooldown of 0 to 1, found {self.cooldown}")

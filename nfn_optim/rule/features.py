@@ -10,7 +10,8 @@ sizes, its scale, and time. Each feature has a unit that the whole tensor shares
     weight                      rms of adam / s
     momentum                    1 / rms of momentum
 
-so that nothing changes when the loss or the tensor is multiplied by a constant (but for Adam's epsilon). Since a unit
+so that nothing changes when the loss or the tensor is multiplied by a constant (but for Adam's epsilon); where a rule
+shrinks weights, their coefficient has the unit `shrink_unit`. Since a unit
 is one number per tensor, everything follows from mean squares of the raw features: one pass computes them, a second one
 uses them.
 
@@ -36,6 +37,8 @@ LOG_EPS = 0.05  # added before logarithms of quantities of order one
 MAX_STATISTIC = 1e6  # bound on statistics, which finite features never exceed
 MIN_ALIVE_RMS = 1e-8  # a tensor of smaller root mean square counts as zero
 DEFAULT_SCALE = 1e-3  # of a tensor of zeros that shares no axis with a matrix
+NOISE_RMS = 0.2  # of Adam's direction where gradients are independent: sqrt(.1 / 1.9) is .23
+SHRINK_AGE = 200.0  # steps after which weights shrink at half of the full rate
 
 
 def units_of(means: Statistics, scale: Tensor) -> WeightFeatures:
@@ -53,6 +56,23 @@ def units_of(means: Statistics, scale: Tensor) -> WeightFeatures:
         weight=(means.adam + SQRT_EPS).sqrt() / scale,
         momentum=(means.momentum + EPS**2).rsqrt(),  # like Adam's epsilon: below it there is no scale to divide by
     )
+
+
+def shrink_unit(means: Statistics, scale: Tensor, steps: Tensor) -> Tensor:
+    """The unit of the weight where a rule shrinks weights, in place of that of `units_of`.
+
+        min(rms of adam, NOISE_RMS)^2 / NOISE_RMS t / (t + SHRINK_AGE) / s
+
+    So weights shrink in proportion to steps that are taken in noise: not more where gradients agree, hardly where they
+    vanish, and little in the beginning, when weights have to grow.
+
+    Args:
+        means: Over the tensors, `(*batch, T)` each.
+        scale: `(*batch, T)`.
+        steps: Steps taken, this one included, `(*batch, T)`.
+    """
+    noise = means.adam.clamp(max=NOISE_RMS**2) / NOISE_RMS
+    return noise * (steps / (steps + SHRINK_AGE)) / scale
 
 
 def log_statistics(means: Tensor, units: Tensor) -> Tensor:

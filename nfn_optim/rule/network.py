@@ -57,7 +57,8 @@ class CoefficientNetwork(nn.Module):
             self.adapt_rate = nn.Parameter(torch.tensor(float(config.adapt_rate)))
             self.adapt_decay = nn.Parameter(torch.tensor(float(config.adapt_decay)))
         with torch.no_grad():
-            self.message_passing.tensor_bias[WeightFeatures._fields.index("gradient")] = config.gradient_part
+            for name, part in (("gradient", config.gradient_part), ("weight", config.shrinkage)):
+                self.message_passing.tensor_bias[WeightFeatures._fields.index(name)] = part
             self.message_passing.tensor_bias[-1] = MAX_LOG_GAIN * math.atanh(math.log(config.gain) / MAX_LOG_GAIN)
 
     def output_parameters(self) -> list[nn.Parameter]:
@@ -88,7 +89,7 @@ class CoefficientNetwork(nn.Module):
         Returns:
             By tensor: its coefficients, and what else changes in its state.
         """
-        rows, inputs = _inputs(executor, pooled, step)
+        rows, inputs = _inputs(executor, pooled, step, shrinks=self.config.shrinkage > 0)
         log_step_size = self._adapted(pooled, step)
         by_row, by_tensor = self._messages(executor, rows, inputs.tensors, pooled)
         del rows  # as large as everything that follows
@@ -130,7 +131,7 @@ class _Inputs:
 
     Attributes:
         tensors: `(*batch, T, TENSOR_CHANNELS)`.
-        units: `WeightFeatures` of the tensors, packed, `(*batch, T, FEATURES)`.
+        units: Of the coefficients of `WeightFeatures`, packed, `(*batch, T, FEATURES)`.
         scale: Of the tensors, `(*batch, T)`.
     """
 
@@ -139,13 +140,21 @@ class _Inputs:
     scale: Tensor
 
 
-def _inputs(executor: Executor, pooled: Pooled, step: Step) -> tuple[Tensor, _Inputs]:
-    """`log_statistics` of all rows, `(*batch, N, ROW_CHANNELS)`, and the other inputs; arguments as of `forward`."""
+def _inputs(executor: Executor, pooled: Pooled, step: Step, *, shrinks: bool) -> tuple[Tensor, _Inputs]:
+    """`log_statistics` of all rows, `(*batch, N, ROW_CHANNELS)`, and the other inputs.
+
+    Args:
+        executor: As of `forward`; so are `pooled` and `step`.
+        pooled: See there.
+        step: See there.
+        shrinks: Whether the coefficient of the weight has the unit `features.shrink_unit`.
+    """
     incidence, steps = step.incidence, step.steps
     index = incidence.at(steps)
     means = Statistics.unpack(pooled.tensors)
     scale, rms = features.scales_of(means.weight, incidence)  # (*batch, T)
-    units = torch.stack(features.units_of(means, scale), -1)  # (*batch, T, FEATURES)
+    units_of_features = features.units_of(means, scale)
+    units = torch.stack(units_of_features, -1)  # (*batch, T, FEATURES)
     statistics = features.log_statistics(pooled.tensors, units)
     total = step.hyper.total_steps
     time = features.time_features(steps, None if total is None else horizon_of(total, steps))
@@ -155,6 +164,9 @@ def _inputs(executor: Executor, pooled: Pooled, step: Step) -> tuple[Tensor, _In
     rows = log_statistics(pooled.rows, incidence.tensors_to_rows(units))
     if incidence.has_masked:
         rows = torch.where(index["masked"], incidence.tensors_to_rows(statistics), rows)
+    if shrinks:
+        shrinking = units_of_features._replace(weight=features.shrink_unit(means, scale, steps))
+        units = torch.stack(shrinking, -1)
     return rows, _Inputs(tensors, units, scale)
 
 
