@@ -52,7 +52,8 @@ import torchvision_ops
 torchvision_ops.declare()
 Build = Callable[[nn.Module], Any]
 MAX_SECONDS = 10.0  # for the turns of one pair
-TURN = pretrained.load().config.refresh_every  # steps
+RULE = pretrained.load()
+TURN = RULE.config.refresh_every  # steps
 WARMUP = TURN + 2  # steps, among them some with and some without message passing
 CACHE = tempfile.TemporaryDirectory()
 BYTES = {
@@ -245,6 +246,7 @@ def row(name: str, title: str, repetitions: int, training: float) -> dict[str, A
         "parameters": weights,
         "tensors": len(list(network.parameters())),
         "optimizer": title,
+        "rule": pretrained.digest(RULE),
         "milliseconds": statistics.median(own for _, own in times) * 1e3,
         "fused_milliseconds": statistics.median(other for other, _ in times) * 1e3,
         "ratio": statistics.median(ratios),
@@ -296,8 +298,9 @@ def page(content: dict[str, Any]) -> str:
             f"| {both[0]['whole_step']:.2f} {both[1]['whole_step']:.2f} | {memory} | {first} "
             f"| {each:.0f}, {alone:.1f} |"
         )
+    if (large := by_pair.get(("MLP 10M", FUSED))) is None:
+        return "\n".join(lines)
     adamw_bytes, own_bytes = content["bytes"]["AdamW"], content["bytes"]["NFNOptimizer"]
-    large = by_pair["MLP 10M", FUSED]
     bandwidth = adamw_bytes * large["parameters"] / large["milliseconds"] / 1e6
     lines += [
         "",
@@ -313,13 +316,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--models", nargs="+", default=[""], help="words in names; the rows of other models are kept")
+    parser.add_argument("--models", nargs="+", default=[""], help="words in names; others of this rule are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {name: model for name, model in MODELS.items() if any(word in name for word in args.models)}
     path = args.out / "step_cost.json"
     rows = json.loads(path.read_text())["steps"] if path.exists() else []
-    rows = [kept for kept in rows if kept["model"] in MODELS.keys() - chosen.keys()]
+    others, rule = MODELS.keys() - chosen.keys(), pretrained.digest(RULE)
+    rows = [kept for kept in rows if kept["model"] in others and kept.get("rule") == rule]
     for name, model in chosen.items():
         network, batch = model.build(), model.batch()
         training = min(backward(network, batch) for _ in range(2))
