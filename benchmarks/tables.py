@@ -37,13 +37,13 @@ def summary() -> str:
     """The test tasks, one line for each optimizer."""
     found = {row["optimizer"]: row for row in json.loads((RESULTS / "test_part.json").read_text())["summary"]}
     lines = [
-        "| | settings tried | times fewer steps | times faster | loss as good | held-out loss as good |",
-        "|---|---|---|---|---|---|",
+        "| | settings tried | times fewer steps | times faster | loss as good | held-out loss | accuracy |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, title in CONTENDERS.items():
         if (row := found.get(name)) is not None:
             numbers = (f"{row[key][0]:.2f}" for key in ("reduction", "wall_reduction"))
-            shares = (f"{100 * row[key]:.0f} %" for key in ("as_good", "generalises"))
+            shares = (f"{100 * row[key]:.0f} %" for key in ("as_good", "generalises", "accurate"))
             lines.append(f"| {title} | {row['settings']} | {' | '.join((*numbers, *shares))} |")
     return "\n".join(lines)
 

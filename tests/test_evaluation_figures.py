@@ -166,7 +166,10 @@ def results_of(curves: dict[str, list[list[float]]], split: Split) -> list[Resul
     contenders |= {split.reference.name: split.reference, DEFAULTS.name: DEFAULTS}
     return [
         Result(
-            task, contenders[name], contenders[name].grid[0], [Run(c, [(len(c), {"loss": c[-1]})], 1.0) for c in seeds]
+            task,
+            contenders[name],
+            contenders[name].grid[0],
+            [Run(c, [(len(c), {"loss": c[-1], "accuracy": 1 / c[-1]})], 1.0) for c in seeds],
         )
         for task in split.tasks
         for name, seeds in curves.items()
@@ -199,6 +202,7 @@ def test_rows_and_summaries_of_known_curves() -> None:
     assert found["broken"].loss_reduction.value == pytest.approx(0.5)  # the median of 1 and 0
     assert [s.as_good for s in found.values()] == [1, 0, 1, 0]
     assert [s.generalises for s in found.values()] == [1, 0, 1, 0]
+    assert [s.accurate for s in found.values()] == [1, 0, 1, 0]
     assert [s.beats_defaults for s in found.values()] == [1, 1, 1, 0]
     assert [(s.diverged, s.runs) for s in found.values()] == [(0, 4), (0, 4), (0, 4), (2, 4)]
     assert [s.missed for s in found.values()] == [0, 1, 0, 0]

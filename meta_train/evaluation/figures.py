@@ -99,6 +99,7 @@ class Summary:
         wall_profile: The same in seconds.
         as_good: Fraction of tasks with a mean loss over seeds at most the reference's.
         generalises: The same of the held-out loss after the last step.
+        accurate: Fraction of tasks with a mean accuracy at least the reference's, of those that have one; None without.
         beats_defaults: Fraction of tasks with a mean loss at most that of AdamW at its defaults.
         diverged: Number of runs that diverged.
         runs: Number of runs.
@@ -117,6 +118,7 @@ class Summary:
     wall_profile: float
     as_good: float
     generalises: float
+    accurate: float | None
     beats_defaults: float
     diverged: int
     runs: int
@@ -194,6 +196,14 @@ def summaries_of(split: Split, rows: Sequence[Row], settings: Mapping[str, int])
         tasks = [task for task, name in means if name == optimizer]
         return float(np.mean([means[task, optimizer][which] <= means[task, other][which] for task in tasks]))
 
+    def fraction_as_accurate(optimizer: str) -> float | None:
+        references = [row for row in rows if row.optimizer == split.reference.name and row.accuracy]
+        pairs = [(by_name[optimizer, row.task], row) for row in references]
+        found = [
+            sum(own.accuracy) / len(own.loss) >= np.mean(other.accuracy) for own, other in pairs
+        ]  # 0 if broken off
+        return float(np.mean(found)) if found else None
+
     by_name = {(row.optimizer, row.task): row for row in rows}
     optimizers, tasks = (list(dict.fromkeys(names)) for names in zip(*by_name, strict=True))
     steps = np.array([[np.median(by_name[name, task].held_out_steps) for task in tasks] for name in optimizers])
@@ -225,6 +235,7 @@ def summaries_of(split: Split, rows: Sequence[Row], settings: Mapping[str, int])
                 wall_profile=float(wall_profile),
                 as_good=fraction_as_good(name, split.reference.name, 0),
                 generalises=fraction_as_good(name, split.reference.name, 1),
+                accurate=fraction_as_accurate(name),
                 beats_defaults=fraction_as_good(name, DEFAULTS.name, 0),
                 diverged=sum(row.diverged for row in own),
                 runs=sum(len(row.loss) for row in own),

@@ -82,6 +82,7 @@ def summary_table(summaries: Sequence[Summary]) -> str:
         "loss reduction",
         "loss as good",
         "held-out as good",
+        "accuracy as good",
         "beats AdamW defaults",
         "diverged",
     )
@@ -94,7 +95,10 @@ def summary_table(summaries: Sequence[Summary]) -> str:
                 interval(s.reduction),
                 interval(s.wall_reduction),
                 interval(s.loss_reduction),
-                *(f"{100 * fraction:.0f} %" for fraction in (s.as_good, s.generalises, s.beats_defaults)),
+                *(
+                    "" if share is None else f"{100 * share:.0f} %"
+                    for share in (s.as_good, s.generalises, s.accurate, s.beats_defaults)
+                ),
                 f"{s.diverged} of {s.runs}",
             ]
             for s in summaries
