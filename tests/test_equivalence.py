@@ -72,7 +72,7 @@ def renamed(model: nn.Module, symmetry: Symmetry, permutations: dict[str, Tensor
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("rule", ["adamw", "zeroed"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-12)])
 def test_equals_adamw_without_a_learned_part(name: str, rule: str, dtype: torch.dtype, tolerance: float) -> None:
     make, shape = NETWORKS[name]
     torch.manual_seed(0)

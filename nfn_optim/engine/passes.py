@@ -134,10 +134,13 @@ def compute_update(
         `(*batch, rows, rest)` in the dtype of the moments.
     """
     columns = row_coeffs.unsqueeze(-2).unbind(-1)  # (*batch, rows or 1, 1) each
+    c = RowCoefficients(*columns) if len(columns) == len(RowCoefficients._fields) else None
+    if direction is not None and c is not None and "weight" in terms:  # both count where there has been a gradient
+        direction = torch.addcmul(direction, p.to(direction.dtype), c.weight)
+        terms -= {"weight"}
     summed = zip(SUMMED, columns[:-1], strict=False)
     added = [(getattr(features, name), coefficient) for name, coefficient in summed if name in terms]
-    if "momentum" in terms and len(columns) == len(RowCoefficients._fields):
-        c = RowCoefficients(*columns)
+    if "momentum" in terms and c is not None:
         added.append(((features.momentum * c.momentum_unit).clamp(-CLIP, CLIP), c.momentum))
     if direction is not None:
         added.append((direction, features.active))  # all features are zero already

@@ -42,7 +42,8 @@ class RuleConfig:
             values are made equal; otherwise they are added to it, which is worth less.
         gradient_part: Initial part of the newest gradient in that mixture, 0 to 1; learned.
         shrinkage: Initial coefficient of the weights themselves, 0 to 1: a weight decay in proportion to the steps
-            that are taken in noise (`nfn_optim.rule.features.shrink_unit`); learned. 0: its unit is that of the feature.
+            that are taken in noise (`nfn_optim.rule.features.shrink_unit`); learned. With 0 the coefficient starts at
+            0, in the unit of the feature.
         whitening: Initial part of the whitened momentum in orthogonal directions (`nfn_optim.rule.whitening`), 0 to 1;
             learned. 0 leaves it out.
         minimax_roots: Whether singular values are made equal by the best polynomials in turn, which are fewer, instead
