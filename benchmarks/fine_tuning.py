@@ -217,7 +217,7 @@ def main() -> None:
     rows = {task.name: row_of(task, arguments.seeds, RATES) for task in image_tasks(arguments.data)}
     if find_spec(MINILM) is not None:
         task = sentence_task()
-        rows[task.name] = row_of(task, 1, RATES[:2])
+        rows[task.name] = row_of(task, 1, RATES[:3])
     about = f"{setting('torch')}. Means over {arguments.seeds} seeds; MiniLM: one."
     write(arguments.out, "fine_tuning", text_of(rows, about), {"about": about, "rows": rows})
 
