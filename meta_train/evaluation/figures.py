@@ -199,9 +199,8 @@ def summaries_of(split: Split, rows: Sequence[Row], settings: Mapping[str, int])
     def fraction_as_accurate(optimizer: str) -> float | None:
         references = [row for row in rows if row.optimizer == split.reference.name and row.accuracy]
         pairs = [(by_name[optimizer, row.task], row) for row in references]
-        found = [
-            sum(own.accuracy) / len(own.loss) >= np.mean(other.accuracy) for own, other in pairs
-        ]  # 0 if broken off
+        # a run that broke off has none, which counts as 0
+        found = [sum(own.accuracy) / len(own.loss) >= np.mean(other.accuracy) for own, other in pairs]
         return float(np.mean(found)) if found else None
 
     by_name = {(row.optimizer, row.task): row for row in rows}
