@@ -200,8 +200,8 @@ def summaries_of(split: Split, rows: Sequence[Row], settings: Mapping[str, int])
         references = [row for row in rows if row.optimizer == split.reference.name and row.accuracy]
         pairs = [(by_name[optimizer, row.task], row) for row in references]
         # a run that broke off has none, which counts as 0
-        found = [sum(own.accuracy) / len(own.loss) >= np.mean(other.accuracy) for own, other in pairs]
-        return float(np.mean(found)) if found else None
+        as_accurate = [sum(own.accuracy) / len(own.loss) >= np.mean(other.accuracy) for own, other in pairs]
+        return float(np.mean(as_accurate)) if as_accurate else None
 
     by_name = {(row.optimizer, row.task): row for row in rows}
     optimizers, tasks = (list(dict.fromkeys(names)) for names in zip(*by_name, strict=True))

@@ -11,9 +11,8 @@ sizes, its scale, and time. Each feature has a unit that the whole tensor shares
     momentum                    1 / rms of momentum
 
 so that nothing changes when the loss or the tensor is multiplied by a constant (but for Adam's epsilon); where a rule
-shrinks weights, their coefficient has the unit `shrink_unit`. Since a unit
-is one number per tensor, everything follows from mean squares of the raw features: one pass computes them, a second one
-uses them.
+shrinks weights, their coefficient has the unit `shrink_unit`. Since a unit is one number per tensor, everything follows
+from mean squares of the raw features: one pass computes them, a second one uses them.
 
 References:
     Practical tradeoffs between memory, compute, and performance in learned optimizers (Metz et al., 2022), App. A

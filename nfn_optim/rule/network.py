@@ -165,8 +165,7 @@ def _inputs(executor: Executor, pooled: Pooled, step: Step, *, shrinks: bool) ->
     if incidence.has_masked:
         rows = torch.where(index["masked"], incidence.tensors_to_rows(statistics), rows)
     if shrinks:
-        shrinking = units_of_features._replace(weight=features.shrink_unit(means, scale, steps))
-        units = torch.stack(shrinking, -1)
+        units = torch.stack(units_of_features._replace(weight=features.shrink_unit(means, scale, steps)), -1)
     return rows, _Inputs(tensors, units, scale)
 
 
