@@ -323,7 +323,7 @@ def main() -> None:
     path = args.out / "step_cost.json"
     rows = json.loads(path.read_text())["steps"] if path.exists() else []
     others, rule = MODELS.keys() - chosen.keys(), pretrained.digest(RULE)
-    rows = [kept for kept in rows if kept["model"] in others and kept.get("rule") == rule]
+    rows = [r for r in rows if r["model"] in others and r.get("rule") == rule]
     for name, model in chosen.items():
         network, batch = model.build(), model.batch()
         training = min(backward(network, batch) for _ in range(2))

@@ -229,9 +229,9 @@ def run_graph(graph: Graph, function: Callable[..., Any], *tensors: Tensor) -> A
     if graph.has_agreed:
         return graph.unflatten(graph.run(*tensors))
     before, copies = [x.clone() for x in tensors], [x.clone() for x in tensors]
-    found = graph.unflatten(graph.run(*copies))
+    actual = graph.unflatten(graph.run(*copies))
     result = function(*tensors)
-    results = zip(pytree.tree_leaves(found), pytree.tree_leaves(result), strict=True)
+    results = zip(pytree.tree_leaves(actual), pytree.tree_leaves(result), strict=True)
     triples = [*zip(copies, tensors, before, strict=True), *((x, y, None) for x, y in results if y is not None)]
     graph.has_agreed = all(_agree(*triple) for triple in triples)
     graph.tries -= not graph.has_agreed
@@ -240,18 +240,18 @@ def run_graph(graph: Graph, function: Callable[..., Any], *tensors: Tensor) -> A
     return result
 
 
-def _agree(found: Tensor, expected: Tensor, before: Tensor | None) -> bool:
+def _agree(actual: Tensor, expected: Tensor, before: Tensor | None) -> bool:
     """Whether two results are equal but for rounding, and the change of a tensor but for `RELATIVE_ERROR`.
 
     Args:
-        found: By a graph.
+        actual: By a graph.
         expected: By its function.
         before: The tensor, if it was changed; None for one that was returned.
     """
     if not expected.is_floating_point():
-        return torch.equal(found, expected)
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    error = torch.where(same, 0.0, (found - expected).double()).norm()
+        return torch.equal(actual, expected)
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    error = torch.where(same, 0.0, (actual - expected).double()).norm()
     size = torch.nan_to_num(expected.double(), posinf=0.0, neginf=0.0).norm()
     if before is None:
         return bool(error <= RESULT_ERROR * size)

@@ -102,14 +102,14 @@ class MessageEditor(nn.Module):
         forwards: dict[str, Tensor] = self.forwards(
             {name: x / self._widths.get(name, 1) ** 0.5 for name, x in weights.items()}
         )
-        found: dict[str, Tensor] = {}
+        backwards: dict[str, Tensor] = {}
         for (name, axis, source), perceptron in zip(self._reversed, self.backwards, strict=True):
             weight = weights[name].flatten(3).transpose(1, 2)  # (N, size of source, size of axis, taps)
-            sent = self.forwards.messages(weight, axis, found.get(axis))
-            sent = sent / weight.shape[2] ** 0.5 if axis in found else sent
+            sent = self.forwards.messages(weight, axis, backwards.get(axis))
+            sent = sent / weight.shape[2] ** 0.5 if axis in backwards else sent
             arrived = perceptron(torch.cat([sent, forwards[source]], -1))
-            found[source] = arrived if source not in found else found[source] + arrived
-        return forwards | {axis: torch.cat([forwards[axis], b], -1) for axis, b in found.items()}
+            backwards[source] = arrived if source not in backwards else backwards[source] + arrived
+        return forwards | {axis: torch.cat([forwards[axis], b], -1) for axis, b in backwards.items()}
 
     def _positions(self, weight: Tensor, axis: str) -> Tensor:
         """What tells the columns apart where nothing has arrived: fixed positions, `(1, columns, length)`."""
